@@ -1,0 +1,60 @@
+"""Links over Gloo: CPU tensors over TCP."""
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+
+from deserve.comm.link import HEADER_BYTES, Receiver, Sender, frame, unframe
+from deserve.comm.network import Wire
+
+
+class GlooSender(Sender):
+    """Sends frames to `peer`, at most `depth` of them unfinished."""
+
+    def __init__(self, peer: int, tag: int, depth: int, wire: Wire | None = None, group: dist.ProcessGroup | None = None):
+        self._peer, self._tag, self._depth, self._wire, self._group = peer, tag, depth, wire, group
+        self._unfinished: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def send(self, payload: torch.Tensor) -> None:
+        message = frame(payload, self._wire)
+        work = dist.isend(message, self._peer, group=self._group, tag=self._tag)
+        assert work is not None
+        self._unfinished.append((work, message))
+        # A frame this old was received long ago: its micro-batch has come round since. The wait only frees memory.
+        while len(self._unfinished) > self._depth:
+            self._unfinished.popleft()[0].wait()
+
+    def close(self) -> None:
+        while self._unfinished:
+            self._unfinished.popleft()[0].wait()
+
+
+class GlooReceiver(Receiver):
+    """Receives frames of at most `max_bytes` from `peer`; `ahead` of them are expected from the start.
+
+    Gloo sends data only after the notice that a receive is posted has crossed the link, so a late receive costs
+    up to two more latencies: a receive is posted for every frame as soon as it is known that it will come.
+    """
+
+    def __init__(self, peer: int, tag: int, max_bytes: int, ahead: int = 0, group: dist.ProcessGroup | None = None):
+        self._peer, self._tag, self._group = peer, tag, group
+        self._size = HEADER_BYTES + max_bytes
+        self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._spare: list[torch.Tensor] = []
+        for _ in range(ahead):
+            self.expect()
+
+    def expect(self) -> None:
+        buffer = self._spare.pop() if self._spare else torch.empty(self._size, dtype=torch.uint8)
+        work = dist.irecv(buffer, self._peer, group=self._group, tag=self._tag)
+        assert work is not None
+        self._posted.append((work, buffer))
+
+    def receive(self) -> torch.Tensor:
+        work, buffer = self._posted.popleft()
+        work.wait()
+        self._spare.append(buffer)
+        payload, held = unframe(buffer)
+        self.held_s += held
+        return payload

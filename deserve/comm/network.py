@@ -1,0 +1,30 @@
+"""The simulated network: when a message that leaves now would arrive over a slow link."""
+
+import time
+
+
+class Wire:
+    """One direction of a link with a one-way latency and, if stated, a bandwidth.
+
+    Messages queue for the bandwidth and overlap in the latency, as on a real link: each occupies the wire for its
+    bytes, then takes `latency_ms`. Sender and receiver share a host, so CLOCK_MONOTONIC is their common clock.
+    """
+
+    def __init__(self, latency_ms: float, bandwidth_mbps: float | None):
+        self._latency_ns = round(latency_ms * 1e6)
+        self._ns_per_byte = 0.0 if bandwidth_mbps is None else 8e3 / bandwidth_mbps
+        self._free_at = 0
+
+    def deliver_at(self, nbytes: int) -> int:
+        """The CLOCK_MONOTONIC time (ns) at which a message of `nbytes` that is sent now has arrived."""
+        self._free_at = max(self._free_at, time.monotonic_ns()) + round(nbytes * self._ns_per_byte)
+        return self._free_at + self._latency_ns
+
+
+def hold_until(deadline_ns: int) -> float:
+    """Sleep until CLOCK_MONOTONIC reaches `deadline_ns`; returns the seconds slept."""
+    remaining = (deadline_ns - time.monotonic_ns()) / 1e9
+    if remaining > 0:
+        time.sleep(remaining)
+        return remaining
+    return 0.0

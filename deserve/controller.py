@@ -1,0 +1,156 @@
+"""Rank 0's side: requests in, visits planned, results out."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from deserve.batch import Completion, IntArray, Request, StepPlan
+from deserve.comm.link import Receiver
+from deserve.report.progress import Progress
+from deserve.report.results import ResultsWriter
+from deserve.scheduler.scheduler import Scheduler
+from deserve.workload import Item, Rejected
+
+
+class Intake:
+    """Reads the workload ahead in a thread, so that parsing and tokenizing never hold up a visit.
+
+    Items already answered are passed over, rejected ones go to `reject`. An error in the thread is raised by `poll`.
+    """
+
+    def __init__(self, items: Iterator[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
+        self._items, self._done, self._reject = items, done, reject
+        self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self.skipped = 0
+        self._thread = threading.Thread(target=self._read, name="intake", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                if item.custom_id in self._done:
+                    self.skipped += 1
+                elif isinstance(item, Rejected):
+                    self._reject(item)
+                else:
+                    self._queue.put(item)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def poll(self) -> Request | None:
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            if self._ended.is_set() and self._error is not None:
+                raise self._error from None
+            return None
+
+    @property
+    def exhausted(self) -> bool:
+        # In this order: what was put before the end is in the queue by then.
+        return self._ended.is_set() and self._queue.empty() and self._error is None
+
+    def wait(self, count: int) -> None:
+        """Wait until `count` requests (or as many as fit) are ready, or all are read."""
+        while not self._ended.is_set() and self._queue.qsize() < min(count, self._queue.maxsize):
+            self._ended.wait(0.001)
+
+
+class Recorder:
+    """Decodes completions and writes results in a thread, in the order in which they come."""
+
+    def __init__(self, writer: ResultsWriter, decode: Callable[[IntArray], str], progress: Progress):
+        self._writer, self._decode, self._progress = writer, decode, progress
+        self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+        self._thread.start()
+
+    def put(self, outcome: Completion | Rejected) -> None:
+        """Have `outcome` written. Raises the thread's error, if it met one (a full disk, say)."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(outcome)
+
+    def close(self) -> None:
+        """Write all that was put, then return."""
+        self._queue.put(None)
+        self._thread.join()
+        self._writer.close()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        try:
+            while (outcome := self._queue.get()) is not None:
+                if isinstance(outcome, Rejected):
+                    self._writer.error(outcome.custom_id, outcome.code, outcome.message)
+                    self._progress.request(error=True)
+                else:
+                    text = outcome.text if outcome.text is not None else self._decode(outcome.tokens)
+                    self._writer.completion(outcome, text)
+                    self._progress.request(outcome)
+        except BaseException as error:
+            self._error = error
+
+
+class Controller:
+    """Plans each visit from what the last one of the same micro-batch brought back."""
+
+    def __init__(self, scheduler: Scheduler, tokens_in: Receiver, intake: Intake, recorder: Recorder, progress: Progress):
+        self._scheduler, self._tokens_in = scheduler, tokens_in
+        self._intake, self._recorder, self._progress = intake, recorder, progress
+        self._awaited = [False] * len(scheduler.micro_batches)
+
+    def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
+        """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
+        if self._awaited[micro_batch]:
+            self._collect(micro_batch)
+        if not self._scheduler.in_flight:
+            self._intake.wait(1)  # nothing to do meanwhile
+        plan, tokens = self._scheduler.plan(micro_batch)
+        self._tokens_in.expect()
+        self._awaited[micro_batch] = True
+        return plan, tokens
+
+    def _collect(self, micro_batch: int) -> None:
+        tokens = self._tokens_in.receive().view(torch.int32).numpy()
+        for completion in self._scheduler.commit(micro_batch, tokens):
+            self._recorder.put(completion)
+        self._progress.tokens(len(tokens))
+
+    def close(self) -> None:
+        """Take in the empty frames of the last visits."""
+        for micro_batch, awaited in enumerate(self._awaited):
+            if awaited:
+                self._collect(micro_batch)
+        self._recorder.close()
+
+
+def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArray], str | None]:
+    """A function that gives the text up to the first of a request's stop strings, or None where there is none yet."""
+
+    def stopped(request: Request, tokens: IntArray) -> str | None:
+        longest = max(len(stop.encode()) for stop in request.sampling.stop)
+        # A token carries at least one byte, so a stop string that the newest token completes lies within the last
+        # `longest` tokens; a few more, as the first of them may begin inside a character.
+        tail = decode(tokens[-(longest + 4) :])
+        if not any(stop in tail for stop in request.sampling.stop):
+            return None
+        text = decode(tokens)
+        cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else None
+
+    return stopped
+
+
+def token_text(tokens: IntArray) -> str:
+    """Token ids as text, where there is no tokenizer."""
+    return " ".join(map(str, np.asarray(tokens).tolist()))

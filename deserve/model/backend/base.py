@@ -1,0 +1,52 @@
+"""The contract of a kernel backend: everything of a forward pass that is not a matrix product."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from deserve.batch import IntArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The sequences of a visit as attention sees them. Host arrays, one entry per row.
+
+    `new_tokens` [rows] tokens of this visit, flattened in row order into the T tokens of the visit;
+    `context` [rows] tokens before them; `pages` [rows, width] page table, wide enough for the longest row.
+    """
+
+    new_tokens: IntArray
+    context: IntArray
+    pages: IntArray
+
+
+class Backend(ABC):
+    """Kernels over tokens of many sequences laid end to end, T tokens in all."""
+
+    @abstractmethod
+    def begin_visit(self, rows: Rows) -> None:
+        """Prepare positions, cache addresses and attention for a visit; the calls below refer to it."""
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm over the last dimension of x [..., n]."""
+
+    @abstractmethod
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add x [T, hidden] to `residual` in place; returns the RMSNorm of the sum (maybe in x's memory)."""
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [T, 2 * n]: [T, n]."""
+
+    @abstractmethod
+    def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embedding of q [T, heads, head_dim] and k [T, kv_heads, head_dim] at the visit's positions."""
+
+    @abstractmethod
+    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write k and v [T, kv_heads, head_dim] into a layer's `pages`, then causal attention of q over them.
+
+        pages: [pages, 2, page_size, kv_heads, head_dim]; q: [T, heads, head_dim]. Returns [T, heads * head_dim].
+        """

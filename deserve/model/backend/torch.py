@@ -1,0 +1,143 @@
+"""Kernels from plain PyTorch, for CPUs and as the reference for others."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deserve.model.backend.base import Backend, Rows
+from deserve.model.config import ModelConfig
+from deserve.model.rope import rope_table
+
+
+@dataclass
+class Bucket:
+    """Rows of like length that attend in one call, padded to the longest of them.
+
+    `tokens` [n, q] indices of their tokens in the visit (a slice when they lie end to end without padding);
+    `keys`, `values` [n * p] half-page indices; `mask` [n, 1, q * group, p * page_size] added to the scores;
+    `real` [n * q] which of the padded tokens exist, None when all do.
+    """
+
+    tokens: torch.Tensor | slice
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor | None
+    rows: int
+    queries: int
+
+
+class TorchBackend(Backend):
+    """Attention as a batched gather of pages and one `scaled_dot_product_attention` per bucket of rows.
+
+    Rows are put into buckets by the powers of two of their query length and their whole length, so padding is at
+    most twofold in each. The query heads that share a KV head become further queries of it: no key is copied.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
+        self._config, self._dtype, self._device = config, dtype, device
+        cos, sin = rope_table(config, max_length, device)
+        self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+    def begin_visit(self, rows: Rows) -> None:
+        self._rows = rows
+        first = np.cumsum(rows.new_tokens) - rows.new_tokens
+        self._row_of_token = np.repeat(np.arange(len(rows.new_tokens)), rows.new_tokens)
+        offsets = np.arange(len(self._row_of_token)) - first[self._row_of_token]
+        self._positions = rows.context[self._row_of_token] + offsets
+        positions = self._tensor(self._positions)
+        self._visit_cos = self._cos[positions].unsqueeze(1)  # [T, 1, head_dim]
+        self._visit_sin = self._sin[positions].unsqueeze(1)
+        self._first = first
+        self._page_size = 0
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, self._config.norm_eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.rms_norm(residual.add_(x), weight)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rotated(q), self._rotated(k)
+
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
+        # sin's first half is negated, so rolling by half a head stands for HF's rotate_half.
+        return torch.addcmul(x * self._visit_cos, x.roll(x.shape[-1] // 2, -1), self._visit_sin)
+
+    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if not self._page_size:
+            self._address(pages.shape[2])
+        tokens, heads, head_dim = q.shape
+        kv_heads = k.shape[1]
+        slots = pages.view(-1, kv_heads, head_dim)  # one row per (page, k or v, offset)
+        slots.index_copy_(0, self._key_slots, k)
+        slots.index_copy_(0, self._value_slots, v)
+        halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
+        out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
+        for bucket in self._buckets:
+            n, queries = bucket.rows, bucket.queries
+            keys = halves.index_select(0, bucket.keys).view(n, -1, kv_heads, head_dim).transpose(1, 2)
+            values = halves.index_select(0, bucket.values).view(n, -1, kv_heads, head_dim).transpose(1, 2)
+            folded = q[bucket.tokens].view(n, queries, kv_heads, heads // kv_heads, head_dim).transpose(1, 2)
+            folded = folded.reshape(n, kv_heads, -1, head_dim)
+            attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bucket.mask)
+            attended = attended.view(n, kv_heads, queries, -1, head_dim).transpose(1, 2).reshape(n * queries, -1)
+            if bucket.real is None:
+                out[bucket.tokens] = attended if isinstance(bucket.tokens, slice) else attended.view(
+                    *bucket.tokens.shape, -1
+                )
+            else:
+                assert isinstance(bucket.tokens, torch.Tensor)
+                out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
+        return out
+
+    def _address(self, page_size: int) -> None:
+        """Where the visit's keys and values are written, and the buckets; the same for all layers."""
+        self._page_size = page_size
+        rows = self._rows
+        page = rows.pages[self._row_of_token, self._positions // page_size].astype(np.int64)
+        slot = 2 * page * page_size + self._positions % page_size
+        self._key_slots = self._tensor(slot)
+        self._value_slots = self._tensor(slot + page_size)
+        length = rows.context + rows.new_tokens
+        kind = 64 * _bits(rows.new_tokens) + _bits(length)
+        self._buckets = [self._bucket(np.flatnonzero(kind == k), page_size) for k in np.unique(kind)]
+
+    def _bucket(self, members: np.ndarray, page_size: int) -> Bucket:
+        rows = self._rows
+        new, context = rows.new_tokens[members], rows.context[members]
+        queries = int(new.max())
+        width = int(-(-(context + new).max() // page_size))
+        pages = rows.pages[members, :width].astype(np.int64).reshape(-1)
+        step = np.arange(queries)
+        tokens = self._first[members, None] + np.minimum(step, new[:, None] - 1)
+        positions = context[:, None] + np.minimum(step, new[:, None] - 1)
+        visible = np.arange(width * page_size) <= positions[:, :, None]  # [n, q, keys]
+        visible = np.repeat(visible, self._config.group, axis=1)
+        mask = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
+        whole = bool((new == queries).all())
+        flat = tokens.reshape(-1)
+        end_to_end = whole and bool((np.diff(flat) == 1).all())
+        return Bucket(
+            tokens=slice(int(flat[0]), int(flat[-1]) + 1) if end_to_end else self._tensor(tokens),
+            keys=self._tensor(2 * pages),
+            values=self._tensor(2 * pages + 1),
+            mask=torch.from_numpy(mask).to(self._device, self._dtype),
+            real=None if whole else self._tensor((step < new[:, None]).reshape(-1)),
+            rows=len(members),
+            queries=queries,
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _bits(lengths: np.ndarray) -> np.ndarray:
+    """The exponent of the smallest power of two that is at least each of `lengths`."""
+    return np.ceil(np.log2(lengths)).astype(np.int64)

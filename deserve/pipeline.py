@@ -1,0 +1,74 @@
+"""The loop that every rank runs: micro-batches visit the stages in turn, and many of them are under way at once."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from deserve.batch import IntArray, StepPlan
+from deserve.comm.link import Receiver, Sender
+from deserve.report.timeline import Timeline
+from deserve.stage import Stage
+
+
+class Controller(Protocol):
+    """Rank 0's other half: it decides each visit."""
+
+    def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
+        """The plan of the micro-batch's next visit and the token ids [T] that it embeds."""
+
+    def close(self) -> None:
+        """Take in what is still under way to rank 0."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects a rank to its neighbours. Rank 0 gets its plans from the controller, the last rank forwards none.
+
+    `output` takes hidden states to the next rank, or from the last rank sampled tokens to rank 0.
+    """
+
+    plans_in: Receiver | None
+    plans_out: Sender | None
+    hidden_in: Receiver | None
+    output: Sender
+
+
+def run_pipeline(
+    stage: Stage, links: Links, controller: Controller | None, rounds: int, hidden: int, timeline: Timeline
+) -> None:
+    """Visit the `rounds` micro-batches in turn until all have retired. `hidden` is the width of the hidden states.
+
+    Every visit sends one frame on every link, however little is in it. The frames of the last visits, which retire
+    the micro-batches, come round to rank 0 like all others, so when it returns every rank has done its part.
+    """
+    turn = deque(range(rounds))
+    while turn:
+        micro_batch = turn.popleft()
+        if controller is not None:
+            with timeline.span("plan", micro_batch):
+                plan, tokens = controller.next_visit(micro_batch)
+            x = torch.from_numpy(tokens)
+        else:
+            assert links.plans_in is not None and links.hidden_in is not None
+            with timeline.span("receive", micro_batch):
+                plan = StepPlan.decode(links.plans_in.receive().view(torch.int32).numpy().copy())
+        if links.plans_out is not None:
+            links.plans_out.send(torch.from_numpy(plan.encode()))
+        if links.hidden_in is not None:
+            with timeline.span("receive", micro_batch):
+                x = links.hidden_in.receive().view(stage.dtype).view(-1, hidden)
+        with timeline.span("compute", micro_batch):
+            y = stage.forward(plan, x)
+        links.output.send(y)
+        if not plan.retires:
+            turn.append(micro_batch)
+            for link in (links.plans_in, links.hidden_in):
+                if link is not None:
+                    link.expect()
+    for sender in (links.plans_out, links.output):
+        if sender is not None:
+            sender.close()
+    if controller is not None:
+        controller.close()

@@ -1,0 +1,59 @@
+"""What the planner decides: how the ring is laid out and how much circulates in it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deserve.errors import UserError
+from deserve.model.weights import Shard
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layout of a run; the same on every rank.
+
+    `partition` holds the first layer of each rank; `concurrency` the sequences in flight; pages count per rank.
+    `predicted` is output tokens/s and `bound` the resource that keeps it from being more.
+    """
+
+    partition: tuple[int, ...]
+    rounds: int
+    micro_batch_size: int
+    concurrency: int
+    max_batch_tokens: int
+    policy: str
+    page_size: int
+    main_pages: int
+    swap_pages: int
+    host_height: int  # the host pool holds 2^(height-1) pages; 0: none
+    predicted: float | None = None
+    bound: str = ""
+
+    def shard(self, rank: int, layers: int) -> Shard:
+        """The share of `rank` of a model of `layers` layers."""
+        last_rank = len(self.partition) - 1
+        end = layers if rank == last_rank else self.partition[rank + 1]
+        return Shard(self.partition[rank], end, embeds=rank == 0, outputs=rank == last_rank)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "Plan":
+        return Plan(**{**raw, "partition": tuple(raw["partition"])})
+
+
+def parse_partition(value: Any, ranks: int, layers: int) -> tuple[int, ...]:
+    """`pipeline.partition` as the first layer of each rank: `[emb, 20]` is (0, 20).
+
+    Raises UserError unless there is one entry per rank and every rank gets at least one layer.
+    """
+    key = f"pipeline.partition={value}"
+    if not isinstance(value, (list, tuple)) or not all(v == "emb" or type(v) is int for v in value):
+        raise UserError(f"{key} must be auto or a list of first layers such as [emb,20,40,60]")
+    firsts = tuple(0 if v == "emb" else int(v) for v in value)
+    if len(firsts) != ranks:
+        raise UserError(f"{key} has {len(firsts)} entries, but there are {ranks} ranks: give one first layer per rank")
+    ends = (*firsts[1:], layers)
+    if firsts[0] != 0 or any(first >= end for first, end in zip(firsts, ends, strict=True)):
+        raise UserError(f"{key} must start at emb (or 0) and rise to less than {layers}, the model's layers")
+    return firsts

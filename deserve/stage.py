@@ -1,0 +1,45 @@
+"""A stage: one rank's share of the layers and the KV cache that belongs to it."""
+
+import numpy as np
+import torch
+
+from deserve.batch import StepPlan
+from deserve.kvcache.pages import KVPages, PageTable
+from deserve.model.backend.base import Rows
+from deserve.model.decoder import Decoder
+from deserve.model.sampler import Sampler
+
+
+class Stage:
+    """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
+
+    def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device):
+        self._decoder = decoder
+        self._kv = kv
+        self._device = device
+        self._table = PageTable(slots)
+        self._sampler = Sampler(slots, device)
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor:
+        """One visit. x: token ids [T] on the first rank, hidden states [T, hidden] on the others.
+
+        Returns hidden states [T, hidden], or on the last rank the sampled tokens, int32 [len(plan.sampled)].
+        """
+        self._kv.stash(plan.stash)
+        self._kv.restore(plan.restore)
+        self._table.write(plan.page_writes)
+        self._sampler.admit(plan.admitted)
+        if not plan.rows:
+            return torch.empty(0, dtype=torch.int32)
+        length = plan.context + plan.new_tokens
+        width = -(-int(length.max()) // self._kv.page_size)
+        self._decoder.backend.begin_visit(Rows(plan.new_tokens, plan.context, self._table.rows(plan.slots, width)))
+        if self._decoder.weights.embedding is not None:
+            x = self._decoder.embed(x)
+        x = self._decoder.forward(x, self._kv.layers)
+        if self._decoder.weights.head is None:
+            return x
+        last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
+        logits = self._decoder.logits(x.index_select(0, torch.from_numpy(last_token).to(self._device)))
+        return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
