@@ -1,0 +1,66 @@
+"""Synthetic workloads, `fixedCOUNT:LENGTH:VARIATION`: random token ids, the same in every run."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from deserve.batch import Request, SamplingParams
+from deserve.errors import UserError
+from deserve.workload.item import Lengths, Limits
+from deserve.workload.sampling import with_derived_seed
+
+PATTERN = re.compile(r"fixed([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """`count` prompts of `length` plus or minus up to `variation` tokens."""
+
+    count: int
+    length: int
+    variation: int
+
+    @classmethod
+    def parse(cls, source: str) -> "Fixed":
+        """Raises UserError, naming `workload.source`, for a malformed string."""
+        match = PATTERN.fullmatch(source)
+        if match is None:
+            raise UserError(
+                f"workload.source={source} must read fixedCOUNT:LENGTH:VARIATION, as in fixed512:256:0 "
+                "(512 prompts of 256 tokens, give or take none)"
+            )
+        count, length, variation = map(int, match.groups())
+        if count < 1 or variation >= length:
+            raise UserError(
+                f"workload.source={source} must ask for at least one prompt, each of at least one token"
+            )
+        return cls(count, length, variation)
+
+    def check_fits(self, limits: Limits, max_tokens: int) -> None:
+        """Raises UserError where the longest prompt and its answer exceed the model's context."""
+        longest = self.length + self.variation
+        if longest + max_tokens > limits.max_context:
+            raise UserError(
+                f"workload.source has prompts of up to {longest} tokens; with "
+                f"sampling.max_tokens={max_tokens} that is more than the {limits.max_context} tokens "
+                "that the model takes: lower one of them"
+            )
+
+    def requests(self, limits: Limits, defaults: SamplingParams) -> Iterator[Request]:
+        """The prompts `fixed-0`, `fixed-1`, ...; each depends on its index and the vocabulary size alone."""
+        for index in range(self.count):
+            random = np.random.default_rng(index)
+            length = random.integers(
+                self.length - self.variation, self.length + self.variation, endpoint=True
+            )
+            prompt = random.integers(limits.vocab_size, size=length, dtype=np.int32)
+            custom_id = f"fixed-{index}"
+            yield Request(custom_id, prompt, with_derived_seed(defaults, custom_id))
+
+    def lengths(self, max_tokens: int, limit: int | None = None) -> Lengths:
+        """Those of the distribution, of which the first `limit` prompts are taken."""
+        count = self.count if limit is None else min(self.count, limit)
+        longest = self.length + self.variation
+        return Lengths(count, float(self.length), float(max_tokens), longest + max_tokens, longest)

@@ -1,0 +1,52 @@
+"""What a workload is made of, and what it must know of the model that will answer it."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from deserve.batch import Request
+
+
+class Tokenizer(Protocol):
+    """The part of the model's tokenizer that a workload needs."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation through the chat template; RequestError where that refuses it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model can take: token ids below `vocab_size`, `max_context` tokens of prompt and output."""
+
+    vocab_size: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line that is no request; it becomes an `error` line of the results. `line` is 1-based."""
+
+    custom_id: str
+    line: int
+    code: str
+    message: str
+
+
+Item: TypeAlias = Request | Rejected
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a workload's requests are, in tokens; `count` is None where only reading it all would tell.
+
+    `mean_output` is the mean of what the requests allow (`max_tokens`), `max_total` the largest prompt plus
+    `max_tokens`. All but a synthetic workload's are taken from a sample, so a later request may be longer.
+    """
+
+    count: int | None
+    mean_prompt: float
+    mean_output: float
+    max_total: int
+    max_prompt: int

@@ -1,0 +1,125 @@
+"""`workload.source`: what it names, opened, and the lengths of what lies in it."""
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypeVar
+
+from deserve.batch import Request, SamplingParams
+from deserve.config import Config
+from deserve.errors import UserError
+from deserve.workload import batch_file, dialogues
+from deserve.workload.fixed import Fixed
+from deserve.workload.intake import Intake
+from deserve.workload.item import Item, Lengths, Limits, Tokenizer
+from deserve.workload.records import data_files
+from deserve.workload.sampling import default_sampling
+
+T = TypeVar("T")
+
+
+def open_workload(
+    config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams | None = None
+) -> Iterator[Item]:
+    """The first `workload.limit` items of `workload.source`, made as they are asked for.
+
+    `defaults` come from `default_sampling`; without them the model's own generation settings do not count.
+    Raises UserError at once for a source that is malformed, missing, unreadable, too long for the model
+    (synthetic prompts only, others are rejected one by one), or that needs a tokenizer where there is none.
+    """
+    defaults = defaults or default_sampling(config.sampling, {})
+    return islice(_items(config, tokenizer, limits, defaults), config.workload.limit)
+
+
+def peek_lengths(
+    config: Config,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    sample: int = 256,
+    defaults: SamplingParams | None = None,
+) -> Lengths:
+    """How long the requests are, from up to `sample` of them; a JSONL file's are spread over the whole file.
+
+    Where the sample holds no request at all, the lengths are those of a prompt of one token. Raises UserError
+    as `open_workload` does.
+    """
+    defaults = defaults or default_sampling(config.sampling, {})
+    limit = config.workload.limit
+    source = config.workload.source
+    path = _batch_file(source)
+    count: int | None = None
+    if path is not None:
+        intake = _intake(source, tokenizer, limits, defaults)
+        count = sum(1 for _ in islice(batch_file.lines(path), limit))
+        reader = batch_file.BatchFile(intake)
+        step = max(1, -(-count // sample))
+        items: Iterator[Item] = (
+            reader.item(*line) for line in islice(batch_file.lines(path), 0, limit, step)
+        )
+    elif source in dialogues.SOURCES:
+        items = islice(open_workload(config, tokenizer, limits, defaults), sample)
+    else:
+        fixed = Fixed.parse(source)
+        fixed.check_fits(limits, defaults.max_tokens)
+        return fixed.lengths(defaults.max_tokens, limit)
+    sizes = [(len(item.prompt), item.sampling.max_tokens) for item in items if isinstance(item, Request)]
+    sizes = sizes or [(1, min(defaults.max_tokens, limits.max_context - 1))]
+    prompts, outputs = zip(*sizes, strict=True)
+    return Lengths(
+        count=count,
+        mean_prompt=sum(prompts) / len(sizes),
+        mean_output=sum(outputs) / len(sizes),
+        max_total=max(map(sum, sizes)),
+        max_prompt=max(prompts),
+    )
+
+
+def data_paths(config: Config) -> list[Path]:
+    """The files that the requests are read from; none for a synthetic workload or one from the hub."""
+    source, path = config.workload.source, config.workload.path
+    if source in dialogues.SOURCES:
+        return [] if path is None else data_files(Path(path).expanduser())
+    batch = _batch_file(source)
+    return [] if batch is None else [batch]
+
+
+def _batch_file(source: str) -> Path | None:
+    """The JSONL file that `workload.source` names, or None where it names something else."""
+    path = Path(source).expanduser()
+    named = source.endswith(".jsonl") or path.is_file()
+    return path if named and source not in dialogues.SOURCES else None
+
+
+def _items(
+    config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams
+) -> Iterator[Item]:
+    source = config.workload.source
+    path = _batch_file(source)
+    if path is not None:
+        reader = batch_file.BatchFile(_intake(source, tokenizer, limits, defaults))
+        return (reader.item(*line) for line in _started(batch_file.lines(path)))
+    if source in dialogues.SOURCES:
+        intake = _intake(source, tokenizer, limits, defaults)
+        return _started(dialogues.items(source, config.workload.path, intake))
+    if not source.startswith("fixed"):
+        raise UserError(
+            f"workload.source={source} must be fixedCOUNT:LENGTH:VARIATION, "
+            f"{', '.join(dialogues.SOURCES)}, or the path of a .jsonl file"
+        )
+    fixed = Fixed.parse(source)
+    fixed.check_fits(limits, defaults.max_tokens)
+    return fixed.requests(limits, defaults)
+
+
+def _intake(source: str, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams) -> Intake:
+    if tokenizer is None:
+        raise UserError(
+            f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
+            "has one, or a synthetic workload such as fixed512:256:0"
+        )
+    return Intake(tokenizer, limits, defaults)
+
+
+def _started(generator: Iterator[T]) -> Iterator[T]:
+    """`generator` with its first value already made, so that what keeps it from starting is raised now."""
+    return chain(list(islice(generator, 1)), generator)
