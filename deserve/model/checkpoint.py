@@ -1,0 +1,181 @@
+"""Which model a run stands for: a folder, a hub id, the demonstration model, or a shape filled at random."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deserve.config import ModelSection
+from deserve.errors import UserError
+from deserve.model import smollm2
+from deserve.model.config import DTYPES, ModelConfig, parse_config
+from deserve.model.weights import INDEX, SINGLE, Shard, read_weight_map, stored_name, tensor_shapes
+
+# All of a hub repository that is small: configuration, index and tokenizer
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to run. `folder` is None for a shape without files, which has random weights and no tokenizer.
+
+    `weights` is `auto` or `dummy`. `generation` holds the checkpoint's own sampling defaults (`do_sample`,
+    `temperature`, `top_p`, `top_k`, where it states them). `hub_id` is set where `folder` is a hub snapshot,
+    whose weights come later, by `fetch_shard_files`.
+    """
+
+    name: str
+    folder: Path | None
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    generation: dict[str, Any] = field(default_factory=dict)
+    weights: str = "auto"
+    hub_id: str | None = None
+
+    def fingerprint(self) -> str:
+        """sha256 over what decides the output tokens; weights, unread, count by index and size."""
+        digest = hashlib.sha256(f"{self.weights} {self.config} {self.eos_ids}".encode())
+        if self.folder is None:
+            return digest.hexdigest()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", INDEX):
+            path = self.folder / name
+            digest.update(path.read_bytes() if path.is_file() else b"none")
+        if self.hub_id is not None:
+            digest.update(self.folder.name.encode())  # the commit; which weight files lie here varies by rank
+        elif self.weights == "auto":
+            for path in sorted(self.folder.glob("*.safetensors")):
+                digest.update(f"{path.name} {path.stat().st_size}".encode())
+        return digest.hexdigest()
+
+
+def resolve(model: ModelSection) -> Checkpoint:
+    """Find the model that the section names; `path` wins over `name`. May convert or download small files.
+
+    Raises UserError for a path that is neither a folder nor a hub id, what the hub refuses, and an unusable
+    config.json or architecture.
+    """
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if folder.is_dir():
+            return _from_folder(model, folder.resolve())
+        if not HUB_ID.fullmatch(model.path):
+            raise UserError(f"model.path={model.path}: no such folder")
+        if model.weights == "dummy" and model.architecture is not None:
+            return _from_architecture(model, model.architecture)
+        return _from_folder(model, _snapshot(model.path), hub_id=model.path)
+    if model.weights == "dummy" and model.architecture is not None:
+        return _from_architecture(model, model.architecture)
+    if model.name == smollm2.NAME:
+        return _from_folder(model, smollm2.ensure_smollm2())
+    raise UserError(
+        f"model={model.name} has no checkpoint: give model.path=DIR_OR_HUB_ID, or model.weights=dummy and "
+        "model.architecture"
+    )
+
+
+def model_dtype(section: ModelSection, config: ModelConfig) -> torch.dtype:
+    """The dtype to compute in: `model.dtype`, or the checkpoint's for `auto`."""
+    return config.dtype if section.dtype == "auto" else DTYPES[section.dtype]
+
+
+def fetch_shard_files(checkpoint: Checkpoint, shard: Shard) -> None:
+    """Download the weight files that hold `shard`, and no others; nothing to do for a local or dummy model.
+
+    Raises UserError when the index lacks a tensor, or a file is neither in the cache nor to be had.
+    """
+    if checkpoint.hub_id is None or checkpoint.folder is None or checkpoint.weights == "dummy":
+        return
+    files = {SINGLE}
+    if (checkpoint.folder / INDEX).is_file():
+        weight_map = read_weight_map(checkpoint.folder)
+        try:
+            names = [
+                stored_name(name, weight_map, checkpoint.config)
+                for name in tensor_shapes(checkpoint.config, shard)
+            ]
+        except KeyError as error:
+            raise UserError(f"{checkpoint.hub_id}: {INDEX} has no tensor {error.args[0]}") from error
+        files = {weight_map[name] for name in names}
+    for file in sorted(files):
+        _fetch(checkpoint.hub_id, file, checkpoint.folder.name)
+
+
+def _from_architecture(model: ModelSection, raw: dict[str, Any]) -> Checkpoint:
+    source = f"model.architecture of model={model.name}"
+    eos = _eos_ids(raw, source) or ()
+    return Checkpoint(model.name, None, parse_config(raw, source), eos, weights="dummy")
+
+
+def _from_folder(model: ModelSection, folder: Path, hub_id: str | None = None) -> Checkpoint:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; model.path must be a Hugging Face folder")
+    raw = _read_json(path)
+    config = parse_config(raw, str(path))
+    generation_path = folder / "generation_config.json"
+    generation = _read_json(generation_path) if generation_path.is_file() else {}
+    eos = _eos_ids(generation, str(generation_path)) or _eos_ids(raw, str(path)) or _tokenizer_eos(folder)
+    defaults = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    return Checkpoint(model.name, folder, config, eos, defaults, model.weights, hub_id)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _eos_ids(raw: dict[str, Any], source: str) -> tuple[int, ...] | None:
+    """Every token that ends a text, or None where the file does not say."""
+    value = raw.get("eos_token_id")
+    if value is None:
+        return None
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
+    # Imported here: only old checkpoints come this far, and transformers takes seconds to import.
+    from deserve.model.tokenizer import Tokenizer, has_tokenizer
+
+    eos = Tokenizer(folder).eos_id if has_tokenizer(folder) else None
+    return () if eos is None else (eos,)
+
+
+def _snapshot(hub_id: str) -> Path:
+    """The folder of a hub repository's small files, in the library's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=SMALL_FILES))
+    except Exception as error:  # the library lets errors of several HTTP stacks through
+        raise _hub_error(hub_id, error) from error
+
+
+def _fetch(hub_id: str, file: str, revision: str) -> None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(hub_id, file, revision=revision)
+    except Exception as error:
+        raise _hub_error(f"{hub_id}: {file}", error) from error
+
+
+def _hub_error(what: str, error: Exception) -> UserError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(
+        f"model.path={what} is no local folder and cannot be fetched from the hub ({reason}); "
+        "give a folder, or model.weights=dummy with a model that states its architecture"
+    )

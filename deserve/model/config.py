@@ -1,0 +1,272 @@
+"""The shape of a model, read from a Hugging Face `config.json`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deserve.errors import UserError
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched to a longer context; only the fields of its `kind` count.
+
+    `original_context` is the context in tokens before stretching. `attention_factor` multiplies cos and sin.
+    """
+
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_context: int = 0  # llama3, yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn
+    truncate: bool = True  # yarn: whole dimensions bound the ramp
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family. Sizes are counts of elements, `max_context` is in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_context: int
+    rope_theta: float
+    rope_scaling: RopeScaling
+    tied_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: torch.dtype
+
+    @property
+    def q_size(self) -> int:
+        """Elements of one token's queries."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of one token's keys, and of its values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_bytes_per_token_per_layer(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values that one token leaves in one layer's cache."""
+        return 2 * self.kv_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What an architecture's code decides, beyond what its `config.json` says."""
+
+    qkv_bias: bool = False  # always there
+    attention_bias: bool = False  # `attention_bias` is read: it covers q, k, v and the output
+    mlp_bias: bool = False  # `mlp_bias` is read
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": _Family(attention_bias=True, mlp_bias=True),
+    "MistralForCausalLM": _Family(),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True),
+    "Qwen3ForCausalLM": _Family(attention_bias=True, qk_norm=True),
+}
+
+
+class _Keys:
+    """Typed access to a JSON object. Every getter raises UserError naming the source and the key."""
+
+    def __init__(self, raw: dict[str, Any], source: str, prefix: str = ""):
+        self.raw, self.source, self.prefix = raw, source, prefix
+
+    def fail(self, key: str, what: str) -> UserError:
+        return UserError(f"{self.source}: {self.prefix}{key} {what}")
+
+    def _get(self, key: str, kinds: tuple[type, ...], noun: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                raise self.fail(key, "is missing")
+            return default
+        # bool is an int to Python, but no count or factor to anybody
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.fail(key, f"must be {noun}, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value: int = self._get(key, (int,), "a whole number", default)
+        if value < 1:
+            raise self.fail(key, f"must be at least 1, not {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = float(self._get(key, (int, float), "a number", default))
+        if not (value > 0 and math.isfinite(value)):
+            raise self.fail(key, f"must be a positive number, not {value}")
+        return value
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        return bool(self._get(key, (bool,), "true or false", default))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        return str(self._get(key, (str,), "a string", default))
+
+
+def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """Read the content of a `config.json`; `source` names it in errors (a file or an option).
+
+    Raises UserError, naming the source and the key, for a missing or ill-typed key and for whatever this project
+    does not compute as the model was trained: another architecture or activation, a rope kind it does not know,
+    quantised weights, a sliding window shorter than the context.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: must hold a JSON object, not {type(raw).__name__}")
+    keys = _Keys(raw, source)
+    architecture = _architecture(keys)
+    family = FAMILIES[architecture]
+    heads = keys.count("num_attention_heads")
+    kv_heads = keys.count("num_key_value_heads", default=heads)
+    hidden = keys.count("hidden_size")
+    head_dim = keys.count("head_dim", default=max(1, hidden // heads))
+    if heads % kv_heads:
+        raise keys.fail("num_key_value_heads", f"({kv_heads}) must divide num_attention_heads ({heads})")
+    if raw.get("head_dim") is None and hidden % heads:
+        raise keys.fail("hidden_size", f"({hidden}) must be a multiple of num_attention_heads ({heads})")
+    if head_dim % 2:
+        raise keys.fail("head_dim", f"({head_dim}) must be even")
+    max_context = keys.count("max_position_embeddings")
+    _refuse_unsupported(keys, architecture, max_context)
+    theta, scaling = _rope(keys, max_context)
+    attention_bias = family.attention_bias and keys.flag("attention_bias")
+    return ModelConfig(
+        vocab_size=keys.count("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=keys.count("intermediate_size"),
+        num_layers=keys.count("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=keys.number("rms_norm_eps"),
+        max_context=max_context,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied_embeddings=keys.flag("tie_word_embeddings"),
+        qkv_bias=family.qkv_bias or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=family.mlp_bias and keys.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
+        dtype=_dtype(keys),
+    )
+
+
+def _architecture(keys: _Keys) -> str:
+    names = keys.raw.get("architectures")
+    if names is None:
+        raise keys.fail("architectures", "is missing")
+    if not (isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES):
+        raise keys.fail("architectures", f"{names!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return str(names[0])
+
+
+def _dtype(keys: _Keys) -> torch.dtype:
+    key = "dtype" if keys.raw.get("dtype") is not None else "torch_dtype"  # transformers 5, and before
+    name = keys.text(key, default="float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise keys.fail(key, f"{name!r} is not supported; supported are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> None:
+    raw = keys.raw
+    activation = keys.text("hidden_act", default="silu")
+    if activation != "silu":
+        raise keys.fail("hidden_act", f"{activation!r} is not supported; only silu is")
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
+        raise keys.fail("quantization_config", f"({method}) is not supported: use unquantised weights")
+    if architecture == "MistralForCausalLM":
+        # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens.
+        window = raw.get("sliding_window", 4096)
+        if window is not None and keys.count("sliding_window", default=4096) < max_context:
+            raise keys.fail(
+                "sliding_window",
+                f"({window}, context {max_context}) is not supported; only null, full attention, is",
+            )
+    elif architecture.startswith("Qwen") and keys.flag("use_sliding_window"):
+        raise keys.fail("use_sliding_window", "is not supported; only false, full attention, is")
+    others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})
+    if others and architecture.startswith("Qwen"):
+        raise keys.fail("layer_types", f"{', '.join(others)} is not supported; only full_attention is")
+
+
+def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
+    """The base of the rotary frequencies and their scaling, from the key of transformers 5 or the two before it."""
+    name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
+    raw = keys.raw.get(name)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise keys.fail(name, f"must be an object, not {raw!r}")
+    rope = _Keys(raw, keys.source, f"{name}.")
+    theta = rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0))
+    for owner in (keys, rope):
+        if owner.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise owner.fail("partial_rotary_factor", "is not supported; only 1, the whole head, is")
+    kind_key = "rope_type" if raw.get("rope_type") is not None else "type"
+    kind = rope.text(kind_key, default="default")
+    if kind not in ROPE_KINDS:
+        raise rope.fail(kind_key, f"{kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+    if kind == "default":
+        return theta, RopeScaling()
+    if kind == "linear":
+        return theta, RopeScaling(kind, rope.number("factor"))
+    # as transformers orders them: beside the rope keys, among them, or the whole context
+    original = rope.count("original_max_position_embeddings", default=max_context)
+    original = keys.count("original_max_position_embeddings", default=original)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise rope.fail("high_freq_factor", f"({high}) must be more than low_freq_factor ({low})")
+        return theta, RopeScaling(kind, rope.number("factor"), low, high, original)
+    factor = rope.number("factor", default=max_context / original)
+    return theta, RopeScaling(
+        kind,
+        factor,
+        original_context=original,
+        beta_fast=rope.number("beta_fast", default=32.0),
+        beta_slow=rope.number("beta_slow", default=1.0),
+        attention_factor=_yarn_attention_factor(rope, factor),
+        truncate=rope.flag("truncate", default=True),
+    )
+
+
+def _yarn_attention_factor(rope: _Keys, factor: float) -> float:
+    """YaRN's sqrt(1/t) = 0.1 ln(s) + 1 (arXiv 2309.00071, section 3.4), or what the checkpoint says instead."""
+
+    def temper(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    default = temper(1.0)
+    if rope.raw.get("mscale") and rope.raw.get("mscale_all_dim"):
+        default = temper(rope.number("mscale")) / temper(rope.number("mscale_all_dim"))
+    return rope.number("attention_factor", default=default)

@@ -1,0 +1,102 @@
+"""Text to token ids and back. Only rank 0 needs this, so transformers is imported where it is used."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deserve.errors import RequestError, UserError
+from deserve.model.checkpoint import Checkpoint
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+class Tokenizer:
+    """A checkpoint's own tokenizer. Raises UserError when its files cannot be loaded."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # a tokenizer class may raise anything on a bad file
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that encode to something; the model's own vocabulary may be padded beyond."""
+        return len(self._tokenizer)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text."""
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a completion's prompt, with the special tokens that the model expects around it."""
+        return list(self._tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant answers, by the model's chat template.
+
+        Raises RequestError when the model has no template or its template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError("no_chat_template", "the model has no chat template: send a prompt instead")
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template is the model's program: it may fail in any manner
+            raise RequestError(
+                "invalid_messages", f"the chat template refuses the messages: {error}"
+            ) from error
+        return list(ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+
+
+class ByteTokenizer:
+    """Bytes as token ids, for a model without a tokenizer: 0..255, and 256 to end a text."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of the text."""
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """One line for each message, `role: content`, and the beginning of the answer's.
+
+        Raises RequestError for a message without role or content.
+        """
+        try:
+            lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        except (KeyError, TypeError) as error:
+            raise RequestError("invalid_messages", f"a message needs role and content: {error!r}") from error
+        return self.encode(f"{lines}assistant: ")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the bytes among the ids; what is no UTF-8 becomes the replacement character."""
+        return bytes(token for token in map(int, ids) if token < 256).decode(errors="replace")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder carries a tokenizer at all."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | ByteTokenizer | None:
+    """The checkpoint's tokenizer; bytes for `tiny`; None, so token ids alone, for other models without one.
+
+    Raises UserError when the tokenizer's files cannot be loaded.
+    """
+    if checkpoint.folder is None:
+        return ByteTokenizer() if checkpoint.name == "tiny" else None
+    return Tokenizer(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None

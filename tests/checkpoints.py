@@ -1,0 +1,85 @@
+"""Small random checkpoints, written by transformers' own classes, for tests to compare with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from deserve.model.config import parse_config
+from deserve.model.weights import Shard, fill_dummy, tensor_shapes
+
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+}
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    shard_size: str = "1GB",
+    std: float = 0.2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Path:
+    """Save a random model of `family` (llama, mistral, qwen2, qwen3) in `folder`, and return it.
+
+    Every weight, norms and biases included, is drawn anew, and widely enough (`std`) for greedy outputs to vary.
+    `overrides` go into its config; a small `shard_size` (`100KB`) gives several files and an index.
+    """
+    import transformers
+
+    options = SHAPE | ({"sliding_window": None} if family == "mistral" else {}) | overrides
+    config = getattr(transformers, f"{FAMILIES[family]}Config")(**options)
+    model = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.normal_(mean, std, generator=generator)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def save_dummy(raw: dict[str, Any], folder: Path, seed: int = 0) -> Path:
+    """Write the weights of `dummy_shard` on the CPU, for the config.json `raw`, as a checkpoint in `folder`."""
+    config = parse_config(raw, "raw")
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, shape in tensor_shapes(config, Shard(0, config.num_layers, True, True)).items():
+        weights[name] = torch.empty(shape, dtype=config.dtype)
+        fill_dummy(name, weights[name], seed)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # transformers chooses its class by the model type
+    model_type = raw["architectures"][0].removesuffix("ForCausalLM").lower()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type} | raw))
+    return folder
+
+
+def reference_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """transformers' own model of a folder, ready to compare with: eager attention, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def reference_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
+    """`count` greedy tokens after `prompt`, end-of-text ignored; each from a fresh forward, without any cache."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
