@@ -3,16 +3,28 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from deserve.batch import Completion, IntArray, Request, StepPlan
 from deserve.comm.link import Receiver
+from deserve.config import Config, as_dict
+from deserve.kvcache.buddy import BuddyAllocator
+from deserve.model.checkpoint import Checkpoint
+from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.plan import Plan
+from deserve.planner.planner import choose_plan
+from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
-from deserve.report.results import ResultsWriter
+from deserve.report.results import Manifest, ResultsWriter
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
-from deserve.workload import Item, Rejected
+from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 
 
 class Intake:
@@ -104,7 +116,14 @@ class Recorder:
 class Controller:
     """Plans each visit from what the last one of the same micro-batch brought back."""
 
-    def __init__(self, scheduler: Scheduler, tokens_in: Receiver, intake: Intake, recorder: Recorder, progress: Progress):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokens_in: Receiver,
+        intake: Intake,
+        recorder: Recorder,
+        progress: Progress,
+    ):
         self._scheduler, self._tokens_in = scheduler, tokens_in
         self._intake, self._recorder, self._progress = intake, recorder, progress
         self._awaited = [False] * len(scheduler.micro_batches)
@@ -154,3 +173,73 @@ def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArra
 def token_text(tokens: IntArray) -> str:
     """Token ids as text, where there is no tokenizer."""
     return " ".join(map(str, np.asarray(tokens).tolist()))
+
+
+class Job:
+    """What rank 0 knows of a job before and after the visits: its input, its plan and its results."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint):
+        self._config, self._checkpoint = config, checkpoint
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._defaults = default_sampling(config.sampling, checkpoint.generation)
+        self._folder = Path(config.output.dir)
+        self._writer = ResultsWriter(
+            self._folder / "results.jsonl",
+            config.output.resume,
+            checkpoint.name,
+            Manifest.of(config, checkpoint.fingerprint()),
+        )
+        self._lengths = peek_lengths(config, self._tokenizer, self._limits(None), defaults=self._defaults)
+        self._progress = Progress(self._lengths.count, config.warmup_s)
+
+    def plan(self, ranks: int, dtype: torch.dtype) -> Plan:
+        """The plan of this job on `ranks` ranks. Raises UserError if one that was set by hand cannot work."""
+        memory = psutil.virtual_memory().available // 3
+        model = self._checkpoint.config
+        page_bytes = self._config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
+        return choose_plan(self._config, model, self._lengths, ranks, memory // ranks, page_bytes)
+
+    def controller(self, plan: Plan, tokens_in: Receiver) -> Controller:
+        """Open the workload and start reading."""
+        decode = self._tokenizer.decode if self._tokenizer is not None else token_text
+        self._recorder = Recorder(self._writer, decode, self._progress)
+        items = open_workload(self._config, self._tokenizer, self._limits(plan), self._defaults)
+        intake = Intake(items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
+        scheduler = Scheduler(
+            POLICIES[plan.policy],
+            pages,
+            intake,
+            page_size=plan.page_size,
+            micro_batch_size=plan.micro_batch_size,
+            max_batch_tokens=plan.max_batch_tokens,
+            concurrency=plan.concurrency,
+            eos_ids=self._checkpoint.eos_ids,
+            stopped=stop_finder(decode),
+        )
+        intake.wait(plan.concurrency)
+        self._progress.start()
+        return Controller(scheduler, tokens_in, intake, self._recorder, self._progress)
+
+    def report(self, plan: Plan, stages: list[dict[str, Any]]) -> None:
+        """Write `metrics.json` and say where everything lies."""
+        self._progress.close()
+        summary = self._progress.summary()
+        metrics = {
+            **summary,
+            "history_output_tokens": self._progress.history,
+            "stages": stages,
+            "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},
+            "config": as_dict(self._config),
+        }
+        write_metrics(self._folder / "metrics.json", metrics)
+        print(f"{summary['output_tokens_per_s']:.1f} output tokens/s; results in {self._writer.path}")
+
+    def _limits(self, plan: Plan | None) -> Limits:
+        """What a request may ask for: the model's context, and with a plan what the KV memory holds."""
+        model = self._checkpoint.config
+        context = model.max_context
+        if plan is not None:
+            # The last token is sampled but never computed, so it needs no place.
+            context = min(context, (plan.main_pages + plan.swap_pages) * plan.page_size + 1)
+        return Limits(model.vocab_size, context)

@@ -1,13 +1,12 @@
 """The loop that every rank runs: micro-batches visit the stages in turn, and many of them are under way at once."""
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from deserve.batch import IntArray, StepPlan
-from deserve.comm.link import Receiver, Sender
+from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
 from deserve.stage import Stage
 
@@ -20,19 +19,6 @@ class Controller(Protocol):
 
     def close(self) -> None:
         """Take in what is still under way to rank 0."""
-
-
-@dataclass(frozen=True)
-class Links:
-    """What connects a rank to its neighbours. Rank 0 gets its plans from the controller, the last rank forwards none.
-
-    `output` takes hidden states to the next rank, or from the last rank sampled tokens to rank 0.
-    """
-
-    plans_in: Receiver | None
-    plans_out: Sender | None
-    hidden_in: Receiver | None
-    output: Sender
 
 
 def run_pipeline(

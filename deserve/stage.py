@@ -6,14 +6,19 @@ import torch
 from deserve.batch import StepPlan
 from deserve.kvcache.pages import KVPages, PageTable
 from deserve.model.backend.base import Rows
+from deserve.model.backend.torch import TorchBackend
+from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.decoder import Decoder
 from deserve.model.sampler import Sampler
+from deserve.model.weights import Shard, dummy_shard, load_shard
+from deserve.planner.plan import Plan
 
 
 class Stage:
     """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
 
     def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device):
+        self.dtype = kv.layers.dtype
         self._decoder = decoder
         self._kv = kv
         self._device = device
@@ -43,3 +48,25 @@ class Stage:
         last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
         logits = self._decoder.logits(x.index_select(0, torch.from_numpy(last_token).to(self._device)))
         return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
+
+
+def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
+    """The stage of `shard`: its weights read or made, its pages set up. Raises UserError for an unusable checkpoint."""
+    config = checkpoint.config
+    if checkpoint.weights == "dummy" or checkpoint.folder is None:
+        weights = dummy_shard(config, shard, device, dtype)
+    else:
+        fetch_shard_files(checkpoint, shard)
+        weights = load_shard(checkpoint.folder, config, shard, device, dtype)
+    kv = KVPages(
+        layers=shard.last - shard.first,
+        pages=plan.main_pages + plan.swap_pages,
+        host_pages=2 ** (plan.host_height - 1) if plan.host_height else 0,
+        page_size=plan.page_size,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+    decoder = Decoder(config, weights, TorchBackend(config, dtype, device, config.max_context))
+    return Stage(decoder, kv, plan.concurrency, device)

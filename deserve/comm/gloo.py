@@ -12,7 +12,14 @@ from deserve.comm.network import Wire
 class GlooSender(Sender):
     """Sends frames to `peer`, at most `depth` of them unfinished."""
 
-    def __init__(self, peer: int, tag: int, depth: int, wire: Wire | None = None, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self,
+        peer: int,
+        tag: int,
+        depth: int,
+        wire: Wire | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         self._peer, self._tag, self._depth, self._wire, self._group = peer, tag, depth, wire, group
         self._unfinished: deque[tuple[dist.Work, torch.Tensor]] = deque()
 

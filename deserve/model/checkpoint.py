@@ -96,8 +96,7 @@ def fetch_shard_files(checkpoint: Checkpoint, shard: Shard) -> None:
         weight_map = read_weight_map(checkpoint.folder)
         try:
             names = [
-                stored_name(name, weight_map, checkpoint.config)
-                for name in tensor_shapes(checkpoint.config, shard)
+                stored_name(name, weight_map, checkpoint.config) for name in tensor_shapes(checkpoint.config, shard)
             ]
         except KeyError as error:
             raise UserError(f"{checkpoint.hub_id}: {INDEX} has no tensor {error.args[0]}") from error

@@ -132,9 +132,9 @@ class _Keys:
 def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """Read the content of a `config.json`; `source` names it in errors (a file or an option).
 
-    Raises UserError, naming the source and the key, for a missing or ill-typed key and for whatever this project
-    does not compute as the model was trained: another architecture or activation, a rope kind it does not know,
-    quantised weights, a sliding window shorter than the context.
+    Raises UserError, naming the source and the key, for a missing or ill-typed key and for whatever this
+    project would not compute as the model was trained: another architecture or activation, a rope kind it does
+    not know, quantised weights, a sliding window shorter than the context.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must hold a JSON object, not {type(raw).__name__}")
@@ -200,9 +200,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> Non
         raise keys.fail("hidden_act", f"{activation!r} is not supported; only silu is")
     quantization = raw.get("quantization_config")
     if quantization is not None:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise keys.fail("quantization_config", f"({method}) is not supported: use unquantised weights")
     if architecture == "MistralForCausalLM":
         # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens.
@@ -220,7 +218,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> Non
 
 
 def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
-    """The base of the rotary frequencies and their scaling, from the key of transformers 5 or the two before it."""
+    """The base of the rotary frequencies and their scaling, from the keys of transformers 5 or before."""
     name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     raw = keys.raw.get(name)
     if raw is None:
@@ -261,7 +259,7 @@ def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
 
 
 def _yarn_attention_factor(rope: _Keys, factor: float) -> float:
-    """YaRN's sqrt(1/t) = 0.1 ln(s) + 1 (arXiv 2309.00071, section 3.4), or what the checkpoint says instead."""
+    """YaRN's sqrt(1/t) = 0.1 ln(s) + 1 (arXiv 2309.00071, section 3.4), or the checkpoint's word."""
 
     def temper(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -26,7 +26,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1, each `[length, head_dim // 2]` float32, attention factor included.
+    """cos and sin of positions 0..length-1, each `[length, head_dim // 2]` float32, with the attention factor.
 
     Made on the CPU, so that every rank turns by the same angles whatever its device.
     """
@@ -49,7 +49,7 @@ def _llama3(base: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(periods: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2): a ramp over the dimensions from base to stretched.
+    """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2): a ramp over dimensions, base to stretched.
 
     periods: `[head_dim // 2]`, positions per radian.
     """

@@ -6,7 +6,11 @@ from numpy.typing import NDArray
 
 from deserve.batch import IntArray, SamplingParams
 
-_GOLDEN, _MIX1, _MIX2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX1, _MIX2 = (
+    np.uint64(0x9E3779B97F4A7C15),
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+)
 
 
 def encode_sampling(slot: int, sampling: SamplingParams) -> list[int]:
@@ -78,7 +82,11 @@ class Sampler:
 
 
 def draw(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor, uniform: torch.Tensor
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    uniform: torch.Tensor,
 ) -> torch.Tensor:
     """Sample each row of `logits` [n, vocab] at its `temperature` [n], cut to its `top_k` most likely tokens
     (0: all), then to the fewest of them that hold `top_p` of the probability; `uniform` [n] decides. Returns [n].

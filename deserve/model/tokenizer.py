@@ -17,9 +17,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a tokenizer class may raise anything on a bad file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
@@ -51,9 +49,7 @@ class Tokenizer:
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         except Exception as error:  # a template is the model's program: it may fail in any manner
-            raise RequestError(
-                "invalid_messages", f"the chat template refuses the messages: {error}"
-            ) from error
+            raise RequestError("invalid_messages", f"the chat template refuses the messages: {error}") from error
         return list(ids)
 
     def decode(self, ids: Iterable[int]) -> str:

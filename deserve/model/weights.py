@@ -1,7 +1,7 @@
 """The weights of one stage: read from safetensors, or random ones of the right shape.
 
-One table, `layer_parts`, says which tensors of a checkpoint make up which fused weight; reading, inventing and
-measuring a shard all follow it.
+One table, `layer_parts`, says which tensors of a checkpoint make up which fused weight; reading, inventing
+and measuring a shard all follow it.
 """
 
 import json
@@ -47,8 +47,9 @@ class LayerWeights:
     """One decoder layer; products are `x @ weight.T`.
 
     input_norm, post_norm: `[hidden]`; qkv: `[q_size + 2 * kv_size, hidden]`, rows q, k, v;
-    output: `[hidden, q_size]`; gate_up: `[2 * intermediate, hidden]`, rows gate, up; down: `[hidden, intermediate]`.
-    A bias is as long as its weight has rows; q_norm, k_norm: `[head_dim]`. None: the model has none.
+    output: `[hidden, q_size]`; gate_up: `[2 * intermediate, hidden]`, rows gate, up;
+    down: `[hidden, intermediate]`. A bias is as long as its weight has rows; q_norm, k_norm: `[head_dim]`.
+    None: the model has none.
     """
 
     input_norm: Tensor
@@ -67,9 +68,10 @@ class LayerWeights:
 
 @dataclass
 class ShardWeights:
-    """The weights of a stage. embedding and head: `[vocab, hidden]`; final_norm: `[hidden]`; None: another stage's.
+    """The weights of a stage.
 
-    With tied embeddings on one stage, `head` is the very tensor `embedding`.
+    embedding and head: `[vocab, hidden]`; final_norm: `[hidden]`; None: held by another stage. With tied
+    embeddings on one stage, `head` is the very tensor `embedding`.
     """
 
     layers: list[LayerWeights]
@@ -144,8 +146,8 @@ def load_shard(
 ) -> ShardWeights:
     """Read a shard's tensors, and no others, from a folder of safetensors into fused weights on `device`.
 
-    Raises UserError, naming the file and the tensor, for a folder without safetensors, a tensor or file that is
-    missing, a shape that config.json does not promise, and a truncated or corrupt file.
+    Raises UserError, naming the file and the tensor, for a folder without safetensors, a tensor or file that
+    is missing, a shape that config.json does not promise, and a truncated or corrupt file.
     """
     return _build(config, shard, device, dtype, _Reader(folder, config).fill)
 
@@ -196,9 +198,7 @@ def stored_name(name: str, weight_map: dict[str, str], config: ModelConfig) -> s
     return name
 
 
-def _build(
-    config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, fill: Fill
-) -> ShardWeights:
+def _build(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, fill: Fill) -> ShardWeights:
     def fuse(parts: Parts) -> Tensor:
         rows = sum(shape[0] for _, shape in parts)
         fused = torch.empty((rows, *parts[0][1][1:]), dtype=dtype, device=device)

@@ -45,9 +45,7 @@ class Manifest:
         try:
             before = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise UserError(
-                f"{path} is missing: nothing says what the results there answer. {WAYS_OUT}"
-            ) from None
+            raise UserError(f"{path} is missing: nothing says what the results there answer. {WAYS_OUT}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}). {WAYS_OUT}") from error
         now = self._as_json()
@@ -206,9 +204,7 @@ def _lock(file: int, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it however the process ends
     except BlockingIOError:
-        raise UserError(
-            f"output.dir={folder} is in use by another job: wait for it, or give another"
-        ) from None
+        raise UserError(f"output.dir={folder} is in use by another job: wait for it, or give another") from None
 
 
 def _set_aside(path: Path) -> None:

@@ -57,9 +57,7 @@ class BatchFile:
             raise RequestError("invalid_value", "custom_id is empty")
         first = self._claim(custom_id, line)
         if first != line:
-            raise RequestError(
-                "duplicate_custom_id", f"custom_id {brief(custom_id)} is already that of line {first}"
-            )
+            raise RequestError("duplicate_custom_id", f"custom_id {brief(custom_id)} is already that of line {first}")
         return custom_id
 
     def _line_id(self, line: int) -> str:
@@ -101,9 +99,7 @@ def _endpoint_and_body(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if "url" not in entry and "body" not in entry:
         given = [key for key in ("messages", "prompt") if entry.get(key) is not None]
         if len(given) != 1:
-            raise RequestError(
-                "missing_parameter", "the line needs url and body, or one of messages and prompt"
-            )
+            raise RequestError("missing_parameter", "the line needs url and body, or one of messages and prompt")
         return (CHAT if given == ["messages"] else COMPLETIONS), entry
     url, body, method = entry.get("url"), entry.get("body"), entry.get("method")
     if method is not None and method != "POST":

@@ -28,12 +28,7 @@ def checked_text(value: Any, name: str) -> str:
 
 def checked_whole(value: Any, name: str, low: int, high: int | None = None) -> int:
     """`value` if it is a whole number of at least `low` and at most `high`."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < low
-        or (high is not None and value > high)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RequestError("invalid_value", f"{name} is {brief(value)}, but must be a whole number {bounds}")
     return value

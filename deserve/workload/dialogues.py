@@ -31,9 +31,7 @@ class DataSet:
 
 SOURCES = {
     "oasst1": DataSet("OpenAssistant/oasst1"),
-    "sharegpt": DataSet(
-        "anon8231489123/ShareGPT_Vicuna_unfiltered", "ShareGPT_V3_unfiltered_cleaned_split.json"
-    ),
+    "sharegpt": DataSet("anon8231489123/ShareGPT_Vicuna_unfiltered", "ShareGPT_V3_unfiltered_cleaned_split.json"),
 }
 
 Messages = list[dict[str, Any]]
@@ -69,9 +67,7 @@ def _hub_records(source: str) -> Iterable[Any]:
     )
     try:
         datasets = importlib.import_module("datasets")
-        rows: Iterable[Any] = datasets.load_dataset(
-            data_set.hub_id, data_files=data_set.data_file, split="train"
-        )
+        rows: Iterable[Any] = datasets.load_dataset(data_set.hub_id, data_files=data_set.data_file, split="train")
     except Exception as error:  # the library's errors have no common base, and all mean the same here
         raise UserError(f"workload.source={source} is not at hand ({error}): {advice}") from error
     return rows

@@ -33,9 +33,7 @@ class Fixed:
             )
         count, length, variation = map(int, match.groups())
         if count < 1 or variation >= length:
-            raise UserError(
-                f"workload.source={source} must ask for at least one prompt, each of at least one token"
-            )
+            raise UserError(f"workload.source={source} must ask for at least one prompt, each of at least one token")
         return cls(count, length, variation)
 
     def check_fits(self, limits: Limits, max_tokens: int) -> None:
@@ -52,9 +50,7 @@ class Fixed:
         """The prompts `fixed-0`, `fixed-1`, ...; each depends on its index and the vocabulary size alone."""
         for index in range(self.count):
             random = np.random.default_rng(index)
-            length = random.integers(
-                self.length - self.variation, self.length + self.variation, endpoint=True
-            )
+            length = random.integers(self.length - self.variation, self.length + self.variation, endpoint=True)
             prompt = random.integers(limits.vocab_size, size=length, dtype=np.int32)
             custom_id = f"fixed-{index}"
             yield Request(custom_id, prompt, with_derived_seed(defaults, custom_id))

@@ -66,9 +66,7 @@ class Intake:
             raise RequestError("missing_parameter", "prompt is missing")
         if isinstance(prompt, list):
             if prompt and isinstance(prompt[0], str | list):
-                raise RequestError(
-                    "unsupported_parameter", "prompt holds several prompts: give each its own line"
-                )
+                raise RequestError("unsupported_parameter", "prompt holds several prompts: give each its own line")
             return self._in_vocabulary(prompt)
         return self._in_vocabulary(self.tokenizer.encode(checked_text(prompt, "prompt")))
 
@@ -76,9 +74,7 @@ class Intake:
         if not ids:
             raise RequestError("empty_prompt", "the prompt is empty")
         # An id outside the embedding would bring down the whole job, not just this request.
-        return [
-            checked_whole(token, "a token id of the prompt", 0, self.limits.vocab_size - 1) for token in ids
-        ]
+        return [checked_whole(token, "a token id of the prompt", 0, self.limits.vocab_size - 1) for token in ids]
 
 
 def _message(message: Any, name: str) -> dict[str, str]:
@@ -90,9 +86,7 @@ def _message(message: Any, name: str) -> dict[str, str]:
             raise RequestError("unsupported_parameter", f"{name}.{key} is not supported")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise RequestError(
-            "invalid_value", f"{name}.role is {brief(role)}, but must be one of {', '.join(ROLES)}"
-        )
+        raise RequestError("invalid_value", f"{name}.role is {brief(role)}, but must be one of {', '.join(ROLES)}")
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:

@@ -119,7 +119,5 @@ def with_derived_seed(defaults: SamplingParams, custom_id: str) -> SamplingParam
 def _checked_stop(value: Any, name: str) -> tuple[str, ...]:
     texts = tuple(checked_text(text, name) for text in (value if isinstance(value, list) else [value]))
     if "" in texts:
-        raise RequestError(
-            "invalid_value", f"{name} holds an empty string, which would end every answer at once"
-        )
+        raise RequestError("invalid_value", f"{name} holds an empty string, which would end every answer at once")
     return texts

@@ -53,9 +53,7 @@ def peek_lengths(
         count = sum(1 for _ in islice(batch_file.lines(path), limit))
         reader = batch_file.BatchFile(intake)
         step = max(1, -(-count // sample))
-        items: Iterator[Item] = (
-            reader.item(*line) for line in islice(batch_file.lines(path), 0, limit, step)
-        )
+        items: Iterator[Item] = (reader.item(*line) for line in islice(batch_file.lines(path), 0, limit, step))
     elif source in dialogues.SOURCES:
         items = islice(open_workload(config, tokenizer, limits, defaults), sample)
     else:
@@ -90,9 +88,7 @@ def _batch_file(source: str) -> Path | None:
     return path if named and source not in dialogues.SOURCES else None
 
 
-def _items(
-    config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams
-) -> Iterator[Item]:
+def _items(config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams) -> Iterator[Item]:
     source = config.workload.source
     path = _batch_file(source)
     if path is not None:

@@ -89,8 +89,8 @@ class TorchBackend(Backend):
             attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bucket.mask)
             attended = attended.view(n, kv_heads, queries, -1, head_dim).transpose(1, 2).reshape(n * queries, -1)
             if bucket.real is None:
-                out[bucket.tokens] = attended if isinstance(bucket.tokens, slice) else attended.view(
-                    *bucket.tokens.shape, -1
+                out[bucket.tokens] = (
+                    attended if isinstance(bucket.tokens, slice) else attended.view(*bucket.tokens.shape, -1)
                 )
             else:
                 assert isinstance(bucket.tokens, torch.Tensor)

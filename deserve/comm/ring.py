@@ -1,0 +1,53 @@
+"""The links of a rank: the ring that plans, hidden states and sampled tokens travel."""
+
+from dataclasses import dataclass
+
+from deserve.batch import StepPlan
+from deserve.comm.gloo import GlooReceiver, GlooSender
+from deserve.comm.link import Loopback, Receiver, Sender
+from deserve.comm.network import Wire
+from deserve.comm.world import World
+from deserve.config import NetworkSection
+from deserve.planner.plan import Plan
+
+PLANS, HIDDEN, TOKENS = 1, 2, 3  # message tags: what shares an edge is told apart by them
+
+
+@dataclass(frozen=True)
+class Links:
+    """What connects a rank to its neighbours. Rank 0 gets its plans from the controller, the last rank forwards none.
+
+    `output` takes hidden states to the next rank, or from the last rank sampled tokens to rank 0, where `tokens_in`
+    receives them.
+    """
+
+    plans_in: Receiver | None
+    plans_out: Sender | None
+    hidden_in: Receiver | None
+    output: Sender
+    tokens_in: Receiver | None
+
+
+def connect(world: World, network: NetworkSection, plan: Plan, hidden_bytes: int) -> Links:
+    """The links of this rank. `hidden_bytes`: bytes of one token's hidden state.
+
+    What leaves a rank shares one simulated wire, as it would share a real one.
+    """
+    if world.size == 1:
+        loop = Loopback()
+        return Links(None, None, None, loop, loop)
+    simulated = network.latency_ms > 0 or network.bandwidth_mbps is not None
+    wire = Wire(network.latency_ms, network.bandwidth_mbps) if simulated else None
+    before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+    depth = plan.rounds + 1
+    first, last = world.rank == 0, world.is_last
+    plan_bytes = 4 * StepPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
+    return Links(
+        plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=plan.rounds),
+        plans_out=None if last else GlooSender(after, PLANS, depth, wire),
+        hidden_in=None
+        if first
+        else GlooReceiver(before, HIDDEN, plan.max_batch_tokens * hidden_bytes, ahead=plan.rounds),
+        output=GlooSender(after, TOKENS if last else HIDDEN, depth, wire),
+        tokens_in=GlooReceiver(before, TOKENS, 4 * plan.max_batch_tokens) if first else None,
+    )

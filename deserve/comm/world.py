@@ -1,0 +1,84 @@
+"""The ranks of a job: how they meet, agree and fail together before the first visit."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from deserve.errors import UserError
+
+START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
+
+
+class World:
+    """This process's place among the ranks. Small things are exchanged as JSON through the store that torchrun keeps.
+
+    `local_size` counts the ranks on this host. Without torchrun it is a world of one.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self._store: dist.Store = dist.HashStore()
+        if self.size > 1:
+            store, _, _ = next(dist.rendezvous("env://"))
+            self._store = dist.PrefixStore("deserve", store)
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("ring", store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=START_TIMEOUT,
+            )
+        self._store.set_timeout(START_TIMEOUT)
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    def publish(self, key: str, value: Any) -> None:
+        """Make `value` (anything JSON can hold) readable by all ranks under `key`."""
+        self._store.set(key, json.dumps(value))
+
+    def read(self, key: str) -> Any:
+        """What some rank publishes under `key`; waits until it has."""
+        return json.loads(self._store.get(key))
+
+    def share(self, key: str, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.rank == 0:
+            self.publish(key, value)
+            return value
+        return self.read(key)
+
+    def gather(self, key: str, value: Any) -> list[Any]:
+        """The `value` of every rank, on rank 0; an empty list on the others."""
+        self.publish(f"{key}/{self.rank}", value)
+        if self.rank:
+            return []
+        return [self.read(f"{key}/{rank}") for rank in range(self.size)]
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """A part of the start that all ranks finish, or none: a UserError on one rank is raised on every rank."""
+        message = None
+        try:
+            yield
+        except UserError as error:
+            message = str(error)
+        messages = self.gather(f"step/{name}", message)
+        failed = [f"rank {rank}: {text}" if rank else text for rank, text in enumerate(messages) if text]
+        verdict = self.share(f"verdict/{name}", failed[0] if failed else None)
+        if verdict is not None:
+            raise UserError(verdict)
+
+    def leave(self) -> None:
+        """Close the connections."""
+        if self.size > 1:
+            dist.destroy_process_group()

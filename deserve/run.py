@@ -1,0 +1,97 @@
+"""The program: `torchrun --nproc-per-node=N -m deserve.run [overrides]`. Compose, meet, plan, load, run, report."""
+
+import argparse
+import os
+import sys
+
+import psutil
+import torch
+from omegaconf import OmegaConf
+
+from deserve import __version__
+from deserve.comm.ring import connect
+from deserve.comm.world import World
+from deserve.config import Config, as_dict, load_config
+from deserve.controller import Job
+from deserve.errors import UserError
+from deserve.model.checkpoint import model_dtype, resolve
+from deserve.pipeline import run_pipeline
+from deserve.planner.plan import Plan
+from deserve.report.metrics import stage_metrics
+from deserve.report.timeline import Timeline
+from deserve.stage import load_stage
+
+
+def run(config: Config, world: World) -> None:
+    """One job, from the composed configuration to `metrics.json`. Every rank calls it."""
+    device = set_up_device(config, world)
+    with world.step("model"):
+        checkpoint = resolve(config.model)
+        dtype = model_dtype(config.model, checkpoint.config)
+    job = None
+    with world.step("workload"):
+        if world.rank == 0:
+            job = Job(config, checkpoint)
+    with world.step("plan"):
+        if job is not None:
+            world.publish("plan", job.plan(world.size, dtype).to_json())
+    plan = Plan.from_json(world.read("plan"))
+    with world.step("load"):
+        stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
+    hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
+    links = connect(world, config.network, plan, hidden_bytes)
+    controller = None
+    with world.step("ready"):
+        if job is not None and links.tokens_in is not None:
+            controller = job.controller(plan, links.tokens_in)
+    timeline = Timeline(keep=config.trace)
+    run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
+    stages = world.gather("stages", stage_metrics(timeline, links))
+    if job is not None:
+        job.report(plan, stages)
+
+
+def set_up_device(config: Config, world: World) -> torch.device:
+    """The device of this rank; on CPU the ranks of a host share its cores evenly."""
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", world.local_rank)
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, not a choice of the user's
+        cores = len(psutil.Process().cpu_affinity() or [0])
+        torch.set_num_threads(max(1, cores // world.local_size))
+    return torch.device("cpu")
+
+
+def main() -> int:
+    """Exit status: 0 done, 1 the job failed, 2 a mistake in the command line or the configuration."""
+    parser = argparse.ArgumentParser(prog="deserve.run", description=__doc__)
+    parser.add_argument("--config", action="store_true", help="print the composed configuration and exit")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model=tiny or pipeline.rounds=4")
+    arguments = parser.parse_args()
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.overrides)
+    except UserError as error:
+        return complain(error, speaks, 2)
+    if arguments.config:
+        print(OmegaConf.to_yaml(as_dict(config)), end="")
+        return 0
+    world = World()
+    try:
+        run(config, world)
+    except UserError as error:
+        return complain(error, speaks, 1)
+    finally:
+        world.leave()
+    return 0
+
+
+def complain(error: UserError, speaks: bool, status: int) -> int:
+    """One message for all ranks."""
+    if speaks:
+        print(f"deserve: error: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
