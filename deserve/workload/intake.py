@@ -74,7 +74,11 @@ class Intake:
         if not ids:
             raise RequestError("empty_prompt", "the prompt is empty")
         # An id outside the embedding would bring down the whole job, not just this request.
-        return [checked_whole(token, "a token id of the prompt", 0, self.limits.vocab_size - 1) for token in ids]
+        last = self.limits.vocab_size - 1
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > last:
+            for token in ids:
+                checked_whole(token, "a token id of the prompt", 0, last)
+        return ids
 
 
 def _message(message: Any, name: str) -> dict[str, str]:

@@ -1,0 +1,204 @@
+"""Results: the format, and that no crash, full disk or second job loses or mixes lines."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deserve.batch import Completion, Request
+from deserve.config import Config
+from deserve.errors import UserError
+from deserve.report.results import Manifest, ResultsWriter
+
+CHAT = "/v1/chat/completions"
+
+
+def completion(custom_id: str, endpoint: str = "/v1/completions") -> Completion:
+    request = Request(custom_id, np.arange(3, dtype=np.int32), endpoint=endpoint)
+    return Completion(request, np.arange(2, dtype=np.int32), "stop")
+
+
+def write(path: Path, *custom_ids: str, resume: bool = True, manifest: Manifest | None = None) -> set[str]:
+    with ResultsWriter(path, resume, "model", manifest) as writer:
+        for custom_id in custom_ids:
+            writer.completion(completion(custom_id), "text")
+        return writer.done
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()]
+
+
+def test_format(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.jsonl"
+    with ResultsWriter(path, True, "smol") as writer:
+        writer.completion(completion("a", CHAT), "line\u2028two\x85\ud800")
+        writer.completion(completion("b"), "é")
+        writer.error("c", "invalid_json", "line 3: not JSON")
+        assert len(path.read_bytes().splitlines()) == 3  # visible before closing
+    chat, text, error = (json.loads(line) for line in path.read_text().splitlines())
+    assert chat["id"].startswith("batch_req_") and chat["custom_id"] == "a" and chat["error"] is None
+    assert chat["response"]["status_code"] == 200 and chat["response"]["request_id"]
+    body = chat["response"]["body"]
+    assert (body["object"], body["model"]) == ("chat.completion", "smol")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "line\u2028two\x85\ud800"},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert text["response"]["body"]["object"] == "text_completion"
+    assert text["response"]["body"]["choices"][0]["text"] == "é"
+    assert len({entry["id"] for entry in (chat, text, error)}) == 3
+    assert error["response"] is None
+    assert error["error"] == {"code": "invalid_json", "message": "line 3: not JSON"}
+
+
+def test_resume_continues_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert write(path, "a", "b") == set()
+    assert write(path, "c") == {"a", "b"}
+    assert ids(path) == ["a", "b", "c"]
+
+
+def test_without_resume_old_files_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for custom_id in "abc":
+        assert write(path, custom_id, resume=False) == set()
+    names = ["results.jsonl.1", "results.jsonl.2", "results.jsonl"]
+    assert [ids(tmp_path / name) for name in names] == [["a"], ["b"], ["c"]]
+
+
+@pytest.mark.parametrize("broken", [b"junk\n", b"{}\n", b"[]\n", b"\n", b"\0" * 9, b'{"custom_id": "b"}', b"\xff\n"])
+def test_a_torn_last_line_is_redone(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "results.jsonl"
+    write(path, "a")
+    path.write_bytes(path.read_bytes() + broken)
+    assert write(path, "b") == {"a"}
+    assert ids(path) == ["a", "b"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 1200))
+def test_a_file_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("cut") / "results.jsonl"
+    write(path, "a", "b", "c")
+    path.write_bytes(path.read_bytes()[:cut])
+    whole = path.read_bytes().count(b"\n")
+    done = write(path)
+    assert done == {"a", "b", "c"} if whole == 3 else len(done) == whole
+    write(path, *sorted({"a", "b", "c"} - done))
+    assert ids(path) == ["a", "b", "c"]
+
+
+def test_a_corrupt_line_in_the_middle(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    write(path, "a", "b")
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"junk\n" + second)
+    with pytest.raises(UserError, match=r"results\.jsonl: line 2 is corrupt"):
+        write(path)
+    path.write_bytes(first + second)
+    assert write(path) == {"a", "b"}  # the failed attempt left no lock behind
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.jsonl"
+    room = 700
+    system_write = os.write
+
+    def full(file: int, data: Any) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = system_write(file, bytes(data)[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(os, "write", full)
+    with ResultsWriter(path, True, "model") as writer:
+        writer.completion(completion("a"), "text")
+        with pytest.raises(UserError, match=r"results\.jsonl cannot be written: No space"):
+            writer.completion(completion("b"), "text")
+        assert ids(path) == ["a"]
+        room = 10_000
+        writer.completion(completion("b"), "text")
+    assert ids(path) == ["a", "b"]
+
+
+def test_one_job_for_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    code = (
+        "import sys; from pathlib import Path; from deserve.report.results import ResultsWriter\n"
+        "w = ResultsWriter(Path(sys.argv[1]), True, 'm'); print('open', flush=True); sys.stdin.read()"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        for resume in (True, False):
+            with pytest.raises(UserError, match=r"output\.dir=.* is in use by another job"):
+                write(path, resume=resume)
+        other.kill()
+    assert write(path) == set()  # a killed job holds nothing
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output\.dir"):
+        write(tmp_path / "file" / "results.jsonl")
+
+
+def manifest(source: Path | str, model: Any = "sha", **sampling: Any) -> Manifest:
+    config = Config()
+    config.workload.source = str(source)
+    for key, value in sampling.items():
+        setattr(config.sampling, key, value)
+    return Manifest.of(config, model)
+
+
+def test_manifest_stops_a_resume_of_another_job(tmp_path: Path) -> None:
+    path, source = tmp_path / "out" / "results.jsonl", tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n')
+    write(path, "a", manifest=manifest(source))
+    moved = source.rename(tmp_path / "moved.jsonl")
+    assert write(path, manifest=manifest(moved)) == {"a"}
+    for other, word in [
+        (manifest("fixed1:2:0"), r"input \(workload\.source\)"),
+        (manifest(moved, "other"), "model"),
+        (manifest(moved, temperature=0.5), "sampling parameters"),
+        (manifest("fixed1:2:0", "other"), r"input \(workload\.source\), model"),
+    ]:
+        with pytest.raises(UserError, match=rf"with other {word}\. .*output\.resume=false.*output\.dir"):
+            write(path, manifest=other)
+    moved.write_text('{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="input"):
+        write(path, manifest=manifest(moved))
+    assert write(path, "b", resume=False, manifest=manifest(moved)) == set()
+    assert write(path, manifest=manifest(moved)) == {"b"}
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_manifest_missing_or_broken(tmp_path: Path) -> None:
+    path, record = tmp_path / "results.jsonl", tmp_path / "manifest.json"
+    write(path, manifest=manifest("fixed1:2:0"))
+    write(path, "a", manifest=manifest("fixed2:2:0"))  # nothing was answered yet
+    for content in ("[]", "{", None):
+        record.unlink() if content is None else record.write_text(content)
+        with pytest.raises(UserError, match=r"output\.resume=false"):
+            write(path, manifest=manifest("fixed2:2:0"))
+
+
+def test_manifest_of_an_unreadable_input(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"workload\.source: .*none\.jsonl cannot be read"):
+        manifest(tmp_path / "none.jsonl")

@@ -1,0 +1,517 @@
+"""Workloads: every line becomes exactly one item, and what is wrong is said."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deserve.batch import Request, SamplingParams
+from deserve.config import Config, SamplingSection
+from deserve.errors import RequestError, UserError
+from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
+from deserve.workload.batch_file import BatchFile
+from deserve.workload.intake import CHAT, COMPLETIONS, Intake
+
+LIMITS = Limits(vocab_size=256, max_context=100)
+
+
+class Bytes:
+    """A tokenizer of bytes, whose chat template wants a user's turn at the end."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        if messages[-1]["role"] != "user":
+            raise RequestError("invalid_messages", "the last message must be the user's")
+        return self.encode("".join(f"{message['role'][0]}:{message['content']};" for message in messages))
+
+
+def configure(source: Path | str, path: Path | None = None, **sampling: Any) -> Config:
+    config = Config()
+    config.workload.source = str(source)
+    config.workload.path = None if path is None else str(path)
+    config.sampling = SamplingSection(**({"max_tokens": 16} | sampling))
+    return config
+
+
+def read(config: Config) -> list[Item]:
+    return list(open_workload(config, Bytes(), LIMITS))
+
+
+def read_lines(folder: Path, *lines: Any, **sampling: Any) -> list[Item]:
+    path = folder / "in.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return read(configure(path, **sampling))
+
+
+def request(item: Item) -> Request:
+    assert isinstance(item, Request), item
+    return item
+
+
+def rejected(item: Item, code: str, *words: str) -> Rejected:
+    assert isinstance(item, Rejected), item
+    assert item.code == code, item
+    assert all(word in item.message for word in words), item
+    return item
+
+
+def text(item: Item) -> str:
+    return bytes(request(item).prompt.tolist()).decode()
+
+
+# Synthetic
+
+
+def test_fixed_is_deterministic_and_within_its_bounds() -> None:
+    config = configure("fixed200:20:5")
+    first, again = ([request(item) for item in open_workload(config, None, LIMITS)] for _ in range(2))
+    assert [item.custom_id for item in first] == [f"fixed-{index}" for index in range(200)]
+    assert all(np.array_equal(one.prompt, other.prompt) for one, other in zip(first, again, strict=True))
+    assert {len(item.prompt) for item in first} == set(range(15, 26))
+    ids = np.concatenate([item.prompt for item in first])
+    assert ids.dtype == np.int32 and ids.min() == 0 and ids.max() == 255
+    assert {item.endpoint for item in first} == {COMPLETIONS}
+    assert peek_lengths(config, None, LIMITS) == peek_lengths(config, None, LIMITS, sample=1)
+    lengths = peek_lengths(config, None, LIMITS)
+    assert (lengths.count, lengths.mean_prompt, lengths.max_prompt, lengths.max_total) == (200, 20, 25, 41)
+    config.workload.limit = 3
+    assert len(list(open_workload(config, None, LIMITS))) == 3
+    assert peek_lengths(config, None, LIMITS).count == 3
+
+
+@pytest.mark.parametrize("source", ["fixed", "fixed8:4", "fixed8:4:-1", "fixed0:4:0", "fixed8:4:4", "fixed8:4:0x"])
+def test_malformed_fixed(source: str) -> None:
+    with pytest.raises(UserError, match=r"workload\.source"):
+        open_workload(configure(source), None, LIMITS)
+
+
+def test_fixed_beyond_the_context_fails_at_open() -> None:
+    open_workload(configure("fixed8:80:4"), None, LIMITS)
+    with pytest.raises(UserError, match=r"workload\.source.*85.*max_tokens=16.*100"):
+        open_workload(configure("fixed8:80:5"), None, LIMITS)
+
+
+def test_unknown_source() -> None:
+    with pytest.raises(UserError, match=r"workload\.source=squad must be"):
+        open_workload(configure("squad"), Bytes(), LIMITS)
+
+
+# JSONL
+
+
+def test_the_forms_of_a_line(tmp_path: Path) -> None:
+    body = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "user": "me"}
+    items = read_lines(
+        tmp_path,
+        {"custom_id": "a", "method": "POST", "url": CHAT, "body": body},
+        {"custom_id": "b", "url": COMPLETIONS, "body": {"prompt": "once", "max_completion_tokens": 8}},
+        "",
+        {"prompt": [1, 2, 255], "custom_id": "c", "temperature": 1},
+        {"messages": [{"role": "developer", "content": [{"type": "text", "text": "be "}] * 2}, *body["messages"]]},
+        "   \t",
+        {"prompt": "é"},
+    )
+    assert [item.custom_id for item in items] == ["a", "b", "c", "line-5", "line-7"]
+    assert [item.line for item in items] == [1, 2, 4, 5, 7]
+    endpoints = [CHAT, COMPLETIONS, COMPLETIONS, CHAT, COMPLETIONS]
+    assert [request(item).endpoint for item in items] == endpoints
+    assert [text(items[0]), text(items[1]), text(items[3])] == ["u:hi;", "once", "s:be be ;u:hi;"]
+    assert [request(item).sampling.max_tokens for item in items] == [7, 8, 16, 16, 16]
+    assert request(items[2]).prompt.tolist() == [1, 2, 255] and request(items[2]).sampling.temperature == 1
+
+
+def test_byte_order_mark_and_no_final_newline(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
+    assert [text(item) for item in read(configure(tmp_path / "in.jsonl"))] == ["a", "b"]
+
+
+def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
+    said = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": -1, "stop": "x", "ignore_eos": True}
+    job: dict[str, Any] = {"temperature": 2.0, "top_p": 0.5, "top_k": 3, "stop": ["y", "z"]}
+    own, plain, nulls, none = (
+        request(item).sampling
+        for item in read_lines(
+            tmp_path,
+            {"prompt": "a"} | said,
+            {"prompt": "a"},
+            {"prompt": "a"} | dict.fromkeys(said),
+            {"prompt": "a", "stop": [], "top_k": 10**30, "temperature": 1e-9},
+            **job,
+        )
+    )
+    assert own == SamplingParams(16, 0.5, 0.9, 5, 2**63 - 1, ("x",), True)
+    for params in plain, nulls:
+        assert params == SamplingParams(16, 2.0, 0.5, 3, params.seed, ("y", "z"), False)
+    # As many tokens as there are cut nothing off; a temperature that underflows is greedy.
+    assert (none.stop, none.top_k, none.temperature) == ((), 0, 0.0)
+    assert len({own.seed, plain.seed, nulls.seed, none.seed}) == 4
+    (again,) = read_lines(tmp_path, {"prompt": "a", "custom_id": "line-2"}, **job)
+    (other,) = read_lines(tmp_path, {"prompt": "a", "custom_id": "line-2"}, seed=1, **job)
+    assert request(again).sampling.seed == plain.seed != request(other).sampling.seed
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "word"),
+    [
+        ("{", "invalid_json", "not JSON"),
+        ('{"prompt": NaN}', "invalid_json", "NaN"),
+        ("[" * 100_000, "invalid_json", "deeply"),
+        ('{"max_tokens": ' + "9" * 5000 + "}", "invalid_json", "digits"),
+        ("[1]", "invalid_request", "a list"),
+        ("7", "invalid_request", "7"),
+        ({}, "missing_parameter", "messages and prompt"),
+        ({"prompt": "a", "messages": []}, "missing_parameter", "one of"),
+        ({"url": "/v1/embeddings", "body": {}}, "invalid_url", "/v1/embeddings"),
+        ({"url": [], "body": {}}, "invalid_url", "a list"),
+        ({"body": {"prompt": "a"}}, "invalid_url", "None"),
+        ({"url": CHAT, "method": "GET", "body": {}}, "invalid_method", "GET"),
+        ({"url": CHAT, "method": "POST"}, "invalid_request", "body"),
+        ({"url": CHAT, "body": {"prompt": "a"}}, "missing_parameter", "messages"),
+        ({"url": COMPLETIONS, "body": {}}, "missing_parameter", "prompt"),
+        ({"prompt": ""}, "empty_prompt", "empty"),
+        ({"prompt": []}, "empty_prompt", "empty"),
+        ({"messages": []}, "empty_prompt", "no text"),
+        ({"messages": [{"role": "user", "content": " "}]}, "empty_prompt", "no text"),
+        ({"messages": "hi"}, "invalid_value", "list"),
+        ({"messages": ["hi"]}, "invalid_value", "messages[0]"),
+        ({"messages": [{"content": "hi"}]}, "invalid_value", "role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "invalid_value", "tool"),
+        ({"messages": [{"role": "user"}]}, "invalid_value", "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter", "text"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "invalid_messages", "user"),
+        ({"prompt": 3}, "invalid_value", "prompt"),
+        ({"prompt": ["a", "b"]}, "unsupported_parameter", "several"),
+        ({"prompt": [1, 256]}, "invalid_value", "256"),
+        ({"prompt": [-1]}, "invalid_value", "-1"),
+        ({"prompt": [True]}, "invalid_value", "True"),
+        ('{"prompt": "\\ud800"}', "invalid_value", "surrogate"),
+        ({"prompt": "a", "max_tokens": -4}, "invalid_value", "max_tokens"),
+        ({"prompt": "a", "max_tokens": 0}, "invalid_value", "max_tokens"),
+        ({"prompt": "a", "max_tokens": 1.5}, "invalid_value", "max_tokens"),
+        ({"prompt": "a", "max_completion_tokens": "4"}, "invalid_value", "max_completion_tokens"),
+        ({"prompt": "a", "temperature": -0.1}, "invalid_value", "temperature"),
+        ('{"prompt": "a", "temperature": 1e999}', "invalid_value", "temperature"),
+        ({"prompt": "a", "temperature": 10**400}, "invalid_value", "temperature"),
+        ({"prompt": "a", "temperature": True}, "invalid_value", "temperature"),
+        ({"prompt": "a", "top_p": 0}, "invalid_value", "top_p"),
+        ({"prompt": "a", "top_p": 1.1}, "invalid_value", "top_p"),
+        ({"prompt": "a", "top_k": -2}, "invalid_value", "top_k"),
+        ({"prompt": "a", "seed": 2**63}, "invalid_value", "seed"),
+        ({"prompt": "a", "stop": [1]}, "invalid_value", "stop"),
+        ({"prompt": "a", "stop": ""}, "invalid_value", "stop"),
+        ({"prompt": "a", "ignore_eos": 1}, "invalid_value", "ignore_eos"),
+        ({"prompt": "a", "n": 2}, "unsupported_parameter", "n=2"),
+        ({"prompt": "a", "logprobs": 0}, "unsupported_parameter", "logprobs"),
+        ({"prompt": "a", "stream": True}, "unsupported_parameter", "stream"),
+        ({"prompt": "a", "tools": [{}]}, "unsupported_parameter", "tools"),
+        ({"prompt": "a", "custom_id": 7}, "invalid_value", "custom_id"),
+        ({"prompt": "a", "custom_id": ""}, "invalid_value", "custom_id"),
+        ('{"prompt": "a", "custom_id": "\\udfff"}', "invalid_value", "custom_id"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, line: Any, code: str, word: str) -> None:
+    first, second = read_lines(tmp_path, "", line, {"prompt": "fine"})
+    assert rejected(first, code, "line 2: ", word).custom_id == "line-2"
+    assert text(second) == "fine"
+
+
+def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
+    harmless = {"n": 1, "stream": False, "logprobs": None, "tools": [], "presence_penalty": 0.0, "min_p": 0}
+    assert text(*read_lines(tmp_path, {"prompt": "a"} | harmless)) == "a"
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "\xff"}\n{"prompt": "b"}\n')
+    first, second = read(configure(tmp_path / "in.jsonl"))
+    rejected(first, "invalid_utf8", "line 1", "byte 13")
+    assert text(second) == "b"
+
+
+def test_custom_ids_are_unique(tmp_path: Path) -> None:
+    items = read_lines(
+        tmp_path,
+        {"custom_id": "a", "prompt": ""},  # an id is taken even by a line that is no request
+        {"custom_id": "a", "prompt": "x"},
+        {"custom_id": "line-4", "prompt": "x"},
+        {"prompt": "x"},
+        {"custom_id": "line-2", "prompt": "x"},
+    )
+    assert [item.custom_id for item in items] == ["a", "line-2", "line-4", "line-4'", "line-5"]
+    rejected(items[1], "duplicate_custom_id", "line 2", "'a'", "line 1")
+    rejected(items[4], "duplicate_custom_id", "line 5", "line 2")
+
+
+def test_context(tmp_path: Path) -> None:
+    lines = [{"prompt": "a" * length} for length in (84, 85, 99, 100)]
+    *fitting, over = read_lines(tmp_path, *lines)
+    assert [request(item).sampling.max_tokens for item in fitting] == [16, 15, 1]
+    rejected(over, "context_length_exceeded", "line 4", "100")
+
+
+def test_limit_and_laziness(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 1000)
+    config = configure(path)
+    config.workload.limit = 4
+    assert len(read(config)) == 4
+    assert peek_lengths(config, Bytes(), LIMITS).count == 4
+
+
+def test_missing_file_and_missing_tokenizer(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(UserError, match=r"workload\.source"):
+            open_workload(configure(f"{path}" if path.suffix else f"{path}/x.jsonl"), Bytes(), LIMITS)
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"workload\.source=.*folder\.jsonl cannot be read: Is a directory"):
+        open_workload(configure(folder), Bytes(), LIMITS)
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="no tokenizer"):
+        open_workload(configure(tmp_path / "in.jsonl"), None, LIMITS)
+
+
+def test_peek_spreads_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [{"prompt": "a" * 10}] * 60 + [{"prompt": "a" * 70, "max_tokens": 20}] * 60 + [{}]
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    lengths = peek_lengths(configure(path), Bytes(), LIMITS, sample=10)
+    assert (lengths.count, lengths.max_prompt, lengths.max_total) == (121, 70, 90)
+    assert 30 < lengths.mean_prompt < 50 and 17 < lengths.mean_output < 19
+    path.write_text("{}\n")
+    lengths = peek_lengths(configure(path), Bytes(), LIMITS)
+    assert (lengths.count, lengths.mean_prompt, lengths.mean_output) == (1, 1, 16)
+
+
+def test_the_sample_file() -> None:
+    path = Path(__file__).parent.parent / "bench" / "prompts.jsonl"
+    items = list(open_workload(configure(path), Bytes(), Limits(256, 8192)))
+    assert len({request(item).custom_id for item in items}) >= 16
+
+
+# Whatever a file holds, each line that is not blank is one item.
+
+VALID: list[dict[str, Any]] = [
+    {
+        "custom_id": "a",
+        "method": "POST",
+        "url": CHAT,
+        "body": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+            "max_tokens": 4,
+            "stop": ["x"],
+            "seed": 3,
+        },
+    },
+    {"custom_id": "b", "url": COMPLETIONS, "body": {"prompt": [1, 2], "temperature": 0.5, "top_k": 4}},
+    {"prompt": "hi", "top_p": 0.5, "ignore_eos": True, "n": 1, "logprobs": False},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+]
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["\ud800", "\0", CHAT]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A valid line with one value replaced, or with its bytes damaged."""
+    entry: Any = json.loads(json.dumps(draw(st.sampled_from(VALID))))
+    spots: list[tuple[Any, Any]] = []
+    pending = [entry]
+    while pending:
+        node = pending.pop()
+        children = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in list(children):
+            spots.append((node, key))
+            if isinstance(child, dict | list):
+                pending.append(child)
+    if draw(st.booleans()):
+        node, key = draw(st.sampled_from(spots))
+        node[key] = draw(JSON_VALUES)
+    raw = json.dumps(entry, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass")
+    if draw(st.integers(0, 3)) == 0:
+        at = draw(st.integers(0, len(raw)))
+        raw = raw[:at] + draw(st.binary(max_size=3)) + raw[at + draw(st.integers(0, 3)) :]
+    return raw
+
+
+@settings(max_examples=150, deadline=None)
+@given(lines=st.lists(st.binary(max_size=40) | mutated(), max_size=30))
+def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
+    data = b"\n".join(lines)
+    path = tmp_path_factory.mktemp("fuzz") / "in.jsonl"
+    path.write_bytes(data)
+    numbers = [number for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+    items = read(configure(path))
+    assert [item.line for item in items] == numbers
+    assert len({item.custom_id for item in items}) == len(items)
+    for item in items:
+        json.dumps(item.custom_id).encode()
+        if isinstance(item, Request):
+            assert 1 <= len(item.prompt) <= 99 and item.prompt.min() >= 0 and item.prompt.max() < 256
+            assert 1 <= item.sampling.max_tokens <= 100 - len(item.prompt)
+            assert 0 <= item.sampling.seed < 2**63
+        else:
+            assert item.message.startswith(f"line {item.line}: ")
+            item.message.encode()
+
+
+@settings(max_examples=1500, deadline=None)
+@given(raw=mutated())
+def test_a_mutated_line_is_an_item(raw: bytes) -> None:
+    reader = BatchFile(Intake(Bytes(), LIMITS, SamplingParams()))
+    assert isinstance(reader.item(1, raw), Request | Rejected)
+
+
+# Defaults
+
+
+def test_default_sampling() -> None:
+    model = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    assert default_sampling(SamplingSection(), model) == SamplingParams(temperature=0.6, top_p=0.9)
+    assert default_sampling(SamplingSection(), model | {"do_sample": False}) == SamplingParams()
+    assert default_sampling(SamplingSection(), {}) == SamplingParams()
+    assert default_sampling(SamplingSection(), {"do_sample": True, "top_k": None}).temperature == 1.0
+    assert default_sampling(SamplingSection(temperature=0.0), model) == SamplingParams()
+    assert default_sampling(SamplingSection(top_k=4), model) == SamplingParams(temperature=1.0, top_k=4)
+    assert default_sampling(SamplingSection(stop=["a", "b"]), {}).stop == ("a", "b")
+    with pytest.raises(UserError, match=r"sampling\.top_p"):
+        default_sampling(SamplingSection(top_p=1.5), {})
+    with pytest.raises(UserError, match=r"generation_config\.json: temperature"):
+        default_sampling(SamplingSection(), {"do_sample": True, "temperature": "hot"})
+
+
+# Data sets
+
+ROWS: list[dict[str, Any]] = [
+    {"message_id": "q1", "parent_id": None, "text": "why?", "role": "prompter", "lang": "en", "deleted": False},
+    {"message_id": "a1", "parent_id": "q1", "text": "so", "role": "assistant", "lang": "en", "deleted": False},
+    {"message_id": "q2", "parent_id": "a1", "text": "and?", "role": "prompter", "lang": "en", "deleted": False},
+    {"message_id": "a2", "parent_id": "q1", "text": "no", "role": "assistant", "lang": "en", "deleted": True},
+    {"message_id": "q3", "parent_id": "a2", "text": "oh?", "role": "prompter", "lang": "en", "deleted": False},
+]
+TURNS = [("oasst1-q1", "u:why?;"), ("oasst1-q2", "u:why?;a:so;u:and?;")]
+
+
+def tree() -> dict[str, Any]:
+    nodes = {row["message_id"]: {**row, "replies": []} for row in ROWS}
+    for row in ROWS:
+        parent = nodes[row["message_id"]].pop("parent_id")
+        if parent is not None:
+            nodes[parent]["replies"].append(nodes[row["message_id"]])
+    return {"message_tree_id": "q1", "tree_state": "ready_for_export", "prompt": nodes["q1"]}
+
+
+def json_lines(records: list[Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize(
+    "records", [ROWS, ROWS[::-1], [tree()], [*ROWS, tree()]], ids=["rows", "reversed", "tree", "both"]
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_oasst1(tmp_path: Path, records: list[Any], zipped: bool) -> None:
+    path = tmp_path / f"messages.jsonl{'.gz' if zipped else ''}"
+    data = json_lines(records).encode()
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    for where in (path, tmp_path):
+        items = read(configure("oasst1", where))
+        assert sorted((item.custom_id, text(item)) for item in items) == TURNS
+        assert all(request(item).endpoint == CHAT for item in items)
+
+
+def test_oasst1_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "train.parquet")
+    assert [(item.custom_id, text(item)) for item in read(configure("oasst1", tmp_path))] == TURNS
+
+
+def test_oasst1_lost_parents_and_loops(tmp_path: Path) -> None:
+    lost = {"message_id": "q", "parent_id": "gone", "text": "?", "role": "prompter"}
+    loop = {"message_id": "r", "parent_id": "r", "text": "?", "role": "prompter"}
+    (tmp_path / "m.jsonl").write_text(json_lines([lost, loop]))
+    first, second = read(configure("oasst1", tmp_path))
+    rejected(first, "invalid_request", "oasst1-q", "gone")
+    rejected(second, "invalid_request", "oasst1-r")
+
+
+CONVERSATIONS: list[Any] = [
+    {
+        "id": "x",
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "one"},
+            {"from": "gpt", "value": "two"},
+            {"from": "human", "value": "three"},
+        ],
+    },
+    {"id": "x", "conversations": []},
+    {"id": "z"},
+    {"id": "y", "conversations": [{"from": "alien", "value": "?"}, {"from": "human", "value": "[é],\n"}]},
+    {"id": "w", "conversations": [{"from": "human", "value": "z" * 50}]},
+]
+
+
+@pytest.mark.parametrize("form", ["array", "indented", "lines"])
+def test_sharegpt(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deserve.workload.records.CHUNK", 7)  # values span what is read at once
+    path = tmp_path / "sharegpt.json"
+    indent = 2 if form == "indented" else None
+    path.write_text(json_lines(CONVERSATIONS) if form == "lines" else json.dumps(CONVERSATIONS, indent=indent))
+    one, three, ill, alien, last = read(configure("sharegpt", path))
+    assert (one.custom_id, text(one)) == ("sharegpt-0-1", "s:s;u:one;")
+    assert (three.custom_id, text(three)) == ("sharegpt-0-3", "s:s;u:one;a:two;u:three;")
+    rejected(ill, "invalid_request", "sharegpt-2")
+    rejected(alien, "invalid_value", "sharegpt-3-1", "alien")
+    assert text(last) == f"u:{'z' * 50};"
+    assert peek_lengths(configure("sharegpt", path), Bytes(), LIMITS).max_prompt == 53
+
+
+@pytest.mark.parametrize("content", ["[{", '[{"a": 1}', "{]", '{"a": 1}', "[" * 10**5, "[" + '{"a":' * 10**5])
+@pytest.mark.parametrize("source", ["oasst1", "sharegpt"])
+def test_broken_data_sets(tmp_path: Path, source: str, content: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    try:
+        items = read(configure(source, path))
+    except UserError as error:
+        assert "workload.path" in str(error)
+    else:
+        assert source == "sharegpt" and all(isinstance(item, Rejected) for item in items)
+
+
+def test_a_torn_archive(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl.gz"
+    path.write_bytes(gzip.compress(json_lines(ROWS * 20).encode())[:-12])
+    with pytest.raises(UserError, match=r"workload\.path.*m\.jsonl\.gz"):
+        open_workload(configure("oasst1", path), Bytes(), LIMITS)
+
+
+def test_data_sets_through_the_hub_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = {"OpenAssistant/oasst1": ROWS, "anon8231489123/ShareGPT_Vicuna_unfiltered": CONVERSATIONS}
+    library = SimpleNamespace(load_dataset=lambda name, data_files, split: sets[name])
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert [(item.custom_id, text(item)) for item in read(configure("oasst1"))] == TURNS
+    assert len(read(configure("sharegpt"))) == 5
+
+
+def test_data_sets_not_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"OpenAssistant/oasst1 and set workload\.path"):
+        open_workload(configure("oasst1"), Bytes(), LIMITS)
+    with pytest.raises(UserError, match=r"workload\.path=.* does not exist"):
+        open_workload(configure("sharegpt", tmp_path / "none"), Bytes(), LIMITS)
+    with pytest.raises(UserError, match=r"workload\.path=.* holds no \.jsonl"):
+        open_workload(configure("sharegpt", tmp_path), Bytes(), LIMITS)
