@@ -36,8 +36,8 @@ def make_checkpoint(
 ) -> Path:
     """Save a random model of `family` (llama, mistral, qwen2, qwen3) in `folder`, and return it.
 
-    Every weight, norms and biases included, is drawn anew, and widely enough (`std`) for greedy outputs to vary.
-    `overrides` go into its config; a small `shard_size` (`100KB`) gives several files and an index.
+    Every weight, norms and biases included, is drawn anew, and widely enough (`std`) for greedy outputs to
+    vary. `overrides` go into its config; a small `shard_size` (`100KB`) gives several files and an index.
     """
     import transformers
 
@@ -54,7 +54,7 @@ def make_checkpoint(
 
 
 def save_dummy(raw: dict[str, Any], folder: Path, seed: int = 0) -> Path:
-    """Write the weights of `dummy_shard` on the CPU, for the config.json `raw`, as a checkpoint in `folder`."""
+    """Write what `dummy_shard` makes on the CPU, for the config.json `raw`, as a checkpoint in `folder`."""
     config = parse_config(raw, "raw")
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
@@ -77,9 +77,42 @@ def reference_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def reference_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
-    """`count` greedy tokens after `prompt`, end-of-text ignored; each from a fresh forward, without any cache."""
+    """`count` greedy tokens after `prompt`, end-of-text ignored; each from a forward without any cache."""
     ids = list(prompt)
     with torch.inference_mode():
         for _ in range(count):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+    """Write a tokenizer of single bytes (ids 0..255 in GPT-2's order) and a few special tokens from 256 on.
+
+    It puts `<|begin|>` (257) before a text, and ends it with `<|end|>` (256).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    special = ["<|end|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", None, [("<|begin|>", 257)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "chat_template": chat_template,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -133,8 +133,8 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """Read the content of a `config.json`; `source` names it in errors (a file or an option).
 
     Raises UserError, naming the source and the key, for a missing or ill-typed key and for whatever this
-    project would not compute as the model was trained: another architecture or activation, a rope kind it does
-    not know, quantised weights, a sliding window shorter than the context.
+    project would not compute as the model was trained: another architecture or activation, an unknown kind of
+    rope, quantised weights, a sliding window shorter than the context.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must hold a JSON object, not {type(raw).__name__}")
@@ -204,12 +204,10 @@ def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> Non
         raise keys.fail("quantization_config", f"({method}) is not supported: use unquantised weights")
     if architecture == "MistralForCausalLM":
         # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens.
-        window = raw.get("sliding_window", 4096)
-        if window is not None and keys.count("sliding_window", default=4096) < max_context:
-            raise keys.fail(
-                "sliding_window",
-                f"({window}, context {max_context}) is not supported; only null, full attention, is",
-            )
+        full = "sliding_window" in raw and raw["sliding_window"] is None
+        window = max_context if full else keys.count("sliding_window", default=4096)
+        if window < max_context:
+            raise keys.fail("sliding_window", f"({window}) is not supported; only null, full attention, is")
     elif architecture.startswith("Qwen") and keys.flag("use_sliding_window"):
         raise keys.fail("use_sliding_window", "is not supported; only false, full attention, is")
     others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})

@@ -26,7 +26,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1, each `[length, head_dim // 2]` float32, with the attention factor.
+    """cos and sin of positions 0..length-1, each `[length, head_dim // 2]` float32, times attention factor.
 
     Made on the CPU, so that every rank turns by the same angles whatever its device.
     """

