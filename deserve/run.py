@@ -1,6 +1,7 @@
 """The program: `torchrun --nproc-per-node=N -m deserve.run [overrides]`. Compose, meet, plan, load, run, report."""
 
 import argparse
+import ctypes
 import os
 import sys
 
@@ -58,7 +59,17 @@ def set_up_device(config: Config, world: World) -> torch.device:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, not a choice of the user's
         cores = len(psutil.Process().cpu_affinity() or [0])
         torch.set_num_threads(max(1, cores // world.local_size))
+    keep_freed_memory()
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors give back: returning it to the kernel at every layer costs more than the layer."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 32 << 20)  # the most it takes
 
 
 def main() -> int:

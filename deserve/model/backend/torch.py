@@ -13,10 +13,10 @@ from deserve.model.rope import rope_table
 
 @dataclass
 class Bucket:
-    """Rows of like length that attend in one call, padded to the longest of them.
+    """Rows of like length that attend together, padded to the longest of them.
 
     `tokens` [n, q] indices of their tokens in the visit (a slice when they lie end to end without padding);
-    `keys`, `values` [n * p] half-page indices; `mask` [n, 1, q * group, p * page_size] added to the scores;
+    `keys`, `values` [n, p] half-page indices; `mask` [n, 1, q * group, p * page_size] added to the scores;
     `real` [n * q] which of the padded tokens exist, None when all do.
     """
 
@@ -27,18 +27,25 @@ class Bucket:
     real: torch.Tensor | None
     rows: int
     queries: int
+    blocks: list[slice]  # of rows that attend in one call
+
+
+# Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
+GATHER_BYTES = 4 << 20
 
 
 class TorchBackend(Backend):
-    """Attention as a batched gather of pages and one `scaled_dot_product_attention` per bucket of rows.
+    """Attention as a batched gather of pages and one `scaled_dot_product_attention` for many rows.
 
     Rows are put into buckets by the powers of two of their query length and their whole length, so padding is at
-    most twofold in each. The query heads that share a KV head become further queries of it: no key is copied.
+    most twofold in each. The query heads that share a KV head become further queries of it: no key is copied for
+    their sake. A large bucket is attended in blocks of rows that fit the cache.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
+        self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def begin_visit(self, rows: Rows) -> None:
@@ -81,21 +88,37 @@ class TorchBackend(Backend):
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         for bucket in self._buckets:
-            n, queries = bucket.rows, bucket.queries
-            keys = halves.index_select(0, bucket.keys).view(n, -1, kv_heads, head_dim).transpose(1, 2)
-            values = halves.index_select(0, bucket.values).view(n, -1, kv_heads, head_dim).transpose(1, 2)
-            folded = q[bucket.tokens].view(n, queries, kv_heads, heads // kv_heads, head_dim).transpose(1, 2)
-            folded = folded.reshape(n, kv_heads, -1, head_dim)
-            attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bucket.mask)
-            attended = attended.view(n, kv_heads, queries, -1, head_dim).transpose(1, 2).reshape(n * queries, -1)
-            if bucket.real is None:
-                out[bucket.tokens] = (
-                    attended if isinstance(bucket.tokens, slice) else attended.view(*bucket.tokens.shape, -1)
+            queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
+            queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
+            attended = torch.empty_like(queries)
+            for block in bucket.blocks:
+                keys = self._gather(0, halves, bucket.keys[block], kv_heads)
+                values = self._gather(1, halves, bucket.values[block], kv_heads)
+                attended[block] = F.scaled_dot_product_attention(
+                    queries[block], keys, values, attn_mask=bucket.mask[block]
                 )
+            attended = attended.view(bucket.rows, kv_heads, bucket.queries, -1, head_dim).transpose(1, 2)
+            attended = attended.reshape(bucket.rows * bucket.queries, -1)
+            if isinstance(bucket.tokens, slice):
+                out[bucket.tokens] = attended
+            elif bucket.real is None:
+                out[bucket.tokens.flatten()] = attended
             else:
-                assert isinstance(bucket.tokens, torch.Tensor)
                 out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
         return out
+
+    def _gather(self, buffer: int, halves: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """The half pages `index` [n, p], one after the other: [n, kv_heads, p * page_size, head_dim].
+
+        Always into the same memory: a fresh large tensor costs more in page faults than the copy itself.
+        """
+        n, width = index.shape
+        size = n * width * halves.shape[1]
+        if self._gathered[buffer].numel() < size:
+            self._gathered[buffer] = torch.empty(size, dtype=halves.dtype, device=halves.device)
+        gathered = self._gathered[buffer][:size].view(n * width, -1)
+        torch.index_select(halves, 0, index.reshape(-1), out=gathered)
+        return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
 
     def _address(self, page_size: int) -> None:
         """Where the visit's keys and values are written, and the buckets; the same for all layers."""
@@ -114,7 +137,9 @@ class TorchBackend(Backend):
         new, context = rows.new_tokens[members], rows.context[members]
         queries = int(new.max())
         width = int(-(-(context + new).max() // page_size))
-        pages = rows.pages[members, :width].astype(np.int64).reshape(-1)
+        pages = rows.pages[members, :width].astype(np.int64)
+        row_bytes = 2 * width * page_size * self._config.num_kv_heads * self._config.head_dim * self._dtype.itemsize
+        block = max(1, GATHER_BYTES // row_bytes)
         step = np.arange(queries)
         tokens = self._first[members, None] + np.minimum(step, new[:, None] - 1)
         positions = context[:, None] + np.minimum(step, new[:, None] - 1)
@@ -132,6 +157,7 @@ class TorchBackend(Backend):
             real=None if whole else self._tensor((step < new[:, None]).reshape(-1)),
             rows=len(members),
             queries=queries,
+            blocks=[slice(at, at + block) for at in range(0, len(members), block)],
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
