@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Intake:
     Items already answered are passed over, rejected ones go to `reject`. An error in the thread is raised by `poll`.
     """
 
-    def __init__(self, items: Iterator[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
+    def __init__(self, items: Iterable[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
         self._items, self._done, self._reject = items, done, reject
         self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
         self._ended = threading.Event()
@@ -175,6 +175,23 @@ def token_text(tokens: IntArray) -> str:
     return " ".join(map(str, np.asarray(tokens).tolist()))
 
 
+def within_memory(item: Item, pages: int, page_size: int) -> Item:
+    """`item`, rejected if it may come to hold more than `pages` pages of KV cache, as then it could never finish."""
+    if isinstance(item, Rejected):
+        return item
+    prompt, answer = len(item.prompt), item.sampling.max_tokens
+    if prompt + answer - 1 <= pages * page_size:
+        return item
+    return Rejected(
+        item.custom_id,
+        item.line,
+        "kv_memory_exceeded",
+        f"a prompt of {prompt} tokens and max_tokens={answer} need room for {prompt + answer - 1} tokens (the last one "
+        f"is not computed), but {pages} pages of {page_size} tokens hold {pages * page_size}: ask for fewer tokens, "
+        "or give the job more pages (kvcache.main_pages, kvcache.swap_pages)",
+    )
+
+
 class Job:
     """What rank 0 knows of a job before and after the visits: its input, its plan and its results."""
 
@@ -182,6 +199,7 @@ class Job:
         self._config, self._checkpoint = config, checkpoint
         self._tokenizer = load_tokenizer(checkpoint)
         self._defaults = default_sampling(config.sampling, checkpoint.generation)
+        self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
         self._folder = Path(config.output.dir)
         self._writer = ResultsWriter(
             self._folder / "results.jsonl",
@@ -189,7 +207,7 @@ class Job:
             checkpoint.name,
             Manifest.of(config, checkpoint.fingerprint()),
         )
-        self._lengths = peek_lengths(config, self._tokenizer, self._limits(None), defaults=self._defaults)
+        self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         self._progress = Progress(self._lengths.count, config.warmup_s)
 
     def plan(self, ranks: int, dtype: torch.dtype) -> Plan:
@@ -203,9 +221,10 @@ class Job:
         """Open the workload and start reading."""
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
         self._recorder = Recorder(self._writer, decode, self._progress)
-        items = open_workload(self._config, self._tokenizer, self._limits(plan), self._defaults)
-        intake = Intake(items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
         pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
+        requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults)
+        items = (within_memory(item, pages.reach, plan.page_size) for item in requests)
+        intake = Intake(items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
         scheduler = Scheduler(
             POLICIES[plan.policy],
             pages,
@@ -234,12 +253,3 @@ class Job:
         }
         write_metrics(self._folder / "metrics.json", metrics)
         print(f"{summary['output_tokens_per_s']:.1f} output tokens/s; results in {self._writer.path}")
-
-    def _limits(self, plan: Plan | None) -> Limits:
-        """What a request may ask for: the model's context, and with a plan what the KV memory holds."""
-        model = self._checkpoint.config
-        context = model.max_context
-        if plan is not None:
-            # The last token is sampled but never computed, so it needs no place.
-            context = min(context, (plan.main_pages + plan.swap_pages) * plan.page_size + 1)
-        return Limits(model.vocab_size, context)

@@ -25,6 +25,7 @@ from deserve.stage import load_stage
 
 def run(config: Config, world: World) -> None:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it."""
+    world.begin_job()
     device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)

@@ -37,18 +37,25 @@ class World:
                 timeout=START_TIMEOUT,
             )
         self._store.set_timeout(START_TIMEOUT)
+        self._jobs = 0
+        self._names = self._store
 
     @property
     def is_last(self) -> bool:
         return self.rank == self.size - 1
 
+    def begin_job(self) -> None:
+        """Every job of this process names what it exchanges anew. All ranks call it."""
+        self._names = dist.PrefixStore(f"job{self._jobs}", self._store)
+        self._jobs += 1
+
     def publish(self, key: str, value: Any) -> None:
         """Make `value` (anything JSON can hold) readable by all ranks under `key`."""
-        self._store.set(key, json.dumps(value))
+        self._names.set(key, json.dumps(value))
 
     def read(self, key: str) -> Any:
         """What some rank publishes under `key`; waits until it has."""
-        return json.loads(self._store.get(key))
+        return json.loads(self._names.get(key))
 
     def share(self, key: str, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
