@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -126,20 +127,21 @@ class Controller:
     ):
         self._scheduler, self._tokens_in = scheduler, tokens_in
         self._intake, self._recorder, self._progress = intake, recorder, progress
-        self._awaited = [False] * len(scheduler.micro_batches)
+        self._under_way: deque[int] = deque()  # the micro-batches whose tokens are to come, in that order
 
     def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        if self._awaited[micro_batch]:
-            self._collect(micro_batch)
+        while micro_batch in self._under_way:
+            self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if not self._scheduler.in_flight:
             self._intake.wait(1)  # nothing to do meanwhile
         plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
-        self._awaited[micro_batch] = True
+        self._under_way.append(micro_batch)
         return plan, tokens
 
-    def _collect(self, micro_batch: int) -> None:
+    def _collect(self) -> None:
+        micro_batch = self._under_way.popleft()
         tokens = self._tokens_in.receive().view(torch.int32).numpy()
         for completion in self._scheduler.commit(micro_batch, tokens):
             self._recorder.put(completion)
@@ -147,9 +149,8 @@ class Controller:
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""
-        for micro_batch, awaited in enumerate(self._awaited):
-            if awaited:
-                self._collect(micro_batch)
+        while self._under_way:
+            self._collect()
         self._recorder.close()
 
 

@@ -274,9 +274,17 @@ def test_missing_file_and_missing_tokenizer(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(UserError, match=r"workload\.source=.*folder\.jsonl cannot be read: Is a directory"):
         open_workload(configure(folder), Bytes(), LIMITS)
-    (tmp_path / "in.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="no tokenizer"):
-        open_workload(configure(tmp_path / "in.jsonl"), None, LIMITS)
+        open_workload(configure("sharegpt", tmp_path / "any"), None, LIMITS)
+
+
+def test_without_a_tokenizer_prompts_are_token_ids(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "text"}\n{"prompt": [3, 1, 2]}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    text, ids, chat = open_workload(configure(path), None, LIMITS)
+    rejected(text, "no_tokenizer", "line 1", "token ids")
+    assert request(ids).prompt.tolist() == [3, 1, 2]
+    rejected(chat, "no_tokenizer", "line 3")
 
 
 def test_peek_spreads_over_the_file(tmp_path: Path) -> None:
@@ -352,7 +360,9 @@ def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempP
     data = b"\n".join(lines)
     path = tmp_path_factory.mktemp("fuzz") / "in.jsonl"
     path.write_bytes(data)
-    numbers = [number for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+    numbers = [
+        number for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1) if line.strip()
+    ]
     items = read(configure(path))
     assert [item.line for item in items] == numbers
     assert len({item.custom_id for item in items}) == len(items)

@@ -20,9 +20,12 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 @dataclass(frozen=True)
 class Intake:
-    """Makes requests of one job; `defaults` hold what a request does not say itself."""
+    """Makes requests of one job; `defaults` hold what a request does not say itself.
 
-    tokenizer: Tokenizer
+    Without a `tokenizer` only prompts of token ids are taken.
+    """
+
+    tokenizer: Tokenizer | None
     limits: Limits
     defaults: SamplingParams
 
@@ -58,7 +61,7 @@ class Intake:
         checked = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
         if not any(message["content"].strip() for message in checked):
             raise RequestError("empty_prompt", "messages hold no text")
-        return self._in_vocabulary(self.tokenizer.encode_chat(checked))
+        return self._in_vocabulary(self._needed_tokenizer().encode_chat(checked))
 
     def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
         prompt = body.get("prompt")
@@ -68,7 +71,12 @@ class Intake:
             if prompt and isinstance(prompt[0], str | list):
                 raise RequestError("unsupported_parameter", "prompt holds several prompts: give each its own line")
             return self._in_vocabulary(prompt)
-        return self._in_vocabulary(self.tokenizer.encode(checked_text(prompt, "prompt")))
+        return self._in_vocabulary(self._needed_tokenizer().encode(checked_text(prompt, "prompt")))
+
+    def _needed_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("no_tokenizer", "the model has no tokenizer: give the prompt as a list of token ids")
+        return self.tokenizer
 
     def _in_vocabulary(self, ids: list[Any]) -> list[int]:
         if not ids:

@@ -49,7 +49,7 @@ def peek_lengths(
     path = _batch_file(source)
     count: int | None = None
     if path is not None:
-        intake = _intake(source, tokenizer, limits, defaults)
+        intake = Intake(tokenizer, limits, defaults)
         count = sum(1 for _ in islice(batch_file.lines(path), limit))
         reader = batch_file.BatchFile(intake)
         step = max(1, -(-count // sample))
@@ -92,10 +92,15 @@ def _items(config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults
     source = config.workload.source
     path = _batch_file(source)
     if path is not None:
-        reader = batch_file.BatchFile(_intake(source, tokenizer, limits, defaults))
+        reader = batch_file.BatchFile(Intake(tokenizer, limits, defaults))
         return (reader.item(*line) for line in _started(batch_file.lines(path)))
     if source in dialogues.SOURCES:
-        intake = _intake(source, tokenizer, limits, defaults)
+        if tokenizer is None:
+            raise UserError(
+                f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
+                "has one, or prompts of token ids"
+            )
+        intake = Intake(tokenizer, limits, defaults)
         return _started(dialogues.items(source, config.workload.path, intake))
     if not source.startswith("fixed"):
         raise UserError(
@@ -105,15 +110,6 @@ def _items(config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults
     fixed = Fixed.parse(source)
     fixed.check_fits(limits, defaults.max_tokens)
     return fixed.requests(limits, defaults)
-
-
-def _intake(source: str, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams) -> Intake:
-    if tokenizer is None:
-        raise UserError(
-            f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
-            "has one, or a synthetic workload such as fixed512:256:0"
-        )
-    return Intake(tokenizer, limits, defaults)
 
 
 def _started(generator: Iterator[T]) -> Iterator[T]:
