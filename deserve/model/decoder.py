@@ -18,6 +18,11 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.backend = backend
+        for layer in weights.layers:
+            layer.qkv, layer.output = backend.pack(layer.qkv), backend.pack(layer.output)
+            layer.gate_up, layer.down = backend.pack(layer.gate_up), backend.pack(layer.down)
+        if weights.head is not None:
+            weights.head = backend.pack(weights.head)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
@@ -41,7 +46,7 @@ class Decoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [n, hidden] after the last layer to logits [n, vocab]."""
         assert self.weights.final_norm is not None and self.weights.head is not None
-        return F.linear(self.backend.rms_norm(x, self.weights.final_norm), self.weights.head)
+        return self.backend.linear(self.backend.rms_norm(x, self.weights.final_norm), self.weights.head)
 
     def _norm(self, branch: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if branch is None:
@@ -50,13 +55,13 @@ class Decoder:
 
     def _attention(self, h: torch.Tensor, layer: LayerWeights, pages: torch.Tensor) -> torch.Tensor:
         config = self.config
-        qkv = F.linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, config.head_dim)
+        qkv = self.backend.linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, config.head_dim)
         q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self.backend.rms_norm(q, layer.q_norm), self.backend.rms_norm(k, layer.k_norm)
         q, k = self.backend.rotate(q, k)
-        return F.linear(self.backend.attend(pages, q, k, v), layer.output, layer.output_bias)
+        return self.backend.linear(self.backend.attend(pages, q, k, v), layer.output, layer.output_bias)
 
     def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        h = self.backend.silu_and_mul(F.linear(h, layer.gate_up, layer.gate_up_bias))
-        return F.linear(h, layer.down, layer.down_bias)
+        h = self.backend.silu_and_mul(self.backend.linear(h, layer.gate_up, layer.gate_up_bias))
+        return self.backend.linear(h, layer.down, layer.down_bias)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from deserve.batch import IntArray
 
@@ -27,6 +28,14 @@ class Backend(ABC):
     @abstractmethod
     def begin_visit(self, rows: Rows) -> None:
         """Prepare positions, cache addresses and attention for a visit; the calls below refer to it."""
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` [out, in] in the layout that `linear` multiplies fastest with; it need not be readable otherwise."""
+        return weight
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, in] times a packed `weight` [out, in], plus `bias` [out]: [T, out]."""
+        return F.linear(x, weight, bias)
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
