@@ -87,7 +87,7 @@ def argmax(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
     First the best block, then the best within it: eight times faster than `torch.argmax` for bfloat16 on a CPU.
     """
     n, vocab = logits.shape
-    if logits.is_cuda or vocab % block:
+    if logits.is_cuda or vocab % block or not n:
         return logits.argmax(-1)
     blocks = logits.view(n, -1, block)
     best = blocks.amax(-1).argmax(-1)
