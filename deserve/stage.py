@@ -31,9 +31,8 @@ class Stage:
 
         Returns hidden states [T, hidden], or on the last rank the sampled tokens, int32 [len(plan.sampled)].
         """
-        self._kv.stash(plan.stash)
-        self._kv.restore(plan.restore)
         self._table.write(plan.page_writes)
+        self._kv.begin_visit(plan, self._table)
         self._sampler.admit(plan.admitted)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
@@ -60,7 +59,9 @@ def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dt
         weights = load_shard(checkpoint.folder, config, shard, device, dtype)
     kv = KVPages(
         layers=shard.last - shard.first,
-        pages=plan.main_pages + plan.swap_pages,
+        main_pages=plan.main_pages,
+        swap_pages=plan.swap_pages,
+        rounds=plan.rounds,
         host_pages=2 ** (plan.host_height - 1) if plan.host_height else 0,
         page_size=plan.page_size,
         kv_heads=config.num_kv_heads,

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from deserve.batch import IntArray
+from deserve.batch import IntArray, StepPlan
+from deserve.kvcache.slab import SwapSlab
 
 
 class PageTable:
@@ -23,6 +24,13 @@ class PageTable:
         """The first `width` pages of `slots`: [len(slots), width]; entries past a sequence's end are any valid page."""
         return self._pages[slots, :width]
 
+    def spans(self, slots: IntArray, begin: IntArray, end: IntArray, page_size: int) -> IntArray:
+        """The pages that hold tokens `begin` to `end` [rows] of `slots` [rows], all in one array."""
+        first, stop = begin // page_size, -(-end // page_size)
+        counts = stop - first
+        nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._pages[np.repeat(slots, counts), np.repeat(first, counts) + nth]
+
 
 def widen(table: IntArray, width: int) -> IntArray:
     """`table` [rows, columns] with at least `width` columns, doubled so that growth is rare."""
@@ -35,15 +43,18 @@ def widen(table: IntArray, width: int) -> IntArray:
 
 
 class KVPages:
-    """Pages `[pages, 2, page_size, kv_heads, head_dim]` for each of `layers` layers, on `device`, and the host pool.
+    """The KV memory of a stage's layers, on `device`: main pages, then the slab of swap pages; and the host pool.
 
-    Zeroed, since a masked key is multiplied by a weight of 0 and so must be finite.
+    `layers`: [layers, main_pages + swap_pages, 2, page_size, kv_heads, head_dim]. Zeroed, since a masked key is
+    multiplied by a weight of 0 and so must be finite.
     """
 
     def __init__(
         self,
         layers: int,
-        pages: int,
+        main_pages: int,
+        swap_pages: int,
+        rounds: int,
         host_pages: int,
         page_size: int,
         kv_heads: int,
@@ -52,19 +63,37 @@ class KVPages:
         device: torch.device,
     ):
         self.page_size = page_size
-        self.pages = pages
+        self._main = main_pages
         shape = (2, page_size, kv_heads, head_dim)
-        self.layers = torch.zeros(layers, pages, *shape, dtype=dtype, device=device)
+        self.layers = torch.zeros(layers, main_pages + swap_pages, *shape, dtype=dtype, device=device)
+        self.slab = SwapSlab(self.layers[:, main_pages:], rounds)
         # Untouched memory costs nothing: the pool's pages become real when the first sequence is suspended to them.
         self._host = torch.empty(layers, host_pages, *shape, dtype=dtype)
 
-    def stash(self, moves: IntArray) -> None:
+    def begin_visit(self, plan: StepPlan, table: PageTable) -> None:
+        """Bring the swap pages of the plan's micro-batch in, and move suspended sequences out and in."""
+        start, end = plan.context, plan.context + plan.new_tokens
+        kept = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
+        read = [plan.stash[:, 0], np.setdiff1d(kept, plan.restore[:, 1])]
+        written = [plan.restore[:, 1], table.spans(plan.slots, start, end, self.page_size)]
+        self.slab.enter(plan.micro_batch, self._swap(read), self._swap(written))
+        for layer in range(len(self.layers)):
+            self.slab.rotate(layer)
+        self._stash(plan.stash)
+        self._restore(plan.restore)
+
+    def _swap(self, pages: list[IntArray]) -> IntArray:
+        """Those of `pages` that are swap pages, counted from the slab's first."""
+        every = np.concatenate(pages)
+        return every[every >= self._main] - self._main
+
+    def _stash(self, moves: IntArray) -> None:
         """Copy pages out to the host pool; moves [n, 2]: page, host page."""
         if len(moves):
             pages, host = torch.from_numpy(moves.astype(np.int64)).unbind(1)
             self._host[:, host] = self.layers[:, pages].to(self._host.device)
 
-    def restore(self, moves: IntArray) -> None:
+    def _restore(self, moves: IntArray) -> None:
         """Copy pages in from the host pool; moves [n, 2]: host page, page."""
         if len(moves):
             host, pages = torch.from_numpy(moves.astype(np.int64)).unbind(1)

@@ -44,7 +44,16 @@ class PageAccount:
 
     def free(self, micro_batch: int) -> int:
         """Pages that `micro_batch` could take now."""
-        return len(self._free_swap[micro_batch]) + len(self._free_main)
+        return self.free_swap(micro_batch) + self.free_main
+
+    @property
+    def free_main(self) -> int:
+        """Main pages that nobody owns."""
+        return len(self._free_main)
+
+    def free_swap(self, micro_batch: int) -> int:
+        """Swap pages of `micro_batch` that no sequence of it owns."""
+        return len(self._free_swap[micro_batch])
 
     @property
     def reach(self) -> int:

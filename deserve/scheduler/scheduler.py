@@ -93,6 +93,7 @@ class Scheduler:
         self._stashed: dict[int, IntArray] = {}  # slot: its host pages
         self._admissions = 0
         self._worst = np.zeros(pages.rounds, np.int64)  # pages each round needs if all its sequences go to their end
+        self._largest = 0  # pages of the largest sequence so far, at its end
         self._free_slots = IdStack(np.arange(concurrency, dtype=np.int32))
         self._requests: list[Request | None] = [None] * concurrency
         self._tokens = np.zeros((concurrency, 64), np.int32)
@@ -122,6 +123,11 @@ class Scheduler:
         """Whether `micro_batch` is empty and will remain so."""
         empty = not len(self.micro_batches[micro_batch].slots)
         return empty and not self._suspended and not self._more_to_admit()
+
+    def pages_of(self, micro_batch: int) -> IntArray:
+        """The pages that the micro-batch's sequences own."""
+        slots = self.micro_batches[micro_batch].slots
+        return np.concatenate([self._table[slot, : self._held[slot]] for slot in slots] or [np.zeros(0, np.int32)])
 
     def commit(self, micro_batch: int, tokens: IntArray) -> list[Completion]:
         """Append the sampled `tokens` of the micro-batch's visit; returns the sequences that they complete."""
@@ -217,6 +223,7 @@ class Scheduler:
             self._held[slot] = 0
             self._checked[slot] = bool(request.sampling.stop)
             self._ignore_eos[slot] = request.sampling.ignore_eos
+            self._largest = max(self._largest, self._pages_for(end - 1))
             self._enter(micro_batch, slot)
             self._grow(micro_batch, np.array([slot]), visit)
             visit.admitted.append(encode_sampling(slot, request.sampling))
@@ -239,8 +246,10 @@ class Scheduler:
             return False
         worst = self._worst.copy()
         worst[micro_batch] += self._pages_for(end - 1)
-        overshoot = np.maximum(worst - self._pages.swap, 0).sum() - self._pages.main
-        return bool(overshoot <= self._pages.host.free_pages)
+        overshoot = int(np.maximum(worst - self._pages.swap, 0).sum()) - self._pages.main
+        # Sequences go to the host pool whole, so room for one more of the largest makes sure that enough of them do.
+        largest = max(self._largest, self._pages_for(end - 1))
+        return overshoot <= 0 or overshoot + largest <= self._pages.host.free_pages
 
     def _compose(self, micro_batch: int, visit: _Visit) -> tuple[StepPlan, IntArray]:
         """Give the rows their pages and turn the visit into a plan; its tokens count as computed from here on."""
