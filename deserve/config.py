@@ -94,7 +94,7 @@ class OutputSection:
 
     dir: str = "outputs"
     resume: bool = True
-    grace_s: float = 30.0  # time for visits in flight after SIGTERM
+    grace_s: float = 20.0  # time for visits in flight after SIGTERM
 
 
 @dataclass

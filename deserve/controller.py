@@ -22,9 +22,12 @@ from deserve.planner.planner import choose_plan
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.results import Manifest, ResultsWriter
+from deserve.report.timeline import Span
+from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
+from deserve.stop import Stop
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 
 
@@ -124,8 +127,9 @@ class Controller:
         intake: Intake,
         recorder: Recorder,
         progress: Progress,
+        stop: Stop,
     ):
-        self._scheduler, self._tokens_in = scheduler, tokens_in
+        self._scheduler, self._tokens_in, self._stop = scheduler, tokens_in, stop
         self._intake, self._recorder, self._progress = intake, recorder, progress
         self._under_way: deque[int] = deque()  # the micro-batches whose tokens are to come, in that order
 
@@ -133,7 +137,11 @@ class Controller:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
         while micro_batch in self._under_way:
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
-        if not self._scheduler.in_flight:
+        if self._stop.reason is not None:
+            self._scheduler.admitting = False
+            if self._stop.overdue:
+                self._scheduler.abandon()
+        if not self._scheduler.in_flight and self._scheduler.admitting:
             self._intake.wait(1)  # nothing to do meanwhile
         plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
@@ -218,7 +226,7 @@ class Job:
         page_bytes = self._config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
         return choose_plan(self._config, model, self._lengths, ranks, memory // ranks, page_bytes)
 
-    def controller(self, plan: Plan, tokens_in: Receiver) -> Controller:
+    def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop) -> Controller:
         """Open the workload and start reading."""
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
         self._recorder = Recorder(self._writer, decode, self._progress)
@@ -239,14 +247,23 @@ class Job:
         )
         intake.wait(plan.concurrency)
         self._progress.start()
-        return Controller(scheduler, tokens_in, intake, self._recorder, self._progress)
+        return Controller(scheduler, tokens_in, intake, self._recorder, self._progress, stop)
 
-    def report(self, plan: Plan, stages: list[dict[str, Any]]) -> None:
-        """Write `metrics.json` and say where everything lies."""
+    def report(
+        self, plan: Plan, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
+    ) -> None:
+        """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies."""
         self._progress.close()
+        if spans:
+            ranks = [[Span(*span) for span in rank] for rank in spans]
+            write_trace(self._folder / "trace.json", ranks)
+            latency = self._config.network.latency_ms
+            title = f"{self._checkpoint.name}, {len(ranks)} ranks, {plan.rounds} rounds, links of {latency:g} ms"
+            draw_timeline(self._folder / "timeline.png", ranks, title)
         summary = self._progress.summary()
         metrics = {
             **summary,
+            "stopped_by": stopped,
             "history_output_tokens": self._progress.history,
             "stages": stages,
             "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},

@@ -14,3 +14,7 @@ class RequestError(Exception):
     def __init__(self, code: str, message: str):
         super().__init__(message)
         self.code = code
+
+
+class LinkError(Exception):
+    """A rank that this one depends on is gone, or the link to it; the message names both."""

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from deserve.batch import IntArray, StepPlan
+from deserve.comm.link import Receiver
 from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
 from deserve.stage import Stage
@@ -38,16 +39,16 @@ def run_pipeline(
             x = torch.from_numpy(tokens)
         else:
             assert links.plans_in is not None and links.hidden_in is not None
-            with timeline.span("receive", micro_batch):
-                plan = StepPlan.decode(links.plans_in.receive().view(torch.int32).numpy().copy())
+            words = receive(links.plans_in, micro_batch, timeline).view(torch.int32)
+            plan = StepPlan.decode(words.numpy().copy())
         if links.plans_out is not None:
             links.plans_out.send(torch.from_numpy(plan.encode()))
         if links.hidden_in is not None:
-            with timeline.span("receive", micro_batch):
-                x = links.hidden_in.receive().view(stage.dtype).view(-1, hidden)
+            x = receive(links.hidden_in, micro_batch, timeline).view(stage.dtype).view(-1, hidden)
         with timeline.span("compute", micro_batch):
             y = stage.forward(plan, x)
-        links.output.send(y)
+        with timeline.span("send", micro_batch):
+            links.output.send(y)
         if not plan.retires:
             turn.append(micro_batch)
             for link in (links.plans_in, links.hidden_in):
@@ -58,3 +59,11 @@ def run_pipeline(
             sender.close()
     if controller is not None:
         controller.close()
+
+
+def receive(link: Receiver, micro_batch: int, timeline: Timeline) -> torch.Tensor:
+    """The next frame of `link`, uint8 [bytes]."""
+    with timeline.span("receive", micro_batch):
+        payload = link.receive()
+        timeline.held(micro_batch, link.held_s)
+    return payload

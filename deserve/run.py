@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import os
 import sys
+import traceback
 
 import psutil
 import torch
@@ -14,18 +15,25 @@ from deserve.comm.ring import connect
 from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
 from deserve.controller import Job
-from deserve.errors import UserError
+from deserve.errors import LinkError, UserError
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.plan import Plan
 from deserve.report.metrics import stage_metrics
 from deserve.report.timeline import Timeline
 from deserve.stage import load_stage
+from deserve.stop import STOPPED, Stop
 
 
-def run(config: Config, world: World) -> None:
-    """One job, from the composed configuration to `metrics.json`. Every rank calls it."""
+def run(config: Config, world: World) -> int:
+    """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
     world.begin_job()
+    with Stop(config.output.grace_s, config.time_limit_s) as stop:
+        return run_until(stop, config, world)
+
+
+def run_until(stop: Stop, config: Config, world: World) -> int:
+    """The job of `run`, ended early by `stop`."""
     device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)
@@ -45,12 +53,16 @@ def run(config: Config, world: World) -> None:
     controller = None
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
-            controller = job.controller(plan, links.tokens_in)
+            controller = job.controller(plan, links.tokens_in, stop)
     timeline = Timeline(keep=config.trace)
     run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
-    stages = world.gather("stages", stage_metrics(timeline, links))
+    stages = world.gather("stages", stage_metrics(timeline, stage))
+    spans = world.gather("spans", timeline.spans) if config.trace else []
     if job is not None:
-        job.report(plan, stages)
+        job.report(plan, stages, spans, stop.reason)
+        if stop.reason is not None:
+            world.announce_stop()
+    return STOPPED if world.share("stopped", stop.reason) else 0
 
 
 def set_up_device(config: Config, world: World) -> torch.device:
@@ -74,7 +86,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> int:
-    """Exit status: 0 done, 1 the job failed, 2 a mistake in the command line or the configuration."""
+    """Exit status: 0 done, 1 the job failed, 2 a mistake in the configuration, 75 stopped early and resumable."""
     parser = argparse.ArgumentParser(prog="deserve.run", description=__doc__)
     parser.add_argument("--config", action="store_true", help="print the composed configuration and exit")
     parser.add_argument("--version", action="version", version=__version__)
@@ -88,14 +100,20 @@ def main() -> int:
     if arguments.config:
         print(OmegaConf.to_yaml(as_dict(config)), end="")
         return 0
-    world = World()
+    world = World(config.comm.timeout_s)
+    if world.stop_announced:
+        return STOPPED
     try:
-        run(config, world)
+        status = run(config, world)
+    except LinkError as error:
+        world.fail(f"rank {world.rank}: {error}")
     except UserError as error:
-        return complain(error, speaks, 1)
-    finally:
-        world.leave()
-    return 0
+        world.fail(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        world.fail(f"rank {world.rank}: {type(error).__name__}: {error}")
+    world.leave()
+    return status
 
 
 def complain(error: UserError, speaks: bool, status: int) -> int:

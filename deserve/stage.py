@@ -25,6 +25,11 @@ class Stage:
         self._table = PageTable(slots)
         self._sampler = Sampler(slots, device)
 
+    @property
+    def swapped_bytes(self) -> tuple[int, int]:
+        """Bytes of swap pages brought in and written out so far."""
+        return self._kv.slab.bytes_in, self._kv.slab.bytes_out
+
     @torch.inference_mode()
     def forward(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor:
         """One visit. x: token ids [T] on the first rank, hidden states [T, hidden] on the others.

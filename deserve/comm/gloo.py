@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from deserve.comm.link import HEADER_BYTES, Receiver, Sender, frame, unframe
 from deserve.comm.network import Wire
+from deserve.errors import LinkError
 
 
 class GlooSender(Sender):
@@ -25,16 +26,25 @@ class GlooSender(Sender):
 
     def send(self, payload: torch.Tensor) -> None:
         message = frame(payload, self._wire)
-        work = dist.isend(message, self._peer, group=self._group, tag=self._tag)
+        try:
+            work = dist.isend(message, self._peer, group=self._group, tag=self._tag)
+        except RuntimeError as error:
+            raise LinkError(f"link to rank {self._peer} is lost: {error}") from error
         assert work is not None
         self._unfinished.append((work, message))
         # A frame this old was received long ago: its micro-batch has come round since. The wait only frees memory.
-        while len(self._unfinished) > self._depth:
-            self._unfinished.popleft()[0].wait()
+        self._settle(self._depth)
 
     def close(self) -> None:
-        while self._unfinished:
-            self._unfinished.popleft()[0].wait()
+        self._settle(0)
+
+    def _settle(self, most: int) -> None:
+        """Wait until at most `most` frames are unfinished."""
+        while len(self._unfinished) > most:
+            try:
+                self._unfinished.popleft()[0].wait()
+            except RuntimeError as error:
+                raise LinkError(f"link to rank {self._peer} is lost: {error}") from error
 
 
 class GlooReceiver(Receiver):
@@ -60,8 +70,10 @@ class GlooReceiver(Receiver):
 
     def receive(self) -> torch.Tensor:
         work, buffer = self._posted.popleft()
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise LinkError(f"link from rank {self._peer} is lost: {error}") from error
         self._spare.append(buffer)
-        payload, held = unframe(buffer)
-        self.held_s += held
+        payload, self.held_s = unframe(buffer)
         return payload

@@ -27,7 +27,7 @@ class Sender(ABC):
 
 
 class Receiver(ABC):
-    """The far end of a link. `held_s` adds up the seconds for which the simulated network held frames back."""
+    """The far end of a link. `held_s`: the seconds for which the simulated network held the last frame back."""
 
     held_s: float = 0.0
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from deserve.comm.pulse import Pulse
 from deserve.errors import UserError
 
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
@@ -17,10 +19,11 @@ START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a ran
 class World:
     """This process's place among the ranks. Small things are exchanged as JSON through the store that torchrun keeps.
 
-    `local_size` counts the ranks on this host. Without torchrun it is a world of one.
+    `local_size` counts the ranks on this host. Without torchrun it is a world of one. A neighbour that is silent for
+    `timeout_s` seconds ends this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 60.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -37,6 +40,14 @@ class World:
                 timeout=START_TIMEOUT,
             )
         self._store.set_timeout(START_TIMEOUT)
+        self._pulse = None
+        self._notice_board: dist.Store = dist.HashStore()
+        if self.size > 1:
+            # A connection of its own: the other one may be waiting for an answer when something must be said. Its
+            # keys outlive a restart by torchrun.
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+            self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
         self._jobs = 0
         self._names = self._store
 
@@ -85,7 +96,32 @@ class World:
         if verdict is not None:
             raise UserError(verdict)
 
+    def announce_stop(self) -> None:
+        """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
+        self._notice_board.set("deserve/stopped", "")
+
+    @property
+    def stop_announced(self) -> bool:
+        """Whether an earlier start of this job was stopped on purpose."""
+        return self._notice_board.check(["deserve/stopped"])
+
+    def fail(self, message: str) -> NoReturn:
+        """Say what went wrong, once for all ranks, and end this process.
+
+        At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
+        """
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            first = self._notice_board.add(f"deserve/{attempt}/failures", 1) == 1
+        except RuntimeError:  # the store went down with the rank that kept it
+            first = True
+        if first:
+            print(f"deserve: error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
+
     def leave(self) -> None:
         """Close the connections."""
+        if self._pulse is not None:
+            self._pulse.leave()
         if self.size > 1:
             dist.destroy_process_group()

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
+from deserve.stage import Stage
 
 
-def stage_metrics(timeline: Timeline, links: Links) -> dict[str, Any]:
+def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
     """One rank's share of `metrics.json`: fractions of the time from its first to its last visit, and seconds."""
     elapsed = max(timeline.elapsed_s, 1e-9)
     busy = timeline.totals["compute"] / elapsed
-    receivers = [link for link in (links.plans_in, links.hidden_in, links.tokens_in) if link is not None]
     return {
         "busy": busy,
         "bubble": max(0.0, 1 - busy),
@@ -21,9 +20,9 @@ def stage_metrics(timeline: Timeline, links: Links) -> dict[str, Any]:
         "compute_s": timeline.totals["compute"],
         "plan_s": timeline.totals["plan"],
         "receive_s": timeline.totals["receive"],
-        "held_by_simulated_network_s": sum(link.held_s for link in receivers),
-        "swap_in_bytes": 0,
-        "swap_out_bytes": 0,
+        "held_by_simulated_network_s": timeline.totals["held"],
+        "swap_in_bytes": stage.swapped_bytes[0],
+        "swap_out_bytes": stage.swapped_bytes[1],
     }
 
 

@@ -39,6 +39,15 @@ class Timeline:
             if self.spans is not None:
                 self.spans.append(Span(kind, micro_batch, begin, end))
 
+    def held(self, micro_batch: int, seconds: float) -> None:
+        """The last `seconds` until now, the simulated network held a frame of `micro_batch` back."""
+        if not seconds:
+            return
+        self.totals["held"] += seconds
+        if self.spans is not None:
+            now = time.monotonic_ns()
+            self.spans.append(Span("held", micro_batch, now - round(seconds * 1e9), now))
+
     @property
     def elapsed_s(self) -> float:
         """Seconds from the first span's begin to the last one's end."""

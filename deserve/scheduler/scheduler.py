@@ -87,6 +87,7 @@ class Scheduler:
         self._stopped = stopped
         self.micro_batches = [MicroBatch() for _ in range(pages.rounds)]
         self.admitting = True
+        self._abandoned = False
         self.counters = Counters()
         self._waiting: Request | None = None  # taken from the source, not yet admitted
         self._suspended: list[tuple[int, int]] = []  # heap of (age, slot)
@@ -129,8 +130,25 @@ class Scheduler:
         slots = self.micro_batches[micro_batch].slots
         return np.concatenate([self._table[slot, : self._held[slot]] for slot in slots] or [np.zeros(0, np.int32)])
 
+    def abandon(self) -> None:
+        """Drop all sequences, unfinished as they are, and admit no more; all micro-batches retire."""
+        self.admitting = False
+        for micro_batch, batch in enumerate(self.micro_batches):
+            for slot in batch.slots.tolist():
+                self._release(micro_batch, slot)
+                self._leave(micro_batch, slot)
+                self._vacate(slot)
+            batch.awaited = batch.awaited[:0]
+        for _, slot in self._suspended:
+            self._pages.host.give(self._stashed.pop(slot))
+            self._vacate(slot)
+        self._suspended.clear()
+        self._abandoned = True
+
     def commit(self, micro_batch: int, tokens: IntArray) -> list[Completion]:
         """Append the sampled `tokens` of the micro-batch's visit; returns the sequences that they complete."""
+        if self._abandoned:
+            return []
         batch = self.micro_batches[micro_batch]
         slots = batch.awaited
         assert len(tokens) == len(slots), f"{len(tokens)} tokens for {len(slots)} sequences"
@@ -386,9 +404,12 @@ class Scheduler:
         completion = Completion(self._request(slot), self._output(slot).copy(), reason, text)
         self._release(micro_batch, slot)
         self._leave(micro_batch, slot)
+        self._vacate(slot)
+        return completion
+
+    def _vacate(self, slot: int) -> None:
         self._requests[slot] = None
         self._free_slots.give(np.array([slot], np.int32))
-        return completion
 
 
 def _stacked(parts: list[IntArray], width: int) -> IntArray:
