@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test
 
 demo: .venv/installed
-	$(BIN)/torchrun --nproc-per-node=2 -m deserve.run model=smollm2-135m workload.source=bench/prompts.jsonl \
+	$(BIN)/torchrun --nproc-per-node=2 -m deserve.run model=smollm2-135m model.dtype=float32 workload.source=bench/prompts.jsonl \
 		output.dir=$(DEMO) output.resume=false $(ARGS)
 	@$(BIN)/python bench/show_answers.py $(DEMO)
 

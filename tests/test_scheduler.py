@@ -1,0 +1,310 @@
+"""The scheduler alone, with a fake engine that does to its pages what a stage would do, and looks at every one."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deserve.batch import Completion, Request, SamplingParams, StepPlan
+from deserve.kvcache.buddy import BuddyAllocator
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.scheduler import Scheduler
+
+EOS = 7
+SLOTS = 64
+
+
+@dataclass
+class Source:
+    """Requests that come one by one; `pause` polls in a row find none."""
+
+    requests: deque[Request]
+    pause: int = 0
+    polls: int = 0
+
+    def poll(self) -> Request | None:
+        self.polls += 1
+        if not self.requests or self.polls % (self.pause + 1):
+            return None
+        return self.requests.popleft()
+
+    @property
+    def exhausted(self) -> bool:
+        return not self.requests
+
+
+@dataclass
+class Case:
+    """A workload and the room there is for it. Prompts as (tokens, max_tokens, tokens until end of text or 0)."""
+
+    prompts: list[tuple[int, int, int]]
+    policy: str = "prefill_first"
+    rounds: int = 2
+    page_size: int = 4
+    main: int = 16
+    swap: int = 0
+    height: int = 4
+    micro_batch_size: int = 4
+    max_batch_tokens: int = 8
+    concurrency: int = 8
+    pause: int = 0
+
+
+def next_token(slot_content: tuple[int, ...]) -> int:
+    """The fake model: the token after a sequence is a function of all tokens before it. Never `EOS`."""
+    return 100 + hash(slot_content) % 1000
+
+
+@dataclass
+class Engine:
+    """Applies plans to a model of the pages, in which a page holds the tokens whose keys and values it would hold."""
+
+    case: Case
+    main: dict[tuple[int, int], int] = field(default_factory=dict)  # (page, offset): token
+    swap: list[dict[tuple[int, int], int]] = field(default_factory=list)  # one for each micro-batch
+    host: dict[tuple[int, int], int] = field(default_factory=dict)
+    tables: dict[int, dict[int, int]] = field(default_factory=dict)  # slot: index: page
+
+    def __post_init__(self) -> None:
+        self.swap = [{} for _ in range(self.case.rounds)]
+
+    def memory(self, micro_batch: int, page: int) -> dict[tuple[int, int], int]:
+        assert 0 <= page < self.case.main + self.case.swap
+        return self.main if page < self.case.main else self.swap[micro_batch]
+
+    def visit(self, plan: StepPlan, tokens: np.ndarray, stops: dict[int, int]) -> list[int]:
+        """The sampled tokens of a visit. `stops`: the length at which a slot's sequence ends with `EOS`, if it does."""
+        size = self.case.page_size
+        for page, host in plan.stash.tolist():
+            source = self.memory(plan.micro_batch, page)
+            for offset in range(size):
+                self.host.pop((host, offset), None)
+                if (page, offset) in source:
+                    self.host[host, offset] = source[page, offset]
+        for host, page in plan.restore.tolist():
+            target = self.memory(plan.micro_batch, page)
+            for offset in range(size):
+                target.pop((page, offset), None)
+                if (host, offset) in self.host:
+                    target[page, offset] = self.host[host, offset]
+        for slot, index, page in plan.page_writes.tolist():
+            self.tables.setdefault(slot, {})[index] = page
+        sampled, at = {}, 0
+        for row, (slot, new, context) in enumerate(
+            zip(plan.slots.tolist(), plan.new_tokens.tolist(), plan.context.tolist(), strict=True)
+        ):
+            assert new >= 1
+            content = []
+            for position in range(context + new):
+                page, offset = self.tables[slot][position // size], position % size
+                memory = self.memory(plan.micro_batch, page)
+                if position >= context:
+                    memory[page, offset] = int(tokens[at])
+                    at += 1
+                content.append(memory[page, offset])
+            sampled[row] = EOS if stops.get(slot) == len(content) else next_token(tuple(content))
+        assert at == len(tokens)
+        return [sampled[row] for row in plan.sampled.tolist()]
+
+
+def requests_of(case: Case) -> list[Request]:
+    """Prompts whose first token names them, so that no two sequences are alike."""
+    return [
+        Request(f"r{index}", np.array([10_000 + index, *range(length - 1)], np.int32), SamplingParams(max_tokens))
+        for index, (length, max_tokens, _) in enumerate(case.prompts)
+    ]
+
+
+def expected_output(request: Request, end: int) -> tuple[list[int], str]:
+    """What the fake model answers, alone in the world."""
+    tokens = request.prompt.tolist()
+    output: list[int] = []
+    while len(output) < request.sampling.max_tokens:
+        if end and len(output) + 1 == end:
+            return [*output, EOS], "stop"
+        output.append(next_token((*tokens, *output)))
+    return output, "length"
+
+
+def run(case: Case) -> Scheduler:
+    """Run `case` as the pipeline would, with a trip of `rounds` visits, and check all that must hold meanwhile."""
+    requests = requests_of(case)
+    ends = {request.custom_id: end for request, (_, _, end) in zip(requests, case.prompts, strict=True)}
+    pages = PageAccount(case.main, case.swap, case.rounds, BuddyAllocator(case.height))
+    scheduler = Scheduler(
+        POLICIES[case.policy],
+        pages,
+        Source(deque(requests), case.pause),
+        page_size=case.page_size,
+        micro_batch_size=case.micro_batch_size,
+        max_batch_tokens=case.max_batch_tokens,
+        concurrency=case.concurrency,
+        eos_ids=(EOS,),
+    )
+    engine, completions = Engine(case), []
+    under_way: dict[int, list[int]] = {}
+    turn, visits = deque(range(case.rounds)), 0
+    # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
+    work = sum(length + max_tokens for length, max_tokens, _ in case.prompts)
+    most = 50 + case.rounds * (case.pause + 2) * 3 * work
+    while turn:
+        micro_batch = turn.popleft()
+        if micro_batch in under_way:
+            completions += scheduler.commit(micro_batch, np.array(under_way.pop(micro_batch), np.int32))
+        plan, tokens = scheduler.plan(micro_batch)
+        visits += 1
+        assert visits < most, "a sequence starves"
+        check_plan(plan, tokens, case)
+        check_owners(scheduler, engine, case)
+        stops = {}
+        for slot in plan.slots.tolist():
+            request = scheduler._request(slot)
+            if ends[request.custom_id]:
+                stops[slot] = len(request.prompt) + ends[request.custom_id] - 1
+        under_way[micro_batch] = engine.visit(plan, tokens, stops)
+        if plan.retires:
+            assert not plan.rows
+            under_way.pop(micro_batch)
+        else:
+            turn.append(micro_batch)
+    assert scheduler.finished and not scheduler.in_flight and pages.all_free
+    check_answers(requests, ends, completions)
+    return scheduler
+
+
+def check_plan(plan: StepPlan, tokens: np.ndarray, case: Case) -> None:
+    """Budgets are kept, and the plan travels unharmed."""
+    assert plan.tokens == len(tokens) <= case.max_batch_tokens
+    assert plan.rows <= case.micro_batch_size and len(set(plan.slots.tolist())) == plan.rows
+    words = plan.encode()
+    assert len(words) <= StepPlan.max_words(case.concurrency, case.main + case.swap)
+    again = StepPlan.decode(words)
+    for name, value in vars(plan).items():
+        assert np.array_equal(getattr(again, name), value), name
+    if POLICIES[case.policy].alone and (plan.new_tokens > 1).any():
+        assert plan.rows == 1
+
+
+def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
+    """No page has two owners: main pages over all micro-batches, swap pages within each."""
+    main: list[int] = []
+    for batch in scheduler.micro_batches:
+        swap: list[int] = []
+        assert len(batch.slots) <= case.micro_batch_size
+        for slot in batch.slots.tolist():
+            held = scheduler._table[slot, : scheduler._held[slot]].tolist()
+            main += [page for page in held if page < case.main]
+            swap += [page for page in held if page >= case.main]
+        assert len(swap) == len(set(swap)) <= case.swap
+    assert len(main) == len(set(main)) <= case.main
+
+
+def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion]) -> None:
+    """Every request is answered once, with what the fake model says without any batching."""
+    assert sorted(c.request.custom_id for c in completions) == sorted(r.custom_id for r in requests)
+    for completion in completions:
+        request = completion.request
+        output, reason = expected_output(request, ends[request.custom_id])
+        assert (completion.tokens.tolist(), completion.finish_reason) == (output, reason), request.custom_id
+
+
+@st.composite
+def cases(draw: Any) -> Case:
+    """Any workload in any room that holds its longest request."""
+    page_size = draw(st.sampled_from([1, 2, 4, 16]))
+    lengths = st.integers(1, 40)
+    prompts = draw(st.lists(st.tuples(lengths, lengths, st.integers(0, 20)), max_size=20))
+    longest = max((length + max_tokens - 1 for length, max_tokens, _ in prompts), default=1)
+    least = -(-longest // page_size)
+    swap = draw(st.integers(0, 2 * least))
+    return Case(
+        prompts,
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        rounds=draw(st.integers(1, 5)),
+        page_size=page_size,
+        main=max(1, least - swap) + draw(st.integers(0, 3 * least)),
+        swap=swap,
+        height=draw(st.integers(0, 8)),
+        micro_batch_size=draw(st.integers(1, 8)),
+        max_batch_tokens=draw(st.integers(1, 64)),
+        concurrency=draw(st.integers(1, 24)),
+        pause=draw(st.integers(0, 3)),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_every_request_is_answered_from_its_own_context(case: Case) -> None:
+    run(case)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_suspended_sequences_lose_nothing(policy: str) -> None:
+    """Memory for the longest sequence and hardly more: most wait in the host pool, and none is computed again."""
+    case = Case([(6, 30, 0)] * 8, policy, rounds=3, main=12, height=7, max_batch_tokens=16)
+    scheduler = run(case)
+    assert scheduler.counters.suspensions and scheduler.counters.resumptions == scheduler.counters.suspensions
+    assert not scheduler.counters.recomputed_tokens
+
+
+def test_without_a_host_pool_only_what_fits_to_its_end_is_admitted() -> None:
+    scheduler = run(Case([(6, 30, 0)] * 8, rounds=3, main=12, height=0, max_batch_tokens=16))
+    assert not scheduler.counters.suspensions and not scheduler.counters.recomputed_tokens
+
+
+def test_no_request_is_a_job_too() -> None:
+    run(Case([]))
+
+
+def test_policies_order_a_visit() -> None:
+    """A prompt of 6 tokens comes while a sequence decodes: what the next visit holds."""
+    held = {"vanilla": [6], "prefill_first": [1, 6], "decode_first": [1, 6]}
+    tight = {"vanilla": [4], "prefill_first": [4], "decode_first": [1, 3]}
+    for budget, wanted in ((8, held), (4, tight)):
+        for policy, expected in wanted.items():
+            case = Case([(3, 9, 0), (6, 9, 0)], policy, rounds=1, max_batch_tokens=budget)
+            first, second = requests_of(case)
+            source = Source(deque([first]))
+            scheduler = Scheduler(
+                POLICIES[policy],
+                PageAccount(16, 0, 1, BuddyAllocator(4)),
+                source,
+                page_size=4,
+                micro_batch_size=4,
+                max_batch_tokens=budget,
+                concurrency=4,
+                eos_ids=(),
+            )
+            plan, _ = scheduler.plan(0)
+            assert plan.new_tokens.tolist() == [3]
+            source.requests.append(second)
+            scheduler.commit(0, np.array([1], np.int32))
+            plan, _ = scheduler.plan(0)
+            assert plan.new_tokens.tolist() == expected, (policy, budget)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 8), st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=60))
+def test_buddy_allocator(height: int, steps: list[tuple[bool, int]]) -> None:
+    """Whatever is taken and given back, in whatever pieces: no page twice, none lost, one block at the end."""
+    buddy = BuddyAllocator(height)
+    assert buddy.pages == (2 ** (height - 1) if height else 0)
+    owned: list[int] = []
+    for takes, count in steps:
+        if takes:
+            pages = buddy.take(min(count, buddy.free_pages)).tolist()
+            assert not set(pages) & set(owned) and len(set(pages)) == len(pages)
+            owned += pages
+        else:
+            given_back, owned = owned[: count % 7 + 1], owned[count % 7 + 1 :]
+            buddy.give(np.array(given_back, np.int32))
+        assert buddy.free_pages == buddy.pages - len(owned)
+        assert all(0 <= page < buddy.pages for page in owned)
+    buddy.give(np.array(owned, np.int32))
+    assert buddy.all_free
+    assert buddy.take(buddy.pages).tolist() == list(range(buddy.pages))
