@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 import traceback
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
 from deserve.controller import Job
 from deserve.errors import LinkError, UserError
-from deserve.model.checkpoint import model_dtype, resolve
+from deserve.model.checkpoint import Checkpoint, model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.plan import Plan
 from deserve.report.metrics import stage_metrics
@@ -38,6 +39,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("model"):
         checkpoint = resolve(config.model)
         dtype = model_dtype(config.model, checkpoint.config)
+    world.require_same(facts(config, checkpoint))
     job = None
     with world.step("workload"):
         if world.rank == 0:
@@ -63,6 +65,18 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         if stop.reason is not None:
             world.announce_stop()
     return STOPPED if world.share("stopped", stop.reason) else 0
+
+
+def facts(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What all ranks must have in common. A model may lie in different folders, as long as the files are the same."""
+    sections = as_dict(config)
+    settings = {
+        f"{name}.{key}" if isinstance(section, dict) else name: value
+        for name, section in sections.items()
+        for key, value in (section.items() if isinstance(section, dict) else [("", section)])
+    }
+    del settings["model.path"]
+    return {"the version of deserve": __version__, "the model's files": checkpoint.fingerprint(), **settings}
 
 
 def set_up_device(config: Config, world: World) -> torch.device:

@@ -96,6 +96,18 @@ class World:
         if verdict is not None:
             raise UserError(verdict)
 
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raises UserError on all ranks, naming rank and key, unless they agree in all of `facts`."""
+        everyone = self.gather("facts", facts)
+        with self.step("facts"):
+            for rank, other in enumerate(everyone):
+                for key in sorted(facts.keys() | other.keys()):
+                    if facts.get(key) != other.get(key):
+                        raise UserError(
+                            f"rank {rank} differs from rank 0 in {key}: {other.get(key)!r} there, "
+                            f"{facts.get(key)!r} here; start all ranks with the same program, model and overrides"
+                        )
+
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
         self._notice_board.set("deserve/stopped", "")
