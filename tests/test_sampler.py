@@ -1,0 +1,126 @@
+"""Sampling against distributions worked out in numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from deserve.batch import SamplingParams
+from deserve.model.sampler import Sampler, argmax, draw, encode_sampling, uniforms
+
+VOCAB = 50
+DRAWS = 40_000
+
+
+def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
+    """The probabilities [vocab] that the parameters ask for, one token after the other."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    kept = order[:top_k] if top_k else order
+    probabilities = np.exp(scaled[kept] - scaled[kept].max())
+    probabilities /= probabilities.sum()
+    if top_p < 1:
+        count = int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1  # the fewest that hold top_p
+        kept, probabilities = kept[:count], probabilities[:count]
+    result = np.zeros(len(logits))
+    result[kept] = probabilities / probabilities.sum()
+    return result
+
+
+def drawn(logits: np.ndarray, temperature: float, top_p: float, top_k: int, uniform: np.ndarray) -> np.ndarray:
+    n = len(uniform)
+    rows = torch.from_numpy(logits).expand(n, -1)
+    settings = (torch.full((n,), value) for value in (temperature, top_p, top_k))
+    return draw(rows, *settings, torch.from_numpy(uniform)).numpy()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.0, 1.0, 0),
+        (0.3, 1.0, 0),
+        (2.5, 1.0, 0),
+        (1.0, 0.5, 0),
+        (1.0, 1.0, 5),
+        (1.5, 0.8, 10),
+        (1.0, 1e-6, 0),
+        (1.0, 1.0, 1),
+    ],
+)
+def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+    logits = np.random.default_rng(1).normal(0, 2, VOCAB).astype(np.float32)
+    uniform = ((np.arange(DRAWS) + 0.5) / DRAWS).astype(np.float32)  # evenly spread, so the counts are nearly exact
+    found = np.bincount(drawn(logits, temperature, top_p, top_k, uniform), minlength=VOCAB) / DRAWS
+    wanted = distribution(logits, temperature, top_p, top_k)
+    assert np.abs(found - wanted).max() < 2 / DRAWS
+    assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
+
+
+def test_rows_have_their_own_parameters() -> None:
+    random = np.random.default_rng(2)
+    logits = random.normal(0, 2, (30, VOCAB)).astype(np.float32)
+    temperature = random.uniform(0.2, 2, 30).astype(np.float32)
+    top_p = random.uniform(0.1, 1, 30).astype(np.float32)
+    top_k = random.integers(0, 12, 30)
+    uniform = random.uniform(size=30).astype(np.float32)
+    together = draw(*map(torch.from_numpy, (logits, temperature, top_p, top_k, uniform))).tolist()
+    for row, token in enumerate(together):
+        alone = drawn(logits[row], temperature[row].item(), top_p[row].item(), int(top_k[row]), uniform[row : row + 1])
+        assert token == alone[0]
+
+
+def test_top_k_of_equals_keeps_k() -> None:
+    uniform = np.linspace(0, 0.999, 1000, dtype=np.float32)
+    assert set(drawn(np.zeros(VOCAB, np.float32), 1.0, 1.0, 3, uniform)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("vocab", [320, 512, 1024, 49152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_takes_the_first_of_equals(vocab: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[0] = 1.0
+    logits[1, [300, 17, 250]] = 100.0
+    found = argmax(logits).tolist()
+    assert found[0] == 0 and found[1] == 17
+    assert found == [int(np.argmax(row)) for row in logits.float().numpy()]
+
+
+def test_uniforms_are_stateless_and_even() -> None:
+    seeds, positions = np.meshgrid(np.arange(100, dtype=np.uint64), np.arange(1000, dtype=np.int32), indexing="ij")
+    values = uniforms(seeds.ravel(), positions.ravel())
+    assert values.dtype == np.float32 and values.min() >= 0 and values.max() < 1
+    shuffled = np.random.default_rng(0).permutation(values.size)
+    assert np.array_equal(uniforms(seeds.ravel()[shuffled], positions.ravel()[shuffled]), values[shuffled])
+    counts, _ = np.histogram(values, bins=50, range=(0, 1))
+    assert np.abs(counts / values.size - 0.02).max() < 0.002
+    assert len(np.unique(values)) > 0.99 * values.size
+    table = values.reshape(seeds.shape)
+    assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.02  # neighbouring seeds
+    assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.02  # neighbouring positions
+
+
+def test_what_a_row_gets_does_not_depend_on_its_company() -> None:
+    """Parameters travel through a plan's words, negative and large seeds too, and greedy rows stay greedy."""
+    random = np.random.default_rng(3)
+    wanted = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=2**63 - 1),
+        SamplingParams(temperature=1.3, top_k=4, seed=5),
+        SamplingParams(temperature=1.3, top_k=4, seed=2**40),
+    ]
+    logits = torch.from_numpy(random.normal(0, 2, (4, 512)).astype(np.float32))
+    slots, positions = np.array([5, 1, 6, 2], np.int32), np.array([10, 20, 30, 30], np.int32)
+    words = [encode_sampling(int(slot), sampling) for slot, sampling in zip(slots, wanted, strict=True)]
+    sampler = Sampler(8, torch.device("cpu"))
+    sampler.admit(np.array(words, np.int32))
+    together = sampler.sample(logits, slots, positions).tolist()
+    assert together[0] == int(logits[0].argmax())
+    for row in range(4):
+        alone = Sampler(8, torch.device("cpu"))
+        alone.admit(np.array([[3, *words[row][1:]]], np.int32))
+        one = slice(row, row + 1)
+        assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [together[row]]
+        # A slot that is given to the next sequence keeps nothing of the last.
+        alone.admit(np.array([encode_sampling(3, SamplingParams())], np.int32))
+        assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [
+            int(logits[row].argmax())
+        ]
