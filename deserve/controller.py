@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from deserve.batch import Completion, IntArray, Request, StepPlan
@@ -18,7 +17,8 @@ from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.plan import Plan
-from deserve.planner.planner import choose_plan
+from deserve.planner.planner import choose_plan, table
+from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.results import Manifest, ResultsWriter
@@ -219,12 +219,12 @@ class Job:
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         self._progress = Progress(self._lengths.count, config.warmup_s)
 
-    def plan(self, ranks: int, dtype: torch.dtype) -> Plan:
-        """The plan of this job on `ranks` ranks. Raises UserError if one that was set by hand cannot work."""
-        memory = psutil.virtual_memory().available // 3
+    def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
+        """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
-        page_bytes = self._config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
-        return choose_plan(self._config, model, self._lengths, ranks, memory // ranks, page_bytes)
+        plan = choose_plan(self._config, model, dtype, self._lengths, machine)
+        print(table(plan, model.num_layers), flush=True)
+        return plan
 
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop) -> Controller:
         """Open the workload and start reading."""

@@ -19,6 +19,7 @@ from deserve.controller import Job
 from deserve.errors import LinkError, UserError
 from deserve.model.checkpoint import Checkpoint, model_dtype, resolve
 from deserve.pipeline import run_pipeline
+from deserve.planner.measure import survey
 from deserve.planner.plan import Plan
 from deserve.report.metrics import stage_metrics
 from deserve.report.timeline import Timeline
@@ -44,9 +45,10 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("workload"):
         if world.rank == 0:
             job = Job(config, checkpoint)
+    machine = survey(world, config, checkpoint, dtype, device)
     with world.step("plan"):
-        if job is not None:
-            world.publish("plan", job.plan(world.size, dtype).to_json())
+        if job is not None and machine is not None:
+            world.publish("plan", job.plan(machine, dtype).to_json())
     plan = Plan.from_json(world.read("plan"))
     with world.step("load"):
         stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)

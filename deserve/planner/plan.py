@@ -27,6 +27,8 @@ class Plan:
     host_height: int  # the host pool holds 2^(height-1) pages; 0: none
     predicted: float | None = None
     bound: str = ""
+    why: str = ""  # one sentence behind `bound`
+    stage_s: tuple[float, ...] = ()  # seconds of a full decode visit, by rank
 
     def shard(self, rank: int, layers: int) -> Shard:
         """The share of `rank` of a model of `layers` layers."""
@@ -39,7 +41,7 @@ class Plan:
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> "Plan":
-        return Plan(**{**raw, "partition": tuple(raw["partition"])})
+        return Plan(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
 
 
 def parse_partition(value: Any, ranks: int, layers: int) -> tuple[int, ...]:

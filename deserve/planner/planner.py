@@ -1,45 +1,338 @@
-"""Chooses rounds, micro-batch size, concurrency, pages and the layer split."""
+"""Chooses the layer split, rounds, micro-batch size, concurrency and pages that finish a workload soonest.
+
+N sequences in flight on S ranks of stage time t and link latency L give N / (S*(t+L)) tokens/s, until with
+R*t = S*(t+L) no stage waits any more and the work itself sets the pace (DeServe, arXiv 2501.14784). That arithmetic
+ranks all plans in reach; the best few are simulated, and the best of those is taken.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
 
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
+from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan, parse_partition
+from deserve.planner.simulator import simulate
+from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
 
+SIMULATED = 6  # plans that are compared by simulation
+MOST_ROUNDS = 512  # each needs receive buffers on every link
+ENDLESS = 10**6  # requests of a workload that does not tell how many it has
+EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
+GB = 1e9
 
-def choose_plan(
-    config: Config, model: ModelConfig, lengths: Lengths, ranks: int, kv_bytes: int, page_bytes: int
-) -> Plan:
-    """The plan for `lengths` on `ranks` ranks with `kv_bytes` of KV memory each; a page takes `page_bytes` a layer."""
-    pipeline, kv = config.pipeline, config.kvcache
-    if model.num_layers < ranks:
-        raise UserError(f"{ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks")
-    if pipeline.partition == "auto":
-        partition = tuple(round(rank * model.num_layers / ranks) for rank in range(ranks))
-    else:
-        partition = parse_partition(pipeline.partition, ranks, model.num_layers)
-    rounds = ranks if pipeline.rounds == "auto" else pipeline.rounds
-    wanted = lengths.count or 10**9
-    if config.workload.concurrency != "auto":
-        wanted = min(wanted, config.workload.concurrency)
-    size = pipeline.micro_batch_size
-    if size == "auto":
-        size = max(1, min(256, -(-wanted // rounds)))
-    concurrency = max(1, min(wanted, rounds * size))
-    most_layers = max(b - a for a, b in zip(partition, (*partition[1:], model.num_layers), strict=True))
-    main = kv.main_pages
-    if main == "auto":
-        per_sequence = -(-min(lengths.max_total, model.max_context) // kv.page_size)
-        main = min(kv_bytes // (page_bytes * most_layers), concurrency * per_sequence)
-    return Plan(
-        partition=partition,
-        rounds=rounds,
-        micro_batch_size=size,
-        concurrency=concurrency,
-        max_batch_tokens=pipeline.max_batch_tokens,
-        policy=pipeline.policy,
-        page_size=kv.page_size,
-        main_pages=main,
-        swap_pages=0,
-        host_height=kv.buddy_height,
+COMPUTE, LATENCY, BANDWIDTH, MEMORY, REQUESTS = BOUNDS = (
+    "compute",
+    "link latency",
+    "link bandwidth",
+    "KV memory",
+    "too few requests",
+)
+
+
+def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine) -> Plan:
+    """The plan for `lengths` on `machine`.
+
+    What `config` sets by hand stays as it is. Raises UserError, naming the key, where that cannot work.
+    """
+    if model.num_layers < machine.ranks:
+        raise UserError(f"{machine.ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks")
+    return _Search(config, model, dtype, lengths, machine).best()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    partition: tuple[int, ...]
+    rounds: int
+    size: int  # sequences in a micro-batch
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """What the arithmetic says of a candidate. Times in seconds, `busiest` and `trip` of a decode visit."""
+
+    tokens_per_s: float
+    rows: float  # sequences in a visit
+    stages: tuple[float, ...]  # by rank
+    trip: float  # once round the ring without waiting
+    wire: float  # on the busiest link
+
+
+class _Search:
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        lengths: Lengths,
+        machine: Machine,
+    ):
+        self._config, self._model, self._machine = config, model, machine
+        self._lengths = lengths
+        self._layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
+        self._embedding_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
+        self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
+        self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
+        self._limit = 10**9 if config.workload.concurrency == "auto" else config.workload.concurrency
+        self._count = lengths.count if lengths.count is not None else ENDLESS
+        # Swapping is used where it is asked for; the planner does not ask by itself.
+        self._swap = 0 if config.kvcache.swap_pages == "auto" else config.kvcache.swap_pages
+        self._capacity = cache(self._pages_that_fit)
+
+    def best(self) -> Plan:
+        candidates = [
+            _Candidate(partition, rounds, size)
+            for rounds in self._rounds()
+            for size in self._sizes(rounds)
+            for partition in self._partitions(size)
+        ]
+        ranked = sorted(candidates, key=lambda c: (-self._pace(c).tokens_per_s, c.rounds, c.size))
+        plans = [self._plan(candidate) for candidate in ranked[:SIMULATED]]
+        rates = [simulate(plan, self._lengths, self._machine, self._model.num_layers).tokens_per_s for plan in plans]
+        good = [index for index, rate in enumerate(rates) if rate >= (1 - EQUAL) * max(rates)]
+        chosen = min(good, key=lambda index: (plans[index].rounds, -rates[index]))
+        bound = self._bound(candidates, ranked[chosen])
+        return replace(
+            plans[chosen],
+            predicted=rates[chosen],
+            bound=bound,
+            why=self._why(bound, ranked[chosen], plans[chosen]),
+            stage_s=self._pace(ranked[chosen]).stages,
+        )
+
+    # -- what is in reach
+
+    def _rounds(self) -> list[int]:
+        """Numbers of rounds worth a look: up to those that fill the ring when every visit is as short as can be."""
+        if self._config.pipeline.rounds != "auto":
+            return [self._config.pipeline.rounds]
+        ranks = self._machine.ranks
+        stages = self._stages(self._even(), Work(1, self._prompt, 0, 0, 1))
+        enough = int((sum(stages) + self._machine.latency_s) / max(*stages, 1e-9)) + ranks
+        most = max(1, min(MOST_ROUNDS, enough, self._count, self._limit))
+        steps = {1, 2, 3, 4, 6, ranks, ranks + 1, 2 * ranks, most}
+        step = float(ranks)
+        while step < most:
+            steps.add(round(step))
+            step *= 1.25
+        return sorted(rounds for rounds in steps if rounds <= most)
+
+    def _sizes(self, rounds: int) -> list[int]:
+        """Micro-batch sizes worth a look."""
+        pipeline = self._config.pipeline
+        if pipeline.micro_batch_size != "auto":
+            return [pipeline.micro_batch_size]
+        share = -(-min(self._count, self._limit) // rounds)
+        most = min(share, pipeline.max_batch_tokens)
+        held = (self._capacity(self._even()) // rounds + self._swap) // self._sequence_pages
+        steps = {most, held, *(share // waves for waves in (2, 3, 4))}
+        steps |= {size * 2**power for power in range(12) for size in (1, 3)}
+        return sorted(size for size in steps if 1 <= size <= most)
+
+    def _partitions(self, size: int) -> list[tuple[int, ...]]:
+        """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""
+        set_by_hand = self._config.pipeline.partition
+        if set_by_hand != "auto":
+            return [parse_partition(set_by_hand, self._machine.ranks, self._model.num_layers)]
+        work = self._decode(size)
+        machine, last = self._machine, self._machine.ranks - 1
+
+        def seconds(rank: int, layers: int) -> float:
+            return machine.stages[rank].seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
+
+        def scarcity(rank: int, layers: int) -> float:
+            pages = self._pages_of(rank, layers)
+            return 1 / pages if pages > 0 else float(layers)
+
+        splits = {self._spread(seconds), self._spread(scarcity)}
+        return sorted(split for split in splits if self._capacity(split) >= self._sequence_pages) or [self._even()]
+
+    def _spread(self, cost: Callable[[int, int], float]) -> tuple[int, ...]:
+        """Give out layers one by one, each to the rank that it costs least to have one more."""
+        shares = [1] * self._machine.ranks
+        heap = [(cost(rank, 2), rank) for rank in range(self._machine.ranks)]
+        heapq.heapify(heap)
+        for _ in range(self._model.num_layers - len(shares)):
+            rank = heap[0][1]
+            shares[rank] += 1
+            heapq.heapreplace(heap, (cost(rank, shares[rank] + 1), rank))
+        return tuple(sum(shares[:rank]) for rank in range(len(shares)))
+
+    def _even(self) -> tuple[int, ...]:
+        layers, ranks = self._model.num_layers, self._machine.ranks
+        return tuple(round(rank * layers / ranks) for rank in range(ranks))
+
+    # -- memory
+
+    def _shares(self, partition: tuple[int, ...]) -> list[int]:
+        """Layers of each rank."""
+        return [end - first for first, end in zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
+
+    def _kv_bytes(self, rank: int, layers: int) -> float:
+        """What `rank` has left for pages once it holds the weights of `layers` layers."""
+        ends = (rank == 0) + (rank == self._machine.ranks - 1)
+        if self._machine.ranks == 1 and self._model.tied_embeddings:
+            ends = 1
+        left = self._machine.memory[rank] - layers * self._layer_bytes - ends * self._embedding_bytes
+        cap = self._config.kvcache.gpu_memory_gb
+        return left if cap is None else min(left, cap * GB)
+
+    def _pages_of(self, rank: int, layers: int) -> int:
+        return int(self._kv_bytes(rank, layers) // (self._machine.page_bytes * layers))
+
+    def _pages_that_fit(self, partition: tuple[int, ...]) -> int:
+        """Pages under this split: those of the rank that can hold the fewest. Set by hand, if they are."""
+        pages = min(self._pages_of(rank, layers) for rank, layers in enumerate(self._shares(partition)))
+        by_hand = self._config.kvcache.main_pages
+        return pages - self._swap if by_hand == "auto" else min(pages - self._swap, by_hand)
+
+    def _plan(self, candidate: _Candidate) -> Plan:
+        """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
+        pipeline, kv = self._config.pipeline, self._config.kvcache
+        shares = self._shares(candidate.partition)
+        pages = [self._pages_of(rank, layers) for rank, layers in enumerate(shares)]
+        rank = min(range(len(pages)), key=pages.__getitem__)
+        has = (
+            f"rank {rank} has {max(0.0, self._kv_bytes(rank, shares[rank])) / GB:.3f} GB for the KV cache of its "
+            f"{shares[rank]} layers, which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
+        )
+        cap = "" if kv.gpu_memory_gb is None else f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
+        asked = self._swap + (0 if kv.main_pages == "auto" else kv.main_pages)
+        if asked and asked > pages[rank]:
+            gigabytes = asked * self._machine.page_bytes * shares[rank] / GB
+            keys = f"kvcache.main_pages={kv.main_pages} and kvcache.swap_pages={kv.swap_pages}"
+            raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")
+        concurrency = max(1, min(self._count, self._limit, candidate.rounds * candidate.size))
+        longest = -(-min(self._lengths.max_total, self._model.max_context) // kv.page_size)
+        # A little more than they hold at their longest: admission keeps that much free.
+        main = min(pages[rank] - self._swap, concurrency * longest + -(-2 * candidate.size // kv.page_size) + 1)
+        main = main if kv.main_pages == "auto" else kv.main_pages
+        if main + self._swap < self._sequence_pages:
+            what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"
+            raise UserError(
+                f"{what}; too few for one request of this workload, which needs {self._sequence_pages} "
+                f"({self._prompt:.0f} tokens of prompt and {self._output:.0f} of answer)"
+            )
+        height = kv.buddy_height
+        while height and 2 ** (height - 1) * self._machine.page_bytes * max(shares) > self._machine.host_memory:
+            height -= 1
+        return Plan(
+            partition=candidate.partition,
+            rounds=candidate.rounds,
+            micro_batch_size=candidate.size,
+            concurrency=concurrency,
+            max_batch_tokens=pipeline.max_batch_tokens,
+            policy=pipeline.policy,
+            page_size=kv.page_size,
+            main_pages=main,
+            swap_pages=self._swap,
+            host_height=height,
+        )
+
+    # -- the arithmetic
+
+    def _decode(self, rows: float) -> Work:
+        """A visit in which `rows` sequences, half way through their answers, get a token each."""
+        return Work(rows, rows * (self._prompt + self._output / 2), 0, 0, rows)
+
+    def _stages(self, partition: tuple[int, ...], work: Work) -> tuple[float, ...]:
+        """Seconds of a visit on each rank."""
+        machine, last = self._machine, self._machine.ranks - 1
+        seconds: dict[tuple[int, int, bool, bool], float] = {}  # ranks that are alike are computed once
+        stages = []
+        for rank, layers in enumerate(self._shares(partition)):
+            times: StageTimes = machine.stages[rank]
+            kind = (id(times), layers, rank == 0, rank == last)
+            if kind not in seconds:
+                seconds[kind] = times.seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
+            stages.append(seconds[kind])
+        return tuple(stages)
+
+    def _pace(self, candidate: _Candidate, doubled: str = "") -> _Pace:
+        """The rate at which `candidate` goes through full waves of sequences, were the resource `doubled` doubled.
+
+        A wave fills the micro-batches with prompts, then takes them through their answers. Policies differ in how
+        they mix the two: `decode_first` spreads prompts over the answers of others, the others do one, then the other.
+        """
+        pipeline, machine = self._config.pipeline, self._machine
+        count = self._count * (2 if doubled == REQUESTS else 1)
+        pages = self._capacity(candidate.partition) * (2 if doubled == MEMORY else 1) / candidate.rounds + self._swap
+        rows = min(candidate.size, max(1.0, pages / self._sequence_pages), max(1.0, self._limit / candidate.rounds))
+        waves = max(1.0, count / (candidate.rounds * rows))
+        rows = min(rows, count / candidate.rounds)
+        budget = pipeline.max_batch_tokens
+        prompts, answers = rows * self._prompt, rows * (self._output - 1)
+        context = self._prompt + self._output / 2
+        if pipeline.policy == "decode_first" and waves > 1:
+            visits = max(self._output, (prompts + answers) / budget)
+            n, p = answers / visits, prompts / visits
+            kinds = [(visits, Work(n, n * context, p, p * self._prompt, rows / visits + n))]
+        else:
+            fills = max(1.0, prompts / (min(budget, self._prompt) if pipeline.policy == "vanilla" else budget))
+            p = prompts / fills
+            n = min(rows, budget)
+            kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget) / 1, rows / fills))]
+            kinds += [(answers / n, Work(n, n * context, 0, 0, n))] if answers else []
+        speed, latency, wire = (0.5 if doubled == what else 1.0 for what in (COMPUTE, LATENCY, BANDWIDTH))
+        total = 0.0
+        for visits, work in kinds:
+            stages = self._stages(candidate.partition, work)
+            frames = [machine.frame_bytes(work, rank) * link.byte_s * wire for rank, link in enumerate(machine.links)]
+            trip = speed * sum(stages) + latency * machine.latency_s + sum(frames)
+            total += visits * max(candidate.rounds * max(speed * max(stages), max(frames)), trip)
+        rate = candidate.rounds * rows * self._output / total * waves / -(-waves // 1)
+        return _Pace(rate, rows, tuple(speed * seconds for seconds in stages), trip, max(frames))
+
+    def _bound(self, candidates: list[_Candidate], chosen: _Candidate) -> str:
+        """The resource of which twice as much would help most."""
+
+        def gain(resource: str) -> float:
+            return max(self._pace(candidate, resource).tokens_per_s for candidate in {*candidates, chosen})
+
+        return max(BOUNDS, key=gain)
+
+    def _why(self, bound: str, candidate: _Candidate, plan: Plan) -> str:
+        """One sentence of arithmetic behind `bound`."""
+        pace, rounds = self._pace(candidate), candidate.rounds
+        slowest = max(range(len(pace.stages)), key=pace.stages.__getitem__)
+        busy = rounds * pace.stages[slowest]
+        trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
+        work = f"{rounds} visits keep rank {slowest} busy for {1e3 * busy:.1f} ms"
+        if bound == COMPUTE:
+            return f"{work}, and {trip}"
+        if bound == LATENCY:
+            return f"{trip}, {1e3 * self._machine.latency_s:.1f} ms of it latency, but {work}"
+        if bound == BANDWIDTH:
+            return f"a visit keeps the busiest link occupied for {1e3 * pace.wire:.1f} ms, a rank for less"
+        if bound == MEMORY:
+            fit = (plan.main_pages + rounds * plan.swap_pages) / self._sequence_pages
+            return (
+                f"{plan.main_pages} pages hold {fit:.0f} sequences of this length, {fit / rounds:.1f} a round; {trip}"
+            )
+        return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
+
+
+def table(plan: Plan, layers: int) -> str:
+    """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect."""
+    lines = ["rank      layers  first  stage ms  KV pages"]
+    shares = [plan.shard(rank, layers) for rank in range(len(plan.partition))]
+    for rank, share in enumerate(shares):
+        seconds = f"{1e3 * plan.stage_s[rank]:8.2f}" if plan.stage_s else " " * 8
+        lines.append(f"{rank:<8}  {share.last - share.first:6}  {share.first:5}  {seconds}  {plan.main_pages:8}")
+    if len(lines) > 17:
+        widths = Counter(share.last - share.first for share in shares)
+        spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
+        lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
+    lines.append(
+        f"{plan.rounds} rounds of {plan.micro_batch_size} sequences, {plan.concurrency} in flight, policy {plan.policy}"
     )
+    if plan.predicted is not None:
+        lines.append(f"predicted {plan.predicted:,.1f} output tokens/s, bound by {plan.bound}: {plan.why}")
+    return "\n".join(lines)

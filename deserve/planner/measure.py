@@ -1,0 +1,287 @@
+"""Measures what a plan needs to know: stages before their weights are loaded, links before they carry anything."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from deserve.batch import IntArray, Request, SamplingParams, StepPlan
+from deserve.comm.gloo import GlooReceiver, GlooSender
+from deserve.comm.world import World
+from deserve.config import Config, NetworkSection
+from deserve.kvcache.buddy import BuddyAllocator
+from deserve.model.checkpoint import Checkpoint
+from deserve.model.sampler import encode_sampling
+from deserve.model.weights import Shard, parameter_bytes
+from deserve.planner.plan import Plan
+from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.scheduler import Scheduler
+from deserve.stage import load_stage
+from deserve.workload import default_sampling
+
+COLD_BYTES = 48 << 20  # weights that pass through a core's cache between two visits of the same layer
+CONTEXT = 16  # tokens before a decode row in most measurements
+LONG_CONTEXT = 256
+PINGS, PONGS = 11, 12  # message tags of the link measurement
+LONGEST_S = 2.0  # after this a stage is measured no more often than it must
+LARGE_FRAME = 1 << 20  # bytes
+
+T = TypeVar("T")
+Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
+
+
+def survey(
+    world: World, config: Config, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> Machine | None:
+    """Measure all ranks and links: the machine on rank 0, None on the others. Every rank calls it.
+
+    On a CPU the ranks of a host share its memory and cores, so all of them measure at the same time.
+    """
+    memory = usable_memory(world, device)
+    host_memory = psutil.virtual_memory().available // 4 // world.local_size
+    page_size, most = config.kvcache.page_size, config.pipeline.max_batch_tokens
+    probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
+    world.share("survey/go", bool(world.gather("survey/ready", None)))  # all start at once
+    times = probe.times()
+    link, frames = measure_link(world)
+    times = replace(times, frames=frames, plan=measure_scheduling(page_size, most) if world.rank == 0 else Curve())
+    found = world.gather("survey", [times.to_json(), [link.latency_s, link.byte_s], memory, host_memory])
+    if not found:
+        return None
+    stages, links, memories, host_memories = zip(*found, strict=True)
+    return Machine(
+        stages=tuple(map(StageTimes.from_json, stages)),
+        links=tuple(slowed(LinkTimes(*link), config.network) for link in links),
+        memory=memories,
+        host_memory=min(host_memories),
+        hidden_bytes=checkpoint.config.hidden_size * dtype.itemsize,
+        page_bytes=page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype),
+    )
+
+
+def usable_memory(world: World, device: torch.device) -> int:
+    """Bytes that this rank may fill with weights and KV pages: what is free, less room for everything else."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available // 2 // world.local_size
+
+
+def slowed(link: LinkTimes, network: NetworkSection) -> LinkTimes:
+    """`link` with the simulated network on top."""
+    byte_s = 0.0 if network.bandwidth_mbps is None else 8e-6 / network.bandwidth_mbps
+    return LinkTimes(link.latency_s + network.latency_ms / 1e3, max(link.byte_s, byte_s))
+
+
+def measure_link(world: World) -> tuple[LinkTimes, Curve]:
+    """The link to the next rank, and the host's time for a visit's frames by their bytes.
+
+    Takes four round trips. All links are measured at once, as all carry traffic at once. Host time is processor
+    time, since on a real network most of the waiting is not the host's.
+    """
+    if world.size == 1:
+        return LinkTimes(), Curve()
+    before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+    pings_in, pongs_in = (
+        GlooReceiver(peer, tag, LARGE_FRAME, ahead=6) for peer, tag in ((before, PINGS), (after, PONGS))
+    )
+    pings, pongs = GlooSender(after, PINGS, 8), GlooSender(before, PONGS, 8)
+    small, large = torch.empty(0, dtype=torch.uint8), torch.zeros(LARGE_FRAME, dtype=torch.uint8)
+
+    def round_trip(payload: torch.Tensor) -> tuple[float, float]:
+        begin, cpu = time.monotonic(), time.process_time()
+        pings.send(payload)
+        pings_in.receive()
+        pongs.send(small)
+        pongs_in.receive()
+        return time.monotonic() - begin, time.process_time() - cpu
+
+    round_trip(large)  # opens the connections and their windows
+    trips = [round_trip(small) for _ in range(4)]
+    large_s, large_cpu = round_trip(large)
+    pings.close()
+    pongs.close()
+    small_s, small_cpu = (min(values) for values in zip(*trips, strict=True))
+    byte_s = max(0.0, large_s - small_s) / LARGE_FRAME
+    # Each trip is two frames out and two in, like a visit: a plan and hidden states.
+    return LinkTimes(small_s / 2, byte_s), Curve((0.0, float(LARGE_FRAME)), (small_cpu, max(small_cpu, large_cpu)))
+
+
+class _Probe:
+    """Two stages of random weights: `short` of one layer with embedding and head, `long` of several layers alone.
+
+    Their difference is the layers, and what remains of `short` is what every visit costs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int,
+        max_tokens: int,
+        sampling: SamplingParams,
+    ):
+        model = checkpoint.config
+        layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
+        self._layers = min(model.num_layers, max(3, -(-COLD_BYTES // layer_bytes)))
+        self._max_tokens, self._page_size, self._device = max_tokens, page_size, device
+        self._long_context = min(LONG_CONTEXT, model.max_context // 2)
+        self._context = min(CONTEXT, model.max_context // 4)
+        self._width = -(-max(self._long_context + 1, min(max_tokens, model.max_context)) // page_size)
+        self._max_prompt = min(max_tokens, model.max_context)
+        # Rows at the long context may share pages: only how many are read counts.
+        pages = max(self._width, max_tokens * -(-(self._context + 1) // page_size))
+        self._pages = pages
+        plan = Plan((0,), 1, max_tokens, max_tokens, max_tokens, "vanilla", page_size, pages, 0, 0)
+        dummy = replace(checkpoint, weights="dummy")
+        self._short = load_stage(dummy, plan, Shard(0, 1, True, True), dtype, device)
+        self._long = load_stage(dummy, plan, Shard(0, self._layers, False, False), dtype, device)
+        self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
+        self._sampling = sampling
+        self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
+
+    def times(self) -> StageTimes:
+        """Time visits that differ in one thing at a time, and tell from them what each thing costs."""
+        most = self._max_tokens
+        sizes = sorted({size for size in (1, 16, 64, 256) if size < most} | {most})
+        far = min(64, most)
+        prompts = [_prompts(size) for size in sizes]
+        visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]
+        visits += [((1,) * size, self._context) for size in sizes]
+        visits += [((1,) * far, self._long_context)]
+        shapes = [(False, visit, 0) for visit in visits] + [(True, visit, 0) for visit in visits]
+        shapes += [(False, ((1,) * size, self._context), size) for size in sizes]
+        took = self._time({shape: self._action(*shape) for shape in shapes})
+
+        layer: dict[Visit, float] = {}
+        rest: dict[Visit, float] = {}
+        for visit in visits:
+            short, long = took[False, visit, 0], took[True, visit, 0]
+            layer[visit] = max(0.0, (long - short) / (self._layers - 1)) if self._layers > 1 else short
+            rest[visit] = max(0.0, short - layer[visit])
+        head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in visits if v[1] == self._context]
+        at = tuple(map(float, sizes))
+        return StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
+
+    def _cost(self, seconds: dict[Visit, float], at: tuple[float, ...]) -> Cost:
+        """The cost of visits that took `seconds`; `at` are the counts of tokens measured."""
+        most, far = int(at[-1]), int(min(64, at[-1]))
+        several, one = _prompts(most), (self._max_prompt,)
+        more_pairs = _pairs(one) - _pairs(several)
+        per_pair = seconds[one, 0] - seconds[several, 0]
+        pair_s = max(0.0, per_pair / more_pairs) if sum(one) == most and more_pairs > 0 else 0.0
+        more_kv = far * (self._long_context - self._context)
+        kv_s = max(0.0, (seconds[(1,) * far, self._long_context] - seconds[(1,) * far, self._context]) / more_kv)
+        prompts = [(n, _prompts(int(n))) for n in at]
+        tokens = [max(0.0, seconds[shape, 0] - pair_s * _pairs(shape)) for _, shape in prompts]
+        decodes = [
+            seconds[(1,) * int(n), self._context] - base - kv_s * n * (self._context + 1)
+            for n, base in zip(at, tokens, strict=True)
+        ]
+        return Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+
+    def _action(self, long: bool, visit: Visit, sampled: int) -> Callable[[], object]:
+        plan = self._plan(*visit)
+        plan = replace(plan, sampled=plan.sampled[:sampled])
+        if long:
+            x = self._hidden[: plan.tokens].clone()
+            return lambda: self._long.forward(plan, x)
+        ids = self._ids[: plan.tokens]
+        return lambda: self._short.forward(plan, ids)
+
+    def _time(self, actions: dict[T, Callable[[], object]], samples: int = 4) -> dict[T, float]:
+        """Seconds of each action. All take turns, so that a moment's disturbance does not hit one of them alone."""
+        times: dict[T, list[float]] = {key: [] for key in actions}
+        deadline = time.monotonic() + LONGEST_S
+        for taken in range(samples + 1):
+            if taken >= 3 and time.monotonic() > deadline:
+                break
+            for key, action in actions.items():
+                begin = time.perf_counter()
+                action()
+                if self._device.type == "cuda":
+                    torch.cuda.synchronize(self._device)
+                times[key].append(time.perf_counter() - begin)
+        lows = {key: min(values[1:]) for key, values in times.items()}
+        # The least of each is what differences can be taken of; the whole, though, takes as long as it usually does.
+        usual = sum(statistics.median(values[1:]) for values in times.values()) / sum(lows.values())
+        return {key: low * usual for key, low in lows.items()}
+
+    def _plan(self, new_tokens: Sequence[int], context: int) -> StepPlan:
+        rows = len(new_tokens)
+        width = -(-(max(new_tokens) + context) // self._page_size)
+        slots = np.arange(rows, dtype=np.int32)
+        index = np.arange(rows * width)
+        writes = np.stack([index // width, index % width, index % self._pages], 1)
+        return StepPlan(
+            0,
+            slots=slots,
+            new_tokens=np.array(new_tokens, np.int32),
+            context=np.full(rows, context, np.int32),
+            sampled=slots,
+            page_writes=writes.astype(np.int32),
+            admitted=np.array([encode_sampling(slot, self._sampling) for slot in range(rows)], np.int32),
+        )
+
+
+def _prompts(tokens: int, length: int = 64) -> tuple[int, ...]:
+    """`tokens` tokens as rows of `length` each."""
+    whole, rest = divmod(tokens, length)
+    return (length,) * whole + ((rest,) if rest else ())
+
+
+def _pairs(shape: Sequence[int]) -> int:
+    """Pairs of tokens in prompts of the lengths `shape`."""
+    return sum(n * n for n in shape)
+
+
+class _Endless:
+    """A source of requests that are all alike."""
+
+    exhausted = False
+
+    def __init__(self, prompt: int):
+        self._request = Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=64))
+
+    def poll(self) -> Request:
+        return self._request
+
+
+def measure_scheduling(page_size: int, max_tokens: int) -> Curve:
+    """Seconds that rank 0 spends on a visit beside its stage (taking in tokens, planning, encoding), by its rows."""
+    points = [(float(rows), _scheduling(rows, page_size)) for rows in (1, 64, min(512, max(65, max_tokens)))]
+    return Curve(tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points))
+
+
+def _scheduling(rows: int, page_size: int) -> float:
+    pages = PageAccount(rows * 8, 0, 1, BuddyAllocator(24))
+    scheduler = Scheduler(
+        POLICIES["prefill_first"],
+        pages,
+        _Endless(1),
+        page_size=page_size,
+        micro_batch_size=rows,
+        max_batch_tokens=rows,
+        concurrency=rows,
+        eos_ids=(),
+    )
+
+    def visit() -> IntArray:
+        scheduler.commit(0, np.zeros(len(scheduler.micro_batches[0].awaited), np.int32))
+        plan, _ = scheduler.plan(0)
+        return StepPlan.decode(plan.encode()).slots
+
+    visit()
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        visit()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

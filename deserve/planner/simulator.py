@@ -1,0 +1,291 @@
+"""A simulation of a job, visit by visit: what a plan would bring on ranks and links of known speed.
+
+It follows the scheduler's rules for filling visits and the ring's order of events, but knows only counts and lengths.
+"""
+
+import heapq
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deserve.planner.plan import Plan
+from deserve.planner.times import Machine, StageTimes, Work
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.policy import Work as Kind
+from deserve.workload import Lengths
+
+# Rows of a micro-batch's state, one column per sequence.
+LENGTH, COMPUTED, LEFT, HELD, AGE, AWAITED = range(6)
+# A stretch of visits that only decode is skipped once two cycles in a row took the same time, so many cycles at most.
+LONGEST_SKIP = 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a simulated job."""
+
+    seconds: float
+    output_tokens: int
+    busy: tuple[float, ...]  # fraction of the time, by rank
+    visits: int  # simulated one by one
+    suspensions: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Outcome:
+    """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
+
+    Every request has the mean lengths. A job of many requests is cut to its first waves of `plan.concurrency`
+    sequences and its last, and those between count as long as the second.
+    """
+    wave = plan.concurrency
+    count = lengths.count if lengths.count is not None else 10 * wave
+    simulated = count if count <= 4 * wave else 3 * wave + count % wave
+    run = _Simulation(plan, lengths, machine, layers, simulated)
+    run.run()
+    between = 0.0
+    if count > simulated:
+        between = (count - simulated) / wave * (run.finished_at(2 * wave) - run.finished_at(wave))
+    seconds = max(run.now + between, 1e-9)
+    busy = tuple(time / max(run.now, 1e-9) for time in run.busy)
+    return Outcome(seconds, count * run.output, busy, run.visits, run.suspensions)
+
+
+class _Simulation:
+    def __init__(self, plan: Plan, lengths: Lengths, machine: Machine, layers: int, count: int):
+        self.plan, self.machine, self.waiting = plan, machine, count
+        self.prompt, self.output = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
+        self.policy = POLICIES[plan.policy]
+        self.batches = [np.zeros((6, 0), np.int64) for _ in range(plan.rounds)]
+        self.held = np.zeros(plan.rounds, np.int64)
+        self.worst = np.zeros(plan.rounds, np.int64)
+        self.worst_each = self._pages(self.prompt + self.output - 1)
+        self.host_free = 2 ** (plan.host_height - 1) if plan.host_height else 0
+        self.slots_free = plan.concurrency
+        self.suspended: list[tuple[int, ...]] = []  # heap of columns, by age
+        self.admissions = self.suspensions = self.visits = 0
+        self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
+        self.now = 0.0
+        # The ring: when each rank is free, each link's wire, and when each micro-batch's tokens are back.
+        ranks = machine.ranks
+        self.free, self.wire = [0.0] * ranks, [0.0] * ranks
+        self.busy = [0.0] * ranks
+        self.back = [0.0] * plan.rounds
+        shares = [plan.shard(rank, layers) for rank in range(ranks)]
+        kinds: dict[tuple[StageTimes, int, bool, bool], int] = {}
+        self.kind_of = [
+            kinds.setdefault((machine.stages[r], s.last - s.first, s.embeds, s.outputs), len(kinds))
+            for r, s in enumerate(shares)
+        ]
+        self.kinds = list(kinds)
+
+    def run(self) -> None:
+        turn = list(range(self.plan.rounds))
+        starts: list[tuple[float, list[float]]] = []
+        self.eventful = True
+        while turn:
+            for micro_batch in turn:
+                self._visit(micro_batch)
+            turn = [micro_batch for micro_batch in turn if not self._retired(micro_batch)]
+            starts = [] if self.eventful else [*starts, (self.now, self.busy.copy())]
+            if len(starts) == 4:
+                self._skip(starts)
+                starts = []
+            self.eventful = False
+
+    def finished_at(self, count: int) -> float:
+        """When `count` requests had been finished."""
+        return next(time for finished, time in self.done if finished >= count)
+
+    # -- one visit
+
+    def _visit(self, m: int) -> None:
+        self.now = max(self.free[0], self.back[m])
+        self._commit(m)
+        if self._retired(m):
+            return
+        if not self._make_room(m):
+            self._resume(m)
+        work = self._fill(m)
+        self.visits += 1
+        self._travel(m, work)
+
+    def _retired(self, m: int) -> bool:
+        return not self.batches[m].shape[1] and not self.suspended and not self.waiting
+
+    def _commit(self, m: int) -> None:
+        batch = self.batches[m]
+        batch[LENGTH] += batch[AWAITED]
+        batch[LEFT] -= batch[AWAITED]
+        batch[AWAITED] = 0
+        done = batch[LEFT] == 0
+        finished = int(np.count_nonzero(done))
+        if finished:
+            self.eventful = True
+            self.held[m] -= batch[HELD, done].sum()
+            self.worst[m] -= finished * self.worst_each
+            self.batches[m] = batch[:, ~done]
+            self.slots_free += finished
+            self.done.append((self.done[-1][0] + finished, self.now))
+
+    def _fill(self, m: int) -> Work:
+        budget = self.plan.max_batch_tokens
+        growth = self._growth(m)
+        new = np.zeros(self.batches[m].shape[1], np.int64)
+        decodes = decode_kv = prefills = pairs = 0
+        for kind in self.policy.order:
+            batch = self.batches[m]
+            missing = batch[LENGTH] - batch[COMPUTED]
+            if kind is Kind.DECODE:
+                candidates = np.flatnonzero((missing == 1) & (new == 0))
+                taken = candidates[:budget]
+                new[taken] = 1
+                decodes = len(taken)
+                decode_kv = int(batch[LENGTH, taken].sum())
+                budget -= decodes
+                if decodes < len(candidates):  # these come first the next time
+                    order = np.concatenate([np.flatnonzero(new == 0), np.flatnonzero(new)])
+                    self.batches[m], new = batch[:, order], new[order]
+                    self.eventful = True
+                continue
+            begun = np.flatnonzero(missing > 1).tolist() if kind is Kind.PREFILL else range(len(new), len(new) + budget)
+            for index in begun:
+                if not budget or (kind is Kind.ADMIT and not self._admit(m, growth)):
+                    break
+                batch = self.batches[m]
+                new = np.append(new, 0) if index == len(new) else new
+                count = min(budget, int(batch[LENGTH, index] - batch[COMPUTED, index]))
+                new[index] = count
+                budget -= count
+                prefills += count
+                pairs += count * (int(batch[COMPUTED, index]) + count)
+                self.eventful = True
+                if self.policy.alone:
+                    break
+            if self.policy.alone and prefills:
+                break
+        batch = self.batches[m]
+        running = new > 0
+        wanted = np.where(running, np.maximum(self._pages(batch[LENGTH]), batch[HELD]), batch[HELD])
+        self.held[m] += wanted.sum() - batch[HELD].sum()
+        batch[HELD] = wanted
+        batch[COMPUTED] += new
+        batch[AWAITED] = running & (batch[COMPUTED] == batch[LENGTH])
+        return Work(decodes, decode_kv, prefills, pairs, int(batch[AWAITED].sum()))
+
+    def _admit(self, m: int, growth: int) -> bool:
+        batch, plan = self.batches[m], self.plan
+        rows = batch.shape[1]
+        if not self.waiting or self.suspended or rows >= plan.micro_batch_size or not self.slots_free:
+            return False
+        now = self._pages(self.prompt) + growth
+        slack = -(-2 * rows // plan.page_size)
+        if now + (slack if rows else 0) > self._free(m):
+            return False
+        self.worst[m] += self.worst_each
+        overshoot = int(np.maximum(self.worst - plan.swap_pages, 0).sum()) - plan.main_pages
+        if overshoot > 0 and overshoot + self.worst_each > self.host_free:
+            self.worst[m] -= self.worst_each
+            return False
+        self.waiting -= 1
+        self.slots_free -= 1
+        held = self._pages(self.prompt)
+        self.held[m] += held
+        column = np.array([[self.prompt], [0], [self.output], [held], [self.admissions], [0]])
+        self.batches[m] = np.concatenate([batch, column], 1)
+        self.admissions += 1
+        return True
+
+    # -- pages
+
+    def _pages(self, tokens: Any) -> Any:
+        return -(-tokens // self.plan.page_size)
+
+    def _free(self, m: int) -> int:
+        swap = self.plan.swap_pages
+        main = self.plan.main_pages - int(np.maximum(self.held - swap, 0).sum())
+        return main + max(0, swap - int(self.held[m]))
+
+    def _growth(self, m: int) -> int:
+        batch = self.batches[m]
+        return int(np.maximum(self._pages(batch[LENGTH]) - batch[HELD], 0).sum())
+
+    def _make_room(self, m: int) -> bool:
+        crowded = False
+        while self._growth(m) > self._free(m):
+            batch = self.batches[m]
+            victims = np.flatnonzero(batch[AGE] != batch[AGE].min()) if batch.shape[1] > 1 else np.array([0])
+            victim = int(victims[np.argmin(batch[COMPUTED, victims])])
+            column = batch[:, victim]
+            self.host_free -= self._pages(int(column[COMPUTED]))
+            self.held[m] -= column[HELD]
+            self.worst[m] -= self.worst_each
+            heapq.heappush(self.suspended, (int(column[AGE]), *column.tolist()))
+            self.batches[m] = np.delete(batch, victim, 1)
+            self.suspensions += 1
+            crowded = self.eventful = True
+        return crowded
+
+    def _resume(self, m: int) -> None:
+        while self.suspended and self.batches[m].shape[1] < self.plan.micro_batch_size:
+            column = np.array(self.suspended[0][1:])
+            needed = self._pages(int(column[LENGTH])) + self._growth(m) + self.batches[m].shape[1]
+            if min(needed, self.plan.main_pages + self.plan.swap_pages) > self._free(m):
+                return
+            heapq.heappop(self.suspended)
+            self.host_free += self._pages(int(column[COMPUTED]))
+            column[HELD] = self._pages(int(column[LENGTH]))
+            self.held[m] += column[HELD]
+            self.worst[m] += self.worst_each
+            self.batches[m] = np.concatenate([self.batches[m], column[:, None]], 1)
+            self.eventful = True
+
+    # -- time
+
+    def _travel(self, m: int, work: Work) -> None:
+        """The visit's way round the ring: each rank in turn as soon as it is free and the frame is there."""
+        machine, free, wire = self.machine, self.free, self.wire
+        seconds = [
+            times.seconds(work, layers, first, last, machine.hidden_bytes) for times, layers, first, last in self.kinds
+        ]
+        arrival = self.now
+        frame = machine.frame_bytes(work, 0)
+        for rank, kind in enumerate(self.kind_of):
+            took = seconds[kind]
+            end = max(free[rank], arrival) + took
+            free[rank] = end
+            self.busy[rank] += took
+            link = machine.links[rank]
+            if rank == len(free) - 1:
+                frame = machine.frame_bytes(work, rank)
+            wire[rank] = max(wire[rank], end) + frame * link.byte_s
+            arrival = wire[rank] + link.latency_s
+        self.back[m] = arrival
+
+    def _skip(self, starts: list[tuple[float, list[float]]]) -> None:
+        """Pass over cycles like the last ones. `starts`: when the same visit of each began, and `busy` then."""
+        (first, _), (second, busy), (third, _) = starts[-3:]
+        before, last = second - first, third - second
+        live = [batch for batch in self.batches if batch.shape[1]]
+        if self.suspended or not live or abs(last - before) > 0.02 * last:
+            return
+        cycles = min(LONGEST_SKIP, min(int(batch[LEFT].min()) for batch in live) - 3)
+        rows = sum(batch.shape[1] for batch in live)
+        spare = self.plan.main_pages - int(np.maximum(self.held - self.plan.swap_pages, 0).sum())
+        if int(self.worst.sum()) > self.plan.main_pages:
+            cycles = min(cycles, (spare // rows - 1) * self.plan.page_size)
+        if cycles < 1:
+            return
+        passed = cycles * last + (last - before) * cycles * (cycles + 1) / 2
+        self.free = [time + passed for time in self.free]
+        self.wire = [time + passed for time in self.wire]
+        self.back = [time + passed for time in self.back]
+        self.busy = [time + cycles * (time - earlier) for time, earlier in zip(self.busy, busy, strict=True)]
+        for batch in live:
+            batch[LENGTH] += cycles
+            batch[COMPUTED] += cycles
+            batch[LEFT] -= cycles
