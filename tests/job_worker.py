@@ -10,6 +10,6 @@ from deserve.run import run
 
 if __name__ == "__main__":
     world = World()
-    for overrides in json.loads(Path(sys.argv[1]).read_text()):
-        run(load_config(overrides), world)
+    statuses = [run(load_config(overrides), world) for overrides in json.loads(Path(sys.argv[1]).read_text())]
     world.leave()
+    sys.exit(any(statuses))
