@@ -1,0 +1,154 @@
+"""Mistakes of a user: one clear message, all ranks down within seconds; and of a request: an error line, no more."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from launch import python, torchrun
+from safetensors.torch import load_file, save_file
+
+from deserve.errors import UserError
+from deserve.planner.plan import parse_partition
+
+SECONDS = 60  # two ranks, started and ended, on a busy machine
+
+
+def failed(output: Path, *overrides: str, ranks: int = 2) -> str:
+    """The one message of a job that must fail."""
+    begin = time.monotonic()
+    done = torchrun(ranks, "-m", "deserve.run", "model=tiny", f"output.dir={output}", *overrides, timeout_s=SECONDS)
+    assert done.returncode != 0 and time.monotonic() - begin < SECONDS
+    messages = [line for line in done.stderr.splitlines() if line.startswith("deserve: error:")]
+    assert len(messages) == 1, done.stderr[-3000:]
+    # torchrun's own traceback is its own affair; ours would name a file of the package.
+    assert "deserve/" not in done.stderr.replace(messages[0], "")
+    return messages[0]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", max_position_embeddings=128)
+
+
+def test_missing_input(tmp_path: Path) -> None:
+    message = failed(tmp_path, f"workload.source={tmp_path}/none.jsonl")
+    assert "workload.source" in message and "none.jsonl" in message and "No such file" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("pipeline.round=3", "pipeline.round"),
+        ("pipeline.rounds=many", "pipeline.rounds"),
+        ("pipeline.max_batch_tokens=few", "max_batch_tokens"),
+        ("kvcache.page_size=0", "kvcache.page_size"),
+        ("model=gpt-5", "gpt-5"),
+    ],
+)
+def test_overrides_that_cannot_be(tmp_path: Path, override: str, named: str) -> None:
+    """Seen before the ranks meet, so one process shows it as well as many."""
+    done = python("-m", "deserve.run", "model=tiny", f"output.dir={tmp_path}", override)
+    assert done.returncode == 2
+    (message,) = done.stderr.splitlines()
+    assert message.startswith("deserve: error:") and named in message
+
+
+def test_an_unknown_override_under_torchrun(tmp_path: Path) -> None:
+    assert "pipeline.round" in failed(tmp_path, "pipeline.round=3")
+
+
+def test_a_folder_without_weights(tmp_path: Path, folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    message = failed(
+        tmp_path, f"model.path={folder}", "model.weights=auto", "workload.source=fixed2:8:0", "sampling.max_tokens=4"
+    )
+    assert "safetensors" in message and str(folder) in message
+
+
+def test_a_wrong_shape_in_the_part_of_another_rank(tmp_path: Path, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    weights[name] = torch.zeros(7, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    job = [f"model.path={folder}", "model.weights=auto", "workload.source=fixed2:8:0", "sampling.max_tokens=4"]
+    message = failed(tmp_path, *job)
+    assert "rank 1" in message and name in message and "[7, 64]" in message.replace("(", "[").replace(")", "]")
+
+
+def test_a_partition_that_cannot_work(tmp_path: Path) -> None:
+    assert "pipeline.partition" in failed(tmp_path, "pipeline.partition=[emb,4]", "workload.source=fixed2:8:0")
+
+
+@pytest.mark.parametrize(
+    "partition", [["emb"], ["emb", 2, 3], [1, 2], ["emb", 0], ["emb", -1], ["emb", "2"], 2, "half"]
+)
+def test_partitions_that_cannot_work(partition: object) -> None:
+    with pytest.raises(UserError, match=r"pipeline\.partition"):
+        parse_partition(partition, ranks=2, layers=4)
+
+
+def answers(output: Path) -> dict[str, str]:
+    """Each request's error code, or how its answer ended."""
+    entries = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    found = {
+        entry["custom_id"]: entry["error"]["code"]
+        if entry["error"]
+        else entry["response"]["body"]["choices"][0]["finish_reason"]
+        for entry in entries
+    }
+    assert len(found) == len(entries)
+    return found
+
+
+def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
+    good = {"prompt": [1, 2, 3], "ignore_eos": True}
+    lines = [
+        json.dumps(good | {"custom_id": "first"}),
+        '{"prompt": [1, 2',
+        json.dumps({"custom_id": "other", "method": "POST", "url": "/v1/embeddings", "body": good}),
+        json.dumps({"custom_id": "empty", "prompt": ""}),
+        json.dumps({"custom_id": "long", "prompt": [1] * 2048}),
+        json.dumps(good | {"custom_id": "negative", "max_tokens": -1}),
+        json.dumps(good | {"custom_id": "first"}),
+        json.dumps({"custom_id": "foreign", "prompt": [320]}),
+        json.dumps(good | {"custom_id": "last", "max_tokens": 2}),
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    job = ["model=tiny", f"workload.source={source}", "sampling.max_tokens=8", f"output.dir={tmp_path / 'out'}"]
+    done = torchrun(2, "-m", "deserve.run", *job)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = answers(tmp_path / "out")
+    assert (found.pop("first"), found.pop("last")) == ("length", "length")
+    assert found == {
+        "line-2": "invalid_json",
+        "other": "invalid_url",
+        "empty": "empty_prompt",
+        "long": "context_length_exceeded",
+        "negative": "invalid_value",
+        "line-7": "duplicate_custom_id",
+        "foreign": "invalid_value",
+    }
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (9, 7, 10)
+
+
+def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+    """Four pages of 16 tokens; the last token of an answer needs no place."""
+    source = tmp_path / "in.jsonl"
+    sizes = {"fits": (40, 25), "answer": (40, 26), "prompt": (65, 1), "also fits": (1, 1)}
+    with source.open("w") as file:
+        for name, (prompt, count) in sizes.items():
+            entry = {"custom_id": name, "prompt": [5] * prompt, "max_tokens": count, "ignore_eos": True}
+            file.write(json.dumps(entry) + "\n")
+    job = ["model=tiny", f"workload.source={source}", "kvcache.main_pages=4", "kvcache.swap_pages=0"]
+    done = python("-m", "deserve.run", *job, f"output.dir={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    refused = "kv_memory_exceeded"
+    assert answers(tmp_path / "out") == {"fits": "length", "answer": refused, "prompt": refused, "also fits": "length"}
+    results = (tmp_path / "out" / "results.jsonl").read_text()
+    assert "need room for 65 tokens" in results and "4 pages of 16 tokens hold 64" in results
