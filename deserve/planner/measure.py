@@ -30,7 +30,7 @@ COLD_BYTES = 48 << 20  # weights that pass through a core's cache between two vi
 CONTEXT = 16  # tokens before a decode row in most measurements
 LONG_CONTEXT = 256
 PINGS, PONGS = 11, 12  # message tags of the link measurement
-LONGEST_S = 2.0  # after this a stage is measured no more often than it must
+LONGEST_S = 1.0  # after this a stage is measured no more often than it must
 LARGE_FRAME = 1 << 20  # bytes
 
 T = TypeVar("T")
@@ -246,9 +246,10 @@ class _Endless:
     """A source of requests that are all alike."""
 
     exhausted = False
+    length = 64  # tokens of prompt and answer
 
-    def __init__(self, prompt: int):
-        self._request = Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=64))
+    def __init__(self) -> None:
+        self._request = Request("", np.zeros(1, np.int32), SamplingParams(max_tokens=self.length - 1))
 
     def poll(self) -> Request:
         return self._request
@@ -261,11 +262,11 @@ def measure_scheduling(page_size: int, max_tokens: int) -> Curve:
 
 
 def _scheduling(rows: int, page_size: int) -> float:
-    pages = PageAccount(rows * 8, 0, 1, BuddyAllocator(24))
+    pages = PageAccount(rows * (_Endless.length // page_size + 2), 0, 1, BuddyAllocator(0))
     scheduler = Scheduler(
         POLICIES["prefill_first"],
         pages,
-        _Endless(1),
+        _Endless(),
         page_size=page_size,
         micro_batch_size=rows,
         max_batch_tokens=rows,
