@@ -23,7 +23,7 @@ from deserve.model.smollm2 import ensure_smollm2
 RANKS = (1, 2, 3)
 MAX_TOKENS = 32
 LENGTHS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 55, 63, 64, 65, 80, 89, 100, 127, 128, 129, 144)
-LENGTHS += (200, 233, 256, 300, 377, 512, 700)
+LENGTHS += (150, 161, 190, 200, 257, 400, 700)
 POLICIES = ("prefill_first", "decode_first", "vanilla")
 # What else is varied from job to job. The longest request needs 731 tokens of KV memory, so the small memories can
 # hold it and little else: other sequences are suspended and resumed.
@@ -152,11 +152,11 @@ def smollm2_truth(tmp_path_factory) -> Truth:
     model = reference_model(model_folder, torch.float32)
     truth = Truth(model_folder, folder / "in.jsonl")
     random = np.random.default_rng(0)
-    for length in (1, 2, 15, 16, 17, 40, 64, 65, 130):
+    for length in (1, 2, 16, 17, 40, 120):
         # Random tokens, then their beginning again: the model copies on, whatever the words
         prompt = random.integers(1000, 20000, size=length).tolist()
         prompt += prompt[: length // 3]
-        truth.add(f"smollm2-{len(prompt)}", prompt, until_eos(greedy(model, prompt, MAX_TOKENS), [2]))
+        truth.add(f"smollm2-{len(prompt)}", prompt, until_eos(greedy(model, prompt, 16), [2]), max_tokens=16)
     return truth
 
 
@@ -209,7 +209,7 @@ def test_same_tokens_as_transformers(ranks: int, truth: Truth, tmp_path: Path) -
 
 
 @smollm2
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", RANKS[1:])
 def test_same_tokens_as_transformers_smollm2(ranks: int, smollm2_truth: Truth, tmp_path: Path) -> None:
     output = tmp_path / "out"
     job = [*smollm2_truth.overrides(output), f"pipeline.rounds={2 * ranks - 1}", "pipeline.max_batch_tokens=96"]
