@@ -1,6 +1,7 @@
 """Links over Gloo: CPU tensors over TCP."""
 
 from collections import deque
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from deserve.comm.link import HEADER_BYTES, Receiver, Sender, frame, unframe
 from deserve.comm.network import Wire
 from deserve.errors import LinkError
+
+PATIENCE = timedelta(days=365)  # a frame may take as long as a visit does; it is the pulse that notices a dead rank
 
 
 class GlooSender(Sender):
@@ -42,7 +45,7 @@ class GlooSender(Sender):
         """Wait until at most `most` frames are unfinished."""
         while len(self._unfinished) > most:
             try:
-                self._unfinished.popleft()[0].wait()
+                self._unfinished.popleft()[0].wait(PATIENCE)
             except RuntimeError as error:
                 raise LinkError(f"link to rank {self._peer} is lost: {error}") from error
 
@@ -71,7 +74,7 @@ class GlooReceiver(Receiver):
     def receive(self) -> torch.Tensor:
         work, buffer = self._posted.popleft()
         try:
-            work.wait()
+            work.wait(PATIENCE)
         except RuntimeError as error:
             raise LinkError(f"link from rank {self._peer} is lost: {error}") from error
         self._spare.append(buffer)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deserve.comm.pulse import Pulse
 from deserve.errors import UserError
 
+MEETING_S = 60.0  # for processes that torchrun started together to connect
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
 
 
@@ -37,7 +38,7 @@ class World:
                 store=dist.PrefixStore("ring", store),
                 rank=self.rank,
                 world_size=self.size,
-                timeout=START_TIMEOUT,
+                timeout=timedelta(seconds=max(timeout_s, MEETING_S)),
             )
         self._store.set_timeout(START_TIMEOUT)
         self._pulse = None
