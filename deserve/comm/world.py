@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +43,7 @@ class World:
             )
         self._store.set_timeout(START_TIMEOUT)
         self._pulse = None
+        self._failing = threading.Lock()
         self._notice_board: dist.Store = dist.HashStore()
         if self.size > 1:
             # A connection of its own: the other one may be waiting for an answer when something must be said. Its
@@ -123,6 +125,7 @@ class World:
 
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
+        self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
             first = self._notice_board.add(f"deserve/{attempt}/failures", 1) == 1
