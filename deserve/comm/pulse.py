@@ -4,7 +4,9 @@ A process that is killed, stopped or cut off falls silent here, however long its
 minutes, or whose link is slow, does not, since the pulse has threads and connections of its own.
 """
 
+import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 BEAT, FAREWELL = 0, 1
+PATIENCE = timedelta(days=365)  # in place of Gloo's own timeout
 
 
 class Pulse:
@@ -26,6 +29,7 @@ class Pulse:
         self._rank, self._timeout_s, self._lost = rank, timeout_s, lost
         self._group = dist.new_group(backend="gloo")
         self._neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
+        self._heard = dict.fromkeys(self._neighbours, time.monotonic())
         self._leaving = threading.Event()
         self._threads = [
             threading.Thread(target=self._listen, args=(peer,), name=f"pulse of {peer}", daemon=True)
@@ -42,21 +46,25 @@ class Pulse:
             thread.join()
 
     def _beat(self) -> None:
-        unread: deque[dist.Work] = deque()
+        works: deque[dist.Work] = deque()
         left = False
         while not left:
             left = self._leaving.wait(min(1.0, self._timeout_s / 10))
             message = torch.tensor([FAREWELL if left else BEAT])
-            try:
-                for peer in self._neighbours:
+            for peer in self._neighbours:
+                # Not by a timeout of Gloo's: that breaks all connections at once, and the wrong one is blamed.
+                if time.monotonic() - self._heard[peer] > self._timeout_s:
+                    what = f"has been silent for {self._timeout_s:g} s (comm.timeout_s): it hangs or is cut off"
+                    self._lost(f"rank {peer} {what}{self._noticed(peer)}")
+                try:
                     work = dist.isend(message, peer, group=self._group)
-                    assert work is not None
-                    unread.append(work)
-                # A neighbour that has long not read its beats is silent too: our listener will say so.
-                while len(unread) > 100 or (left and unread):
-                    unread.popleft().wait(timedelta(seconds=self._timeout_s))
-            except RuntimeError:
-                return
+                except RuntimeError:
+                    return  # the listener says why
+                assert work is not None
+                works.append(work)
+        with contextlib.suppress(RuntimeError):  # a neighbour that has left before
+            while works:
+                works.popleft().wait(timedelta(seconds=self._timeout_s))
 
     def _listen(self, peer: int) -> None:
         message = torch.tensor([BEAT])
@@ -64,11 +72,12 @@ class Pulse:
             try:
                 work = dist.irecv(message, peer, group=self._group)
                 assert work is not None
-                work.wait(timedelta(seconds=self._timeout_s))
-            except RuntimeError as error:
-                if "imed out" in str(error):
-                    what = f"has been silent for {self._timeout_s:g} s (comm.timeout_s): it hangs or is cut off"
-                else:
-                    what = "has closed its connection: its process has ended"
-                self._lost(f"rank {peer} {what}; noticed by rank {self._rank} on link {peer} -> {self._rank}")
+                work.wait(PATIENCE)
+            except RuntimeError:
+                self._lost(f"rank {peer} has closed its connection: its process has ended{self._noticed(peer)}")
                 return
+            self._heard[peer] = time.monotonic()
+        self._heard[peer] = float("inf")  # it need not be heard of again
+
+    def _noticed(self, peer: int) -> str:
+        return f"; noticed by rank {self._rank} on link {peer} -> {self._rank}"
