@@ -62,6 +62,8 @@ class Pulse:
                     return  # the listener says why
                 assert work is not None
                 works.append(work)
+            while len(works) > 1000:
+                works.popleft()  # read long ago, or somebody would have been found silent
         with contextlib.suppress(RuntimeError):  # a neighbour that has left before
             while works:
                 works.popleft().wait(timedelta(seconds=self._timeout_s))
