@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -115,6 +115,9 @@ class Config:
     warmup_s: float = 0.0
 
 
+C = TypeVar("C", bound=Config)
+
+
 def config_dir() -> Path:
     """The folder of YAML files: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent
@@ -122,18 +125,23 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def load_config(overrides: list[str], name: str = "config") -> Config:
-    """Compose `conf/` with Hydra `overrides` and check every key against the schema.
+def load_config(overrides: list[str]) -> Config:
+    """Compose a run's configuration; see `compose_config`."""
+    return compose_config(overrides, "config", Config)
+
+
+def compose_config(overrides: list[str], name: str, schema: type[C]) -> C:
+    """Compose `conf/<name>.yaml` with Hydra `overrides` and check every key against `schema`.
 
     Raises UserError, naming the key, for an unknown key or an ill-typed or impossible value.
     """
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             composed = compose(name, overrides=overrides)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     _check(config)
     return config
 

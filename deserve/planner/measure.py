@@ -201,7 +201,7 @@ class _Probe:
         times: dict[T, list[float]] = {key: [] for key in actions}
         deadline = time.monotonic() + LONGEST_S
         for taken in range(samples + 1):
-            if taken >= 3 and time.monotonic() > deadline:
+            if taken >= 2 and time.monotonic() > deadline:
                 break
             for key, action in actions.items():
                 begin = time.perf_counter()

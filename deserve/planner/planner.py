@@ -22,18 +22,20 @@ from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
 
-SIMULATED = 6  # plans that are compared by simulation
+SIMULATED = 4  # plans that are compared by simulation
+ENOUGH_VISITS = 8000  # simulated, after which no further plan is: about half a second
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
 GB = 1e9
 
-COMPUTE, LATENCY, BANDWIDTH, MEMORY, REQUESTS = BOUNDS = (
-    "compute",
-    "link latency",
-    "link bandwidth",
-    "KV memory",
+# Where two resources bind alike, the first named is the one to do something about.
+REQUESTS, MEMORY, BANDWIDTH, LATENCY, COMPUTE = BOUNDS = (
     "too few requests",
+    "KV memory",
+    "link bandwidth",
+    "link latency",
+    "compute",
 )
 
 
@@ -56,13 +58,13 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Pace:
-    """What the arithmetic says of a candidate. Times in seconds, `busiest` and `trip` of a decode visit."""
+    """What the arithmetic says of a candidate; times in seconds, of a decode visit."""
 
     tokens_per_s: float
     rows: float  # sequences in a visit
-    stages: tuple[float, ...]  # by rank
+    busiest: float  # the slowest rank
     trip: float  # once round the ring without waiting
-    wire: float  # on the busiest link
+    wire: float  # its frames on the busiest link
 
 
 class _Search:
@@ -84,6 +86,9 @@ class _Search:
         self._count = lengths.count if lengths.count is not None else ENDLESS
         # Swapping is used where it is asked for; the planner does not ask by itself.
         self._swap = 0 if config.kvcache.swap_pages == "auto" else config.kvcache.swap_pages
+        self._alike = cache(self._kinds_of)
+        forward = [link.byte_s for link in machine.links[:-1]] or [0.0]
+        self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
         self._capacity = cache(self._pages_that_fit)
 
     def best(self) -> Plan:
@@ -93,18 +98,26 @@ class _Search:
             for size in self._sizes(rounds)
             for partition in self._partitions(size)
         ]
-        ranked = sorted(candidates, key=lambda c: (-self._pace(c).tokens_per_s, c.rounds, c.size))
-        plans = [self._plan(candidate) for candidate in ranked[:SIMULATED]]
-        rates = [simulate(plan, self._lengths, self._machine, self._model.num_layers).tokens_per_s for plan in plans]
+        paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
+        most = max(paces.values())
+        ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
+        plans, rates, visits = [], [], 0
+        for candidate in ranked[:SIMULATED]:
+            plans.append(self._plan(candidate))
+            outcome = simulate(plans[-1], self._lengths, self._machine, self._model.num_layers)
+            rates.append(outcome.tokens_per_s)
+            visits += outcome.visits
+            if visits > ENOUGH_VISITS:
+                break
         good = [index for index, rate in enumerate(rates) if rate >= (1 - EQUAL) * max(rates)]
         chosen = min(good, key=lambda index: (plans[index].rounds, -rates[index]))
-        bound = self._bound(candidates, ranked[chosen])
+        bound = self._bound(candidates)
         return replace(
             plans[chosen],
             predicted=rates[chosen],
             bound=bound,
             why=self._why(bound, ranked[chosen], plans[chosen]),
-            stage_s=self._pace(ranked[chosen]).stages,
+            stage_s=self._stages(plans[chosen].partition, self._decode(self._pace(ranked[chosen]).rows)),
         )
 
     # -- what is in reach
@@ -242,18 +255,22 @@ class _Search:
         """A visit in which `rows` sequences, half way through their answers, get a token each."""
         return Work(rows, rows * (self._prompt + self._output / 2), 0, 0, rows)
 
+    def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, int, bool, bool, int]]:
+        """Ranks that are alike, once: their times and layers, whether first, whether last, and how many they are."""
+        last = self._machine.ranks - 1
+        found: Counter[tuple[StageTimes, int, bool, bool]] = Counter(
+            (self._machine.stages[rank], layers, rank == 0, rank == last)
+            for rank, layers in enumerate(self._shares(partition))
+        )
+        return [(*kind, number) for kind, number in found.items()]
+
     def _stages(self, partition: tuple[int, ...], work: Work) -> tuple[float, ...]:
         """Seconds of a visit on each rank."""
         machine, last = self._machine, self._machine.ranks - 1
-        seconds: dict[tuple[int, int, bool, bool], float] = {}  # ranks that are alike are computed once
-        stages = []
-        for rank, layers in enumerate(self._shares(partition)):
-            times: StageTimes = machine.stages[rank]
-            kind = (id(times), layers, rank == 0, rank == last)
-            if kind not in seconds:
-                seconds[kind] = times.seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
-            stages.append(seconds[kind])
-        return tuple(stages)
+        return tuple(
+            machine.stages[rank].seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
+            for rank, layers in enumerate(self._shares(partition))
+        )
 
     def _pace(self, candidate: _Candidate, doubled: str = "") -> _Pace:
         """The rate at which `candidate` goes through full waves of sequences, were the resource `doubled` doubled.
@@ -264,9 +281,11 @@ class _Search:
         pipeline, machine = self._config.pipeline, self._machine
         count = self._count * (2 if doubled == REQUESTS else 1)
         pages = self._capacity(candidate.partition) * (2 if doubled == MEMORY else 1) / candidate.rounds + self._swap
-        rows = min(candidate.size, max(1.0, pages / self._sequence_pages), max(1.0, self._limit / candidate.rounds))
+        rows = min(candidate.size, pages / self._sequence_pages, self._limit / candidate.rounds)
         waves = max(1.0, count / (candidate.rounds * rows))
         rows = min(rows, count / candidate.rounds)
+        rounds = candidate.rounds * min(1.0, rows)  # those that have a sequence at all
+        rows = max(1.0, rows)
         budget = pipeline.max_batch_tokens
         prompts, answers = rows * self._prompt, rows * (self._output - 1)
         context = self._prompt + self._output / 2
@@ -278,33 +297,46 @@ class _Search:
             fills = max(1.0, prompts / (min(budget, self._prompt) if pipeline.policy == "vanilla" else budget))
             p = prompts / fills
             n = min(rows, budget)
-            kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget) / 1, rows / fills))]
+            kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget), rows / fills))]
             kinds += [(answers / n, Work(n, n * context, 0, 0, n))] if answers else []
         speed, latency, wire = (0.5 if doubled == what else 1.0 for what in (COMPUTE, LATENCY, BANDWIDTH))
-        total = 0.0
+        last, hidden_bytes = machine.ranks - 1, machine.hidden_bytes
+        total = busiest = trip = frame = 0.0
         for visits, work in kinds:
-            stages = self._stages(candidate.partition, work)
-            frames = [machine.frame_bytes(work, rank) * link.byte_s * wire for rank, link in enumerate(machine.links)]
-            trip = speed * sum(stages) + latency * machine.latency_s + sum(frames)
-            total += visits * max(candidate.rounds * max(speed * max(stages), max(frames)), trip)
-        rate = candidate.rounds * rows * self._output / total * waves / -(-waves // 1)
-        return _Pace(rate, rows, tuple(speed * seconds for seconds in stages), trip, max(frames))
+            seconds = [
+                (speed * times.seconds(work, layers, first, final, hidden_bytes), number)
+                for times, layers, first, final, number in self._alike(candidate.partition)
+            ]
+            busiest = max(took for took, _ in seconds)
+            forward, back = wire * machine.frame_bytes(work, 0), wire * machine.frame_bytes(work, last)
+            frame = max(forward * self._forward_byte_s[0], back * machine.links[last].byte_s)
+            trip = sum(took * number for took, number in seconds) + latency * machine.latency_s
+            trip += forward * self._forward_byte_s[1] + back * machine.links[last].byte_s
+            total += visits * max(rounds * max(busiest, frame), trip)
+        # The last wave may be a small one, and takes its time nevertheless; what binds is seen without it.
+        whole = waves if doubled else -(-waves // 1)
+        rate = rounds * rows * self._output / total * waves / whole
+        return _Pace(rate, rows, busiest, trip, frame)
 
-    def _bound(self, candidates: list[_Candidate], chosen: _Candidate) -> str:
+    def _bound(self, candidates: list[_Candidate]) -> str:
         """The resource of which twice as much would help most."""
 
-        def gain(resource: str) -> float:
-            return max(self._pace(candidate, resource).tokens_per_s for candidate in {*candidates, chosen})
+        larger = [replace(candidate, size=2 * candidate.size) for candidate in candidates]
+        if self._config.pipeline.micro_batch_size != "auto":
+            larger = []
 
-        return max(BOUNDS, key=gain)
+        def gain(resource: str) -> float:
+            reach = [*candidates, *larger] if resource in (REQUESTS, MEMORY) else candidates
+            return max(self._pace(candidate, resource).tokens_per_s for candidate in reach)
+
+        gains = {resource: gain(resource) for resource in BOUNDS}
+        return next(resource for resource in BOUNDS if gains[resource] >= (1 - EQUAL) * max(gains.values()))
 
     def _why(self, bound: str, candidate: _Candidate, plan: Plan) -> str:
         """One sentence of arithmetic behind `bound`."""
         pace, rounds = self._pace(candidate), candidate.rounds
-        slowest = max(range(len(pace.stages)), key=pace.stages.__getitem__)
-        busy = rounds * pace.stages[slowest]
         trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
-        work = f"{rounds} visits keep rank {slowest} busy for {1e3 * busy:.1f} ms"
+        work = f"{rounds} visits keep the slowest rank busy for {1e3 * rounds * pace.busiest:.1f} ms"
         if bound == COMPUTE:
             return f"{work}, and {trip}"
         if bound == LATENCY:

@@ -19,6 +19,8 @@ from deserve.workload import Lengths
 LENGTH, COMPUTED, LEFT, HELD, AGE, AWAITED = range(6)
 # A stretch of visits that only decode is skipped once two cycles in a row took the same time, so many cycles at most.
 LONGEST_SKIP = 64
+# A simulation ends after so many, about a second's worth.
+MOST_VISITS = 12_000
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,24 @@ class Outcome:
 def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Outcome:
     """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
 
-    Every request has the mean lengths. A job of many requests is cut to its first waves of `plan.concurrency`
-    sequences and its last, and those between count as long as the second.
+    Every request has the mean lengths. Of a job of many requests only some waves of `plan.concurrency` sequences are
+    simulated, and its last; those between take as long as the one before. Where prompts and answers alternate, a wave
+    is like the next; where they mix (`decode_first`), waves overlap and the second is the first usual one.
     """
     wave = plan.concurrency
     count = lengths.count if lengths.count is not None else 10 * wave
-    simulated = count if count <= 4 * wave else 3 * wave + count % wave
+    whole = 3 if plan.policy == "decode_first" else 1
+    simulated = count if count <= (whole + 1) * wave else whole * wave + count % wave
     run = _Simulation(plan, lengths, machine, layers, simulated)
     run.run()
     between = 0.0
-    if count > simulated:
-        between = (count - simulated) / wave * (run.finished_at(2 * wave) - run.finished_at(wave))
+    if run.visits >= MOST_VISITS:  # so long a job goes on as it began
+        between = run.now * (count / max(1, run.finished) - 1)
+    elif count > simulated:
+        usual = run.finished_at(2 * wave) - run.finished_at(wave) if whole > 1 else run.finished_at(wave)
+        between = (count - simulated) / wave * usual
     seconds = max(run.now + between, 1e-9)
-    busy = tuple(time / max(run.now, 1e-9) for time in run.busy)
+    busy = tuple(run.busy_of[kind] / max(run.now, 1e-9) for kind in run.kind_of)
     return Outcome(seconds, count * run.output, busy, run.visits, run.suspensions)
 
 
@@ -73,7 +80,6 @@ class _Simulation:
         # The ring: when each rank is free, each link's wire, and when each micro-batch's tokens are back.
         ranks = machine.ranks
         self.free, self.wire = [0.0] * ranks, [0.0] * ranks
-        self.busy = [0.0] * ranks
         self.back = [0.0] * plan.rounds
         shares = [plan.shard(rank, layers) for rank in range(ranks)]
         kinds: dict[tuple[StageTimes, int, bool, bool], int] = {}
@@ -82,20 +88,28 @@ class _Simulation:
             for r, s in enumerate(shares)
         ]
         self.kinds = list(kinds)
+        self.busy_of = [0.0] * len(kinds)
+        self.byte_s = [link.byte_s for link in machine.links]
+        self.latency_s = [link.latency_s for link in machine.links]
 
     def run(self) -> None:
         turn = list(range(self.plan.rounds))
         starts: list[tuple[float, list[float]]] = []
         self.eventful = True
-        while turn:
+        while turn and self.visits < MOST_VISITS:
             for micro_batch in turn:
                 self._visit(micro_batch)
             turn = [micro_batch for micro_batch in turn if not self._retired(micro_batch)]
-            starts = [] if self.eventful else [*starts, (self.now, self.busy.copy())]
+            starts = [] if self.eventful else [*starts, (self.now, self.busy_of.copy())]
             if len(starts) == 4:
                 self._skip(starts)
                 starts = []
             self.eventful = False
+
+    @property
+    def finished(self) -> int:
+        """Requests answered so far."""
+        return self.done[-1][0]
 
     def finished_at(self, count: int) -> float:
         """When `count` requests had been finished."""
@@ -254,16 +268,17 @@ class _Simulation:
         ]
         arrival = self.now
         frame = machine.frame_bytes(work, 0)
+        last = machine.ranks - 1
         for rank, kind in enumerate(self.kind_of):
-            took = seconds[kind]
-            end = max(free[rank], arrival) + took
+            end = max(free[rank], arrival) + seconds[kind]
             free[rank] = end
-            self.busy[rank] += took
-            link = machine.links[rank]
-            if rank == len(free) - 1:
+            if rank == last:
                 frame = machine.frame_bytes(work, rank)
-            wire[rank] = max(wire[rank], end) + frame * link.byte_s
-            arrival = wire[rank] + link.latency_s
+            left = max(wire[rank], end) + frame * self.byte_s[rank]
+            wire[rank] = left
+            arrival = left + self.latency_s[rank]
+        for kind, took in enumerate(seconds):
+            self.busy_of[kind] += took
         self.back[m] = arrival
 
     def _skip(self, starts: list[tuple[float, list[float]]]) -> None:
@@ -284,7 +299,7 @@ class _Simulation:
         self.free = [time + passed for time in self.free]
         self.wire = [time + passed for time in self.wire]
         self.back = [time + passed for time in self.back]
-        self.busy = [time + cycles * (time - earlier) for time, earlier in zip(self.busy, busy, strict=True)]
+        self.busy_of = [time + cycles * (time - then) for time, then in zip(self.busy_of, busy, strict=True)]
         for batch in live:
             batch[LENGTH] += cycles
             batch[COMPUTED] += cycles

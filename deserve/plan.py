@@ -1,0 +1,124 @@
+"""A plan without a run: `python -m deserve.plan ranks=64 network.latency_ms=80 model=llama-3-70b`.
+
+Needs neither the ranks nor the weights: stage times come from stated rates (`stage.*`), or with `stage.measure=true`
+from stages with random weights on this machine.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from deserve.comm.world import World
+from deserve.config import Config, compose_config
+from deserve.errors import UserError
+from deserve.model.checkpoint import model_dtype, resolve
+from deserve.model.config import ModelConfig
+from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.measure import slowed, survey
+from deserve.planner.planner import GB, choose_plan, table
+from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
+from deserve.run import set_up_device
+from deserve.workload import Limits, default_sampling, peek_lengths
+
+AMPLE = 1e18  # bytes
+
+
+@dataclass
+class StageSection:
+    """How fast one rank is."""
+
+    bandwidth_gbs: float = 4000.0  # GB/s read from device memory
+    tflops: float = 700.0  # in the model's dtype
+    time_ms: float | None = None  # of one layer, whatever the visit: overrides both
+    measure: bool = False  # time one stage on this machine instead
+
+
+@dataclass
+class PlanConfig(Config):
+    """`conf/plan.yaml`: a run's configuration and the machine that it would have."""
+
+    ranks: int = 2
+    kv_memory_gb: float | None = None  # of one rank, for KV pages; null: memory_gb less the weights
+    memory_gb: float = 126.0  # of one rank, for weights and KV pages
+    host_memory_gb: float = 64.0  # of one rank, for the host pool
+    stage: StageSection = field(default_factory=StageSection)
+
+
+def plan(config: PlanConfig) -> str:
+    """The plan of `config` as a table."""
+    checkpoint = resolve(replace(config.model, weights="dummy") if config.model.architecture else config.model)
+    model, dtype = checkpoint.config, model_dtype(config.model, checkpoint.config)
+    limits = Limits(model.vocab_size, model.max_context)
+    defaults = default_sampling(config.sampling, checkpoint.generation)
+    lengths = peek_lengths(config, load_tokenizer(checkpoint), limits, defaults=defaults)
+    times = stated_stage(config, model, dtype)
+    if config.stage.measure:
+        world = World(config.comm.timeout_s)
+        measured = survey(world, config, checkpoint, dtype, set_up_device(config, world))
+        assert measured is not None
+        times = measured.stages[0]
+    memory = config.memory_gb * GB
+    if config.kv_memory_gb is not None:  # however much the weights leave
+        memory, config.kvcache.gpu_memory_gb = AMPLE, config.kv_memory_gb
+    ranks = config.ranks
+    machine = Machine(
+        stages=(times,) * ranks,
+        links=(slowed(LinkTimes(), config.network),) * ranks,
+        memory=(int(memory),) * ranks,
+        host_memory=int(config.host_memory_gb * GB),
+        hidden_bytes=model.hidden_size * dtype.itemsize,
+        page_bytes=config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype),
+    )
+    begin = time.perf_counter()
+    chosen = choose_plan(config, model, dtype, lengths, machine)
+    took = time.perf_counter() - begin
+    return f"{table(chosen, model.num_layers)}\nplanned in {took:.1f} s"
+
+
+def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype) -> StageTimes:
+    """One rank as `stage.*` states it."""
+    stage = config.stage
+    layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
+    most_tokens = config.pipeline.max_batch_tokens
+    return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens)
+
+
+def load_plan_config(overrides: list[str]) -> PlanConfig:
+    """Compose `conf/plan.yaml`. Raises UserError for an unknown key or an impossible value."""
+    config = compose_config(overrides, "plan", PlanConfig)
+    positive = {
+        "ranks": config.ranks,
+        "kv_memory_gb": config.kv_memory_gb,
+        "memory_gb": config.memory_gb,
+        "stage.bandwidth_gbs": config.stage.bandwidth_gbs,
+        "stage.tflops": config.stage.tflops,
+        "stage.time_ms": config.stage.time_ms,
+    }
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{key}={value} must be more than 0")
+    return config
+
+
+def main() -> int:
+    """Exit status: 0 done, 1 no such plan, 2 a mistake in the configuration."""
+    parser = argparse.ArgumentParser(prog="deserve.plan", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ranks=8 or network.latency_ms=64")
+    try:
+        config = load_plan_config(parser.parse_args().overrides)
+    except UserError as error:
+        print(f"deserve: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(plan(config))
+    except UserError as error:
+        print(f"deserve: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

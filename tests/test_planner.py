@@ -1,0 +1,285 @@
+"""The planner: its model of times, the simulation against closed forms, and the plans that it chooses and refuses."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deserve.comm.world import World
+from deserve.config import Config, load_config
+from deserve.errors import UserError
+from deserve.model.checkpoint import resolve
+from deserve.planner.measure import survey
+from deserve.planner.plan import Plan
+from deserve.planner.planner import choose_plan, table
+from deserve.planner.simulator import Outcome, simulate
+from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work, stated_times
+from deserve.workload import Lengths
+
+LAYERS = 8
+MS = 1e-3
+
+
+def machine(
+    ranks: int,
+    latency_ms: float = 0,
+    layer_ms: float = 1.0,
+    per_token_ms: float = 0,
+    byte_s: float = 0,
+    memory: int = 10**9,
+) -> Machine:
+    """Ranks on which a layer takes `layer_ms` and `per_token_ms` for each token of a visit."""
+    tokens = Curve((0.0, 1.0), (layer_ms * MS, (layer_ms + per_token_ms) * MS))
+    times = StageTimes(Cost(tokens))
+    return Machine((times,) * ranks, (LinkTimes(latency_ms * MS, byte_s),) * ranks, (memory,) * ranks, 10**8, 64, 1024)
+
+
+def plan(ranks: int, rounds: int, size: int, policy: str = "prefill_first", **changes: int) -> Plan:
+    """A plan with an even layer split and plenty of pages."""
+    partition = tuple(round(rank * LAYERS / ranks) for rank in range(ranks))
+    made = Plan(partition, rounds, size, rounds * size, 512, policy, 16, 100_000, 0, 0)
+    return replace(made, **changes)
+
+
+def lengths(count: int | None, prompt: int = 16, output: int = 32) -> Lengths:
+    return Lengths(count, float(prompt), float(output), prompt + output, prompt)
+
+
+def simulated(made: Plan, requests: Lengths, on: Machine) -> Outcome:
+    return simulate(made, requests, on, LAYERS)
+
+
+# -- times
+
+
+def test_curve_goes_through_its_points_and_on() -> None:
+    curve = Curve((1.0, 4.0, 8.0), (1.0, 2.0, 6.0))
+    assert [curve(x) for x in (0, 1, 2.5, 4, 6, 10)] == pytest.approx([1, 1, 1.5, 2, 4, 8])
+    assert Curve()(17) == 0
+
+
+def test_times_survive_json() -> None:
+    times = StageTimes(Cost(Curve((1.0, 2.0), (3.0, 4.0)), kv_s=5.0), head=Curve((0.0, 1.0), (0.0, 2.0)))
+    assert StageTimes.from_json(json.loads(json.dumps(times.to_json()))) == times
+
+
+def test_roofline_of_a_llama_70b_layer() -> None:
+    model = resolve(load_config(["model=llama-3-70b", "model.weights=dummy"]).model).config
+    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512)
+    assert times.layer(Work(decodes=32)) == pytest.approx(0.43 * MS, rel=0.02)  # 1.71 GB at 4 TB/s
+    assert times.layer(Work(decodes=512)) == pytest.approx(1.25 * MS, rel=0.02)  # 876 GFLOP at 700 TFLOP/s
+
+
+# -- the simulation against arithmetic
+
+
+def test_one_round_without_latency_pays_every_stage_for_every_token() -> None:
+    outcome = simulated(plan(2, 1, 8), lengths(8), machine(2))
+    assert outcome.seconds == pytest.approx(32 * LAYERS * MS)  # the first token comes with the prompt
+    assert outcome.output_tokens == 8 * 32
+    assert outcome.busy == pytest.approx((0.5, 0.5))
+
+
+@settings(max_examples=30, deadline=None)
+@given(ranks=st.integers(1, 4), rounds=st.integers(1, 12), latency=st.sampled_from([0.0, 3.0, 20.0]))
+def test_a_cycle_takes_the_trip_or_the_work_of_all_rounds(ranks: int, rounds: int, latency: float) -> None:
+    stage = LAYERS / ranks
+    made, on = plan(ranks, rounds, 4), machine(ranks, latency if ranks > 1 else 0)
+    if LAYERS % ranks:
+        return
+    cycle = max(rounds * stage, ranks * stage + (ranks * latency if ranks > 1 else 0))
+    outcome = simulated(made, lengths(4 * rounds, output=400), on)
+    assert outcome.seconds == pytest.approx(400 * cycle * MS, rel=0.02)
+
+
+def test_enough_rounds_hide_the_latency() -> None:
+    ranks, latency, stage = 2, 20.0, 4.0
+    enough = round(ranks * (1 + latency / stage))
+    here = simulated(plan(ranks, ranks, 4), lengths(4 * ranks, output=200), machine(ranks))
+    far = simulated(plan(ranks, enough, 4), lengths(4 * enough, output=200), machine(ranks, latency))
+    assert far.tokens_per_s == pytest.approx(here.tokens_per_s, rel=0.03)
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first", "vanilla"])
+def test_latency_never_helps(policy: str) -> None:
+    rates = [
+        simulated(plan(2, 3, 8, policy), lengths(60), machine(2, ms, per_token_ms=0.1)).tokens_per_s
+        for ms in (0, 1, 2, 5, 10, 50)
+    ]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_thin_link_sets_the_pace() -> None:
+    on = machine(2, byte_s=1e-4)
+    made = plan(2, 4, 8)
+    outcome = simulated(made, lengths(32, output=100), on)
+    frame = on.frame_bytes(Work(8, 0, 0, 0, 8), 0) * 1e-4
+    assert outcome.seconds == pytest.approx(4 * 100 * frame, rel=0.1)
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first", "vanilla"])
+def test_a_long_job_is_told_from_its_beginning(policy: str) -> None:
+    made, on = plan(2, 3, 8, policy, max_batch_tokens=64), machine(2, 2, per_token_ms=0.05)
+    requests = lengths(24 * 12 + 7)
+    cut = simulated(made, requests, on)
+    wider = simulated(replace(made, concurrency=24 * 12), requests, on)  # no wave to cut it into
+    assert cut.visits < wider.visits
+    assert cut.seconds == pytest.approx(wider.seconds, rel=0.05)
+
+
+def test_short_memory_costs_time() -> None:
+    on = machine(2, 5)
+    rates = [simulated(plan(2, 4, 8, main_pages=pages), lengths(64), on).tokens_per_s for pages in (3, 12, 48, 200)]
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1] / 4
+
+
+def test_sequences_are_suspended_and_come_back() -> None:
+    made = plan(1, 1, 8, main_pages=16, host_height=8)
+    outcome = simulated(made, lengths(16, prompt=16, output=48), machine(1))
+    assert outcome.suspensions
+    assert outcome.seconds < 16 * 48 * LAYERS * MS
+
+
+# -- plans
+
+
+def chosen(requests: Lengths, on: Machine, *overrides: str) -> Plan:
+    config: Config = load_config(["model=tiny", f"model.architecture.num_hidden_layers={LAYERS}", *overrides])
+    return choose_plan(config, resolve(config.model).config, torch.float32, requests, on)
+
+
+def test_far_ranks_get_enough_rounds() -> None:
+    made = chosen(lengths(4096), machine(2, latency_ms=20, per_token_ms=0.1))
+    assert made.bound == "compute"
+    stage = made.stage_s[0]
+    assert made.rounds * stage >= 0.9 * 2 * (stage + 0.02)
+
+
+def test_layers_follow_speed_and_cover_the_model() -> None:
+    on = machine(3)
+    slow = StageTimes(Cost(Curve((0.0,), (3 * MS,))))
+    made = chosen(lengths(256), replace(on, stages=(slow, on.stages[1], on.stages[2])))
+    shares = [made.shard(rank, LAYERS) for rank in range(3)]
+    assert [share.last - share.first for share in shares] == [1, 4, 3]
+    assert shares[0].first == 0 and shares[-1].last == LAYERS
+    assert all(a.last == b.first for a, b in itertools.pairwise(shares))
+
+
+def test_the_output_layer_counts_as_layers() -> None:
+    on = machine(2)
+    head = Curve((0.0, 1.0), (0.0, 4 * MS))
+    heavy = replace(on.stages[0], head=Curve((0.0, 1.0, 2.0), (0.0, 4 * MS, 4 * MS)))
+    assert head(1) == 4 * MS
+    made = chosen(lengths(256), replace(on, stages=(heavy, heavy)))
+    assert made.partition == (0, 6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    ranks=st.integers(1, LAYERS),
+    speeds=st.lists(st.floats(0.1, 5), min_size=LAYERS, max_size=LAYERS),
+    memory_mb=st.lists(st.integers(2, 100), min_size=LAYERS, max_size=LAYERS),
+    latency=st.sampled_from([0.0, 10.0]),
+)
+def test_any_plan_is_whole(ranks: int, speeds: list[float], memory_mb: list[int], latency: float) -> None:
+    on = machine(ranks, latency)
+    on = replace(
+        on,
+        stages=tuple(StageTimes(Cost(Curve((0.0,), (speed * MS,)))) for speed in speeds[:ranks]),
+        memory=tuple(megabytes * 10**6 for megabytes in memory_mb[:ranks]),
+    )
+    made = chosen(lengths(64), on)
+    ends = (*made.partition[1:], LAYERS)
+    assert made.partition[0] == 0 and all(a < b for a, b in zip(made.partition, ends, strict=True))
+    assert made.concurrency <= made.rounds * made.micro_batch_size
+    assert made.micro_batch_size <= 512 and made.main_pages >= 3
+    for rank, (first, end) in enumerate(zip(made.partition, ends, strict=True)):
+        assert made.main_pages * on.page_bytes * (end - first) <= on.memory[rank]
+    assert made.predicted is not None and made.predicted > 0
+    assert made.bound and made.why
+
+
+def test_what_is_set_by_hand_stays() -> None:
+    by_hand = ["pipeline.rounds=5", "pipeline.micro_batch_size=7", "workload.concurrency=30", "kvcache.main_pages=99"]
+    made = chosen(lengths(100), machine(2), *by_hand, "pipeline.partition=[emb,1]")
+    assert (made.rounds, made.micro_batch_size, made.concurrency, made.main_pages) == (5, 7, 30, 99)
+    assert made.partition == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("requests", "on", "overrides", "bound"),
+    [
+        (lengths(8), machine(2, 50), [], "too few requests"),
+        (lengths(4096), machine(2, 50), ["pipeline.rounds=2"], "link latency"),
+        (lengths(4096), machine(2, byte_s=1e-3), [], "link bandwidth"),
+        (lengths(4096), machine(2, 500), ["kvcache.gpu_memory_gb=0.0004"], "KV memory"),
+        (lengths(4096), machine(2, per_token_ms=0.1), [], "compute"),
+    ],
+)
+def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound: str) -> None:
+    assert chosen(requests, on, *overrides).bound == bound
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "words"),
+    [
+        (9, [], "9 ranks, but the model has only 8 layers"),
+        (2, ["kvcache.main_pages=2"], "kvcache.main_pages=2; too few for one request"),
+        (2, ["kvcache.gpu_memory_gb=0.00001"], "kvcache.gpu_memory_gb=1e-05"),
+        (2, ["kvcache.main_pages=10000000"], "kvcache.main_pages=10000000"),
+        (2, ["pipeline.partition=[emb,8]"], "pipeline.partition"),
+        (2, ["pipeline.partition=[emb]"], "pipeline.partition"),
+    ],
+)
+def test_plans_that_cannot_work_are_refused(ranks: int, overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words.replace("[", r"\[").replace(".", r"\.")):
+        chosen(lengths(64), machine(ranks), *overrides)
+
+
+def test_the_host_pool_fits_its_memory() -> None:
+    on = replace(machine(2), host_memory=10**6)
+    made = chosen(lengths(64), on)
+    assert 2 ** (made.host_height - 1) * on.page_bytes * 4 <= 10**6 < 2**made.host_height * on.page_bytes * 4
+
+
+def test_plan_survives_json() -> None:
+    made = chosen(lengths(64), machine(2))
+    assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert f"{made.rounds} rounds" in table(made, LAYERS)
+
+
+# -- measuring, and the program
+
+
+def test_a_stage_is_measured() -> None:
+    config = load_config(["model=tiny", "pipeline.max_batch_tokens=64"])
+    checkpoint = resolve(config.model)
+    found = survey(World(timeout_s=60), config, checkpoint, torch.float32, torch.device("cpu"))
+    assert found is not None
+    seconds = found.stages[0].seconds(Work(64, 64 * 20, 0, 0, 64), 4, True, True, found.hidden_bytes)
+    assert 1e-5 < seconds < 10
+    assert found.latency_s == 0
+
+
+def test_plan_program_needs_no_machine() -> None:
+    command = [sys.executable, "-m", "deserve.plan", "model=llama-3-70b", "model.weights=dummy", "ranks=8"]
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "network.latency_ms=64"], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 ranks" in done.stdout or "rounds of" in done.stdout
+    wrong = subprocess.run(
+        [*command, "stage.tflops=0"], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2 and "stage.tflops=0" in wrong.stderr
