@@ -53,7 +53,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("load"):
         stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
     hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
-    links = connect(world, config.network, plan, hidden_bytes)
+    links = connect(world, config.network, plan, hidden_bytes, device)
     controller = None
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:

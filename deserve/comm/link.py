@@ -4,8 +4,8 @@ A frame is a 16-byte header and a payload. Both ends always agree on how many fr
 one, an empty one where there is nothing to say), so none is waited for in vain.
 """
 
+import queue
 from abc import ABC, abstractmethod
-from collections import deque
 
 import torch
 
@@ -62,16 +62,16 @@ class Loopback(Sender, Receiver):
     """A ring of one: what the rank sends is what it receives. There is no network to simulate."""
 
     def __init__(self) -> None:
-        self._frames: deque[torch.Tensor] = deque()
+        self._frames: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
     def send(self, payload: torch.Tensor) -> None:
-        self._frames.append(payload.contiguous().view(-1).view(torch.uint8).clone())
+        self._frames.put(payload.contiguous().view(-1).view(torch.uint8).clone())
 
     def expect(self) -> None:
         """Nothing to post."""
 
     def receive(self) -> torch.Tensor:
-        return self._frames.popleft()
+        return self._frames.get()
 
     def close(self) -> None:
         """All frames have left: they are here."""

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from deserve.batch import StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.network import Wire
+from deserve.comm.outbox import Outbox
 from deserve.comm.world import World
 from deserve.config import NetworkSection
 from deserve.planner.plan import Plan
@@ -28,14 +31,14 @@ class Links:
     tokens_in: Receiver | None
 
 
-def connect(world: World, network: NetworkSection, plan: Plan, hidden_bytes: int) -> Links:
-    """The links of this rank. `hidden_bytes`: bytes of one token's hidden state.
+def connect(world: World, network: NetworkSection, plan: Plan, hidden_bytes: int, device: torch.device) -> Links:
+    """The links of this rank. `hidden_bytes`: bytes of one token's hidden state, which lies on `device`.
 
     What leaves a rank shares one simulated wire, as it would share a real one.
     """
     if world.size == 1:
         loop = Loopback()
-        return Links(None, None, None, loop, loop)
+        return Links(None, None, None, _from(device, loop), loop)
     simulated = network.latency_ms > 0 or network.bandwidth_mbps is not None
     wire = Wire(network.latency_ms, network.bandwidth_mbps) if simulated else None
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
@@ -48,6 +51,11 @@ def connect(world: World, network: NetworkSection, plan: Plan, hidden_bytes: int
         hidden_in=None
         if first
         else GlooReceiver(before, HIDDEN, plan.max_batch_tokens * hidden_bytes, ahead=plan.rounds),
-        output=GlooSender(after, TOKENS if last else HIDDEN, depth, wire),
+        output=_from(device, GlooSender(after, TOKENS if last else HIDDEN, depth, wire)),
         tokens_in=GlooReceiver(before, TOKENS, 4 * plan.max_batch_tokens) if first else None,
     )
+
+
+def _from(device: torch.device, sender: Sender) -> Sender:
+    """`sender` for payloads that lie on `device`."""
+    return Outbox(sender) if device.type == "cuda" else sender

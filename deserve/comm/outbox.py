@@ -1,0 +1,48 @@
+"""Frames that leave a GPU: sent by a thread as soon as the device has computed them, so that the host never waits."""
+
+import queue
+import threading
+
+import torch
+
+from deserve.comm.link import Sender
+
+
+class Outbox(Sender):
+    """Passes what the device computes on to `sender`, a host's.
+
+    The copy to pinned memory stands in the stream behind the kernels that make the payload; the frame's send time
+    is when that copy is done.
+    """
+
+    def __init__(self, sender: Sender):
+        self._sender = sender
+        self._queue: queue.Queue[tuple[torch.cuda.Event, torch.Tensor] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, payload: torch.Tensor) -> None:
+        if self._error is not None:
+            raise self._error
+        staged = torch.empty(payload.shape, dtype=payload.dtype, pin_memory=True)
+        staged.copy_(payload, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)
+        copied.record()
+        self._queue.put((copied, staged))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._sender.close()
+
+    def _run(self) -> None:
+        try:
+            while (entry := self._queue.get()) is not None:
+                copied, staged = entry
+                copied.synchronize()
+                self._sender.send(staged)
+        except BaseException as error:
+            self._error = error
