@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class ModelSection:
-    """Which model to run."""
+    """Which model to run. A `path` on the command line replaces all that the group's entry says (`_own_model`)."""
 
     name: str = "???"
     path: str | None = None  # Hugging Face folder or hub id; null: the model the group stands for
@@ -142,8 +142,24 @@ def compose_config(overrides: list[str], name: str, schema: type[C]) -> C:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error, overrides)) from error
     assert isinstance(config, schema)
+    if config.model.path:
+        _own_model(config.model, config.model.path, {override.lstrip("+").partition("=")[0] for override in overrides})
     _check(config)
     return config
+
+
+def _own_model(model: ModelSection, path: str, stated: set[str]) -> None:
+    """Where the user states `model.path`, what he does not state follows from it, not from the group's entry.
+
+    The entry is about another model: with `model=tiny` a folder would get random weights, with any entry its name.
+    """
+    if "model.path" not in stated:
+        return
+    folder = Path(path).expanduser()
+    own = ModelSection(name=folder.resolve().name if folder.is_dir() else path)
+    for key in ("name", "weights", "dtype", "architecture"):
+        if not any(other == f"model.{key}" or other.startswith(f"model.{key}.") for other in stated):
+            setattr(model, key, getattr(own, key))
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -212,6 +228,6 @@ def _check(config: Config) -> None:
     stop = config.sampling.stop
     if not (stop is None or isinstance(stop, str) or all(isinstance(item, str) for item in stop)):
         raise UserError(f"sampling.stop={stop} must be a string or a list of strings")
-    if config.model.weights == "auto" and config.model.path is not None and config.model.path == "":
+    if config.model.path == "":
         raise UserError("model.path is empty: give a folder or a hub id, or leave it out")
     os.fspath(config.output.dir)

@@ -70,14 +70,14 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
 
 
 def facts(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What all ranks must have in common. A model may lie in different folders, as long as the files are the same."""
+    """What all ranks must have in common. A model's folder may differ, and be named otherwise; its files may not."""
     sections = as_dict(config)
     settings = {
         f"{name}.{key}" if isinstance(section, dict) else name: value
         for name, section in sections.items()
         for key, value in (section.items() if isinstance(section, dict) else [("", section)])
     }
-    del settings["model.path"]
+    del settings["model.path"], settings["model.name"]
     return {"the version of deserve": __version__, "the model's files": checkpoint.fingerprint(), **settings}
 
 

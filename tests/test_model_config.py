@@ -65,6 +65,20 @@ def test_old_and_new_rope_keys_say_the_same():
 
 
 @pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"type": "yarn", **YARN}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"type": "yarn", "factor": 2.0}, 4096),
+        ({"type": "linear", "factor": 2.0}, 2048),
+        ({"type": "llama3", **LLAMA3}, 2048),
+    ],
+)
+def test_yarn_may_reach_beyond_the_stated_context(rope, context):
+    assert parse_config(RAW | {"rope_scaling": rope}, "config.json").max_context == context
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, ["architectures", "GemmaForCausalLM", "Qwen3ForCausalLM"]),

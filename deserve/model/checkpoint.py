@@ -17,6 +17,8 @@ from deserve.model.weights import INDEX, SINGLE, Shard, read_weight_map, stored_
 
 # All of a hub repository that is small: configuration, index and tokenizer
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+# What turns text into tokens and back; `generation_config.json` counts by what was read of it
+TOKENIZING_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -40,10 +42,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """sha256 over what decides the output tokens; weights, unread, count by index and size."""
-        digest = hashlib.sha256(f"{self.weights} {self.config} {self.eos_ids}".encode())
+        digest = hashlib.sha256(f"{self.weights} {self.config} {self.eos_ids} {self.generation}".encode())
         if self.folder is None:
             return digest.hexdigest()
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", INDEX):
+        for name in ("config.json", *TOKENIZING_FILES, INDEX):
             path = self.folder / name
             digest.update(path.read_bytes() if path.is_file() else b"none")
         if self.hub_id is not None:
@@ -64,6 +66,8 @@ def resolve(model: ModelSection) -> Checkpoint:
         folder = Path(model.path).expanduser()
         if folder.is_dir():
             return _from_folder(model, folder.resolve())
+        if folder.is_file():
+            raise UserError(f"model.path={model.path} is a file: give the folder of config.json and *.safetensors")
         if not HUB_ID.fullmatch(model.path):
             raise UserError(f"model.path={model.path}: no such folder")
         if model.weights == "dummy" and model.architecture is not None:
@@ -160,7 +164,7 @@ def _snapshot(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=SMALL_FILES))
     except Exception as error:  # the library lets errors of several HTTP stacks through
-        raise _hub_error(hub_id, error) from error
+        raise _hub_error(hub_id, "", error) from error
 
 
 def _fetch(hub_id: str, file: str, revision: str) -> None:
@@ -169,12 +173,23 @@ def _fetch(hub_id: str, file: str, revision: str) -> None:
     try:
         hf_hub_download(hub_id, file, revision=revision)
     except Exception as error:
-        raise _hub_error(f"{hub_id}: {file}", error) from error
+        raise _hub_error(hub_id, f": {file}", error) from error
 
 
-def _hub_error(what: str, error: Exception) -> UserError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _hub_error(hub_id: str, file: str, error: Exception) -> UserError:
+    """What to do about it; `file` is put behind the id."""
+    from huggingface_hub import errors as hub
+
+    log_in = "then log in (hf auth login) or set HF_TOKEN"
+    if isinstance(error, hub.GatedRepoError):
+        reason = f"it is gated: ask for access at https://huggingface.co/{hub_id}, {log_in}"
+    elif isinstance(error, hub.RepositoryNotFoundError):
+        reason = f"the hub has no such repository, or none for you: if it is private, get access, {log_in}"
+    elif isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
+        reason = "the repository has no such file; weights must be safetensors"
+    else:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(
-        f"model.path={what} is no local folder and cannot be fetched from the hub ({reason}); "
+        f"model.path={hub_id}{file} is no local folder and cannot be fetched from the hub ({reason}); "
         "give a folder, or model.weights=dummy with a model that states its architecture"
     )

@@ -164,7 +164,8 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=keys.number("rms_norm_eps"),
-        max_context=max_context,
+        # A checkpoint stretched by hand, as Qwen's cards advise, still states the context before
+        max_context=max(max_context, int(scaling.original_context * scaling.factor) if scaling.kind == "yarn" else 0),
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=keys.flag("tie_word_embeddings"),
