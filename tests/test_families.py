@@ -1,0 +1,125 @@
+"""Every kind of model that config.json can describe, against transformers: logits, and tokens of the whole program.
+
+The checkpoints are small and random, their prompts token ids. All families on one number of ranks share one process
+group, as in test_pipeline.py.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_checkpoint, reference_model
+from test_pipeline import Truth, greedy, run_jobs, text, wrong_answers
+
+from deserve.model.backend.base import Rows
+from deserve.model.backend.torch import TorchBackend
+from deserve.model.config import ModelConfig, parse_config
+from deserve.model.decoder import Decoder
+from deserve.model.weights import INDEX, Shard, load_shard
+
+# Contexts shorter than the prompts, so that every regime of a scaling is at work
+ROPES = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"factor": 2.5},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-wide-heads": ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    **{
+        f"llama-rope-{kind}": ("llama", {"rope_parameters": {"rope_type": kind, "rope_theta": 5e5, **rope}})
+        for kind, rope in ROPES.items()
+    },
+    "mistral": ("mistral", {}),
+    "mistral-tied": ("mistral", {"tie_word_embeddings": True, "head_dim": 8}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied-yarn": (
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **ROPES["yarn"]}},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
+}
+SHARDED = {"llama-tied", "llama-biases", "mistral", "qwen2-tied-yarn", "qwen3"}  # several files and an index
+LENGTHS = (1, 3, 16, 50, 130)
+MAX_TOKENS = 12
+PAGE_SIZE = 16
+ATOL = RTOL = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of every family, and more than one layer's worth of files where it is in several."""
+    base = tmp_path_factory.mktemp("families")
+    for name, (family, options) in FAMILIES.items():
+        size = "100KB" if name in SHARDED else "1GB"
+        make_checkpoint(base / name, family, shard_size=size, **{"eos_token_id": None, **options})
+        assert (base / name / INDEX).is_file() == (name in SHARDED)
+    return {name: base / name for name in FAMILIES}
+
+
+class Whole:
+    """A model as two shards in one process, each with its own pages; a sequence's pages lie in no order."""
+
+    def __init__(self, folder: Path, config: ModelConfig, pages: int = 12):
+        cpu, half = torch.device("cpu"), config.num_layers // 2
+        self._backend = TorchBackend(config, torch.float32, cpu, config.max_context)
+        self._shards = []
+        for shard in (Shard(0, half, True, False), Shard(half, config.num_layers, False, True)):
+            weights = load_shard(folder, config, shard, cpu, torch.float32)
+            kv = torch.full((half, pages, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim), 100.0)
+            self._shards.append((Decoder(config, weights, self._backend), kv))
+        self._table = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]
+        self._context = 0
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [T, vocab] of the sequence's next T tokens."""
+        context, new = np.array([self._context], np.int32), np.array([len(tokens)], np.int32)
+        self._backend.begin_visit(Rows(new, context, self._table))
+        self._context += len(tokens)
+        (first, first_kv), (last, last_kv) = self._shards
+        x = first.forward(first.embed(torch.tensor(tokens)), first_kv)
+        return last.logits(last.forward(x, last_kv))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(name: str, folders: dict[str, Path]) -> None:
+    """In one prefill, in chunks, and token by token."""
+    config = parse_config(json.loads((folders[name] / "config.json").read_text()), name)
+    ids = np.random.default_rng(1).integers(320, size=150).tolist()
+    with torch.inference_mode():
+        theirs = reference_model(folders[name])(torch.tensor([ids])).logits[0]
+    assert theirs.std() > 0.5 and len(theirs.argmax(-1).unique()) > 20  # the outputs are no matter of course
+    for chunks in ([150], [7, 50, 1, 64, 28], [40] + [1] * 20 + [90]):
+        model, bounds = Whole(folders[name], config), np.cumsum([0, *chunks])
+        mine = [model.logits(ids[begin:end]) for begin, end in zip(bounds, bounds[1:], strict=False)]
+        torch.testing.assert_close(torch.cat(mine), theirs, atol=ATOL, rtol=RTOL)
+
+
+@pytest.fixture(scope="module")
+def truths(folders: dict[str, Path]) -> dict[str, Truth]:
+    """Requests of every length to every family, and transformers' greedy answers."""
+    found = {}
+    random = np.random.default_rng(2)
+    for name, folder in folders.items():
+        found[name] = truth = Truth(folder, folder.parent / f"{name}.jsonl")
+        model = reference_model(folder)
+        for length in LENGTHS:
+            prompt = random.integers(320, size=length).tolist()
+            truth.add(f"{name}-{length}", prompt, (text(greedy(model, prompt, MAX_TOKENS)), "length"))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_same_tokens_as_transformers(ranks: int, truths: dict[str, Truth], tmp_path: Path) -> None:
+    """Through the whole program: prompts in chunks, several micro-batches, decoding together."""
+    more = ["pipeline.rounds=3", "pipeline.max_batch_tokens=48", f"sampling.max_tokens={MAX_TOKENS}"]
+    run_jobs(ranks, [truth.overrides(tmp_path / name) + more for name, truth in truths.items()], tmp_path)
+    wrong = {name: wrong_answers(tmp_path / name, truth) for name, truth in truths.items()}
+    assert not {name: answers for name, answers in wrong.items() if answers}
