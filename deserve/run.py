@@ -15,8 +15,8 @@ from deserve import __version__
 from deserve.comm.ring import connect
 from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
-from deserve.controller import Job
 from deserve.errors import LinkError, UserError
+from deserve.job import Job
 from deserve.model.checkpoint import Checkpoint, model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.measure import survey

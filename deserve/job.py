@@ -1,0 +1,142 @@
+"""A job as rank 0 knows it: its input, its plan and its results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deserve.batch import IntArray, Request
+from deserve.comm.link import Receiver
+from deserve.config import Config, as_dict
+from deserve.controller import Controller
+from deserve.kvcache.buddy import BuddyAllocator
+from deserve.model.checkpoint import Checkpoint
+from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.plan import Plan
+from deserve.planner.planner import choose_plan, table
+from deserve.planner.times import Machine
+from deserve.report.metrics import write_metrics
+from deserve.report.progress import Progress
+from deserve.report.recorder import Recorder
+from deserve.report.results import Manifest, ResultsWriter
+from deserve.report.timeline import Span
+from deserve.report.trace import draw_timeline, write_trace
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.scheduler import Scheduler
+from deserve.stop import Stop
+from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
+from deserve.workload.read_ahead import ReadAhead
+
+
+class Job:
+    """What rank 0 knows of a job before and after the visits: its input, its plan and its results."""
+
+    def __init__(self, config: Config, checkpoint: Checkpoint):
+        self._config, self._checkpoint = config, checkpoint
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._defaults = default_sampling(config.sampling, checkpoint.generation)
+        self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
+        self._folder = Path(config.output.dir)
+        self._writer = ResultsWriter(
+            self._folder / "results.jsonl",
+            config.output.resume,
+            checkpoint.name,
+            Manifest.of(config, checkpoint.fingerprint()),
+        )
+        self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
+        self._progress = Progress(self._lengths.count, config.warmup_s)
+
+    def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
+        """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
+        model = self._checkpoint.config
+        plan = choose_plan(self._config, model, dtype, self._lengths, machine)
+        print(table(plan, model.num_layers), flush=True)
+        return plan
+
+    def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop) -> Controller:
+        """Open the workload and start reading."""
+        decode = self._tokenizer.decode if self._tokenizer is not None else token_text
+        self._recorder = Recorder(self._writer, decode, self._progress)
+        pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
+        requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults)
+        items = (within_memory(item, pages.reach, plan.page_size) for item in requests)
+        ahead = ReadAhead(items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        scheduler = Scheduler(
+            POLICIES[plan.policy],
+            pages,
+            ahead,
+            page_size=plan.page_size,
+            micro_batch_size=plan.micro_batch_size,
+            max_batch_tokens=plan.max_batch_tokens,
+            concurrency=plan.concurrency,
+            eos_ids=self._checkpoint.eos_ids,
+            stopped=stop_finder(decode),
+        )
+        ahead.wait(plan.concurrency)
+        self._progress.start()
+        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop)
+
+    def report(
+        self, plan: Plan, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
+    ) -> None:
+        """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies."""
+        self._progress.close()
+        if spans:
+            ranks = [[Span(*span) for span in rank] for rank in spans]
+            write_trace(self._folder / "trace.json", ranks)
+            latency = self._config.network.latency_ms
+            title = f"{self._checkpoint.name}, {len(ranks)} ranks, {plan.rounds} rounds, links of {latency:g} ms"
+            draw_timeline(self._folder / "timeline.png", ranks, title)
+        summary = self._progress.summary()
+        metrics = {
+            **summary,
+            "stopped_by": stopped,
+            "history_output_tokens": self._progress.history,
+            "stages": stages,
+            "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},
+            "config": as_dict(self._config),
+        }
+        write_metrics(self._folder / "metrics.json", metrics)
+        print(f"{summary['output_tokens_per_s']:.1f} output tokens/s; results in {self._writer.path}")
+
+
+def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArray], str | None]:
+    """A function that gives the text up to the first of a request's stop strings, or None where there is none yet."""
+
+    def stopped(request: Request, tokens: IntArray) -> str | None:
+        longest = max(len(stop.encode()) for stop in request.sampling.stop)
+        # A token carries at least one byte, so a stop string that the newest token completes lies within the last
+        # `longest` tokens; a few more, as the first of them may begin inside a character.
+        tail = decode(tokens[-(longest + 4) :])
+        if not any(stop in tail for stop in request.sampling.stop):
+            return None
+        text = decode(tokens)
+        cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
+        return text[: min(cuts)] if cuts else None
+
+    return stopped
+
+
+def token_text(tokens: IntArray) -> str:
+    """Token ids as text, where there is no tokenizer."""
+    return " ".join(map(str, np.asarray(tokens).tolist()))
+
+
+def within_memory(item: Item, pages: int, page_size: int) -> Item:
+    """`item`, rejected if it may come to hold more than `pages` pages of KV cache, as then it could never finish."""
+    if isinstance(item, Rejected):
+        return item
+    prompt, answer = len(item.prompt), item.sampling.max_tokens
+    if prompt + answer - 1 <= pages * page_size:
+        return item
+    return Rejected(
+        item.custom_id,
+        item.line,
+        "kv_memory_exceeded",
+        f"a prompt of {prompt} tokens and max_tokens={answer} need room for {prompt + answer - 1} tokens (the last one "
+        f"is not computed), but {pages} pages of {page_size} tokens hold {pages * page_size}: ask for fewer tokens, "
+        "or give the job more pages (kvcache.main_pages, kvcache.swap_pages)",
+    )

@@ -1,0 +1,56 @@
+"""The workload, read ahead of the visits."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+
+from deserve.batch import Request
+from deserve.workload.item import Item, Rejected
+
+
+class ReadAhead:
+    """Reads the workload ahead in a thread, so that parsing and tokenizing never hold up a visit.
+
+    Items already answered are passed over, rejected ones go to `reject`. An error in the thread is raised by `poll`.
+    """
+
+    def __init__(self, items: Iterable[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
+        self._items, self._done, self._reject = items, done, reject
+        self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self.skipped = 0
+        self._thread = threading.Thread(target=self._read, name="read ahead", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for item in self._items:
+                if item.custom_id in self._done:
+                    self.skipped += 1
+                elif isinstance(item, Rejected):
+                    self._reject(item)
+                else:
+                    self._queue.put(item)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def poll(self) -> Request | None:
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            if self._ended.is_set() and self._error is not None:
+                raise self._error from None
+            return None
+
+    @property
+    def exhausted(self) -> bool:
+        # In this order: what was put before the end is in the queue by then.
+        return self._ended.is_set() and self._queue.empty() and self._error is None
+
+    def wait(self, count: int) -> None:
+        """Wait until `count` requests (or as many as fit) are ready, or all are read."""
+        while not self._ended.is_set() and self._queue.qsize() < min(count, self._queue.maxsize):
+            self._ended.wait(0.001)
