@@ -8,6 +8,7 @@ from deserve.batch import IntArray, StepPlan
 from deserve.comm.link import Receiver
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder
+from deserve.report.timeline import Timeline
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.workload.read_ahead import ReadAhead
@@ -24,8 +25,9 @@ class Controller:
         recorder: Recorder,
         progress: Progress,
         stop: Stop,
+        timeline: Timeline,
     ):
-        self._scheduler, self._tokens_in, self._stop = scheduler, tokens_in, stop
+        self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._recorder, self._progress = requests, recorder, progress
         self._under_way: deque[int] = deque()  # the micro-batches whose tokens are to come, in that order
 
@@ -39,17 +41,19 @@ class Controller:
                 self._scheduler.abandon()
         if not self._scheduler.in_flight and self._scheduler.admitting:
             self._requests.wait(1)  # nothing to do meanwhile
-        plan, tokens = self._scheduler.plan(micro_batch)
+        with self._timeline.span("plan", micro_batch):
+            plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
         self._under_way.append(micro_batch)
         return plan, tokens
 
     def _collect(self) -> None:
         micro_batch = self._under_way.popleft()
-        tokens = self._tokens_in.receive().view(torch.int32).numpy()
-        for completion in self._scheduler.commit(micro_batch, tokens):
-            self._recorder.put(completion)
-        self._progress.tokens(len(tokens))
+        tokens = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
+        with self._timeline.span("commit", micro_batch):
+            for completion in self._scheduler.commit(micro_batch, tokens):
+                self._recorder.put(completion)
+            self._progress.tokens(len(tokens))
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

@@ -21,7 +21,8 @@ from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder
 from deserve.report.results import Manifest, ResultsWriter
-from deserve.report.timeline import Span
+from deserve.report.summary import closing_table
+from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
@@ -47,7 +48,8 @@ class Job:
             Manifest.of(config, checkpoint.fingerprint()),
         )
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
-        self._progress = Progress(self._lengths.count, config.warmup_s)
+        count = self._lengths.count
+        self._progress = Progress(None if count is None else count - len(self._writer.done), config.warmup_s)
 
     def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
@@ -56,7 +58,7 @@ class Job:
         print(table(plan, model.num_layers), flush=True)
         return plan
 
-    def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop) -> Controller:
+    def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
         self._recorder = Recorder(self._writer, decode, self._progress)
@@ -77,7 +79,7 @@ class Job:
         )
         ahead.wait(plan.concurrency)
         self._progress.start()
-        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop)
+        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline)
 
     def report(
         self, plan: Plan, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
@@ -90,17 +92,16 @@ class Job:
             latency = self._config.network.latency_ms
             title = f"{self._checkpoint.name}, {len(ranks)} ranks, {plan.rounds} rounds, links of {latency:g} ms"
             draw_timeline(self._folder / "timeline.png", ranks, title)
-        summary = self._progress.summary()
         metrics = {
-            **summary,
+            **self._progress.summary(),
             "stopped_by": stopped,
-            "history_output_tokens": self._progress.history,
             "stages": stages,
             "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},
             "config": as_dict(self._config),
         }
         write_metrics(self._folder / "metrics.json", metrics)
-        print(f"{summary['output_tokens_per_s']:.1f} output tokens/s; results in {self._writer.path}")
+        print(closing_table(metrics))
+        print(f"results in {self._writer.path}", flush=True)
 
 
 def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArray], str | None]:

@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 
 from deserve.batch import IntArray, StepPlan
-from deserve.comm.link import Receiver
 from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
 from deserve.stage import Stage
@@ -34,19 +33,19 @@ def run_pipeline(
     while turn:
         micro_batch = turn.popleft()
         if controller is not None:
-            with timeline.span("plan", micro_batch):
-                plan, tokens = controller.next_visit(micro_batch)
+            plan, tokens = controller.next_visit(micro_batch)
             x = torch.from_numpy(tokens)
         else:
             assert links.plans_in is not None and links.hidden_in is not None
-            words = receive(links.plans_in, micro_batch, timeline).view(torch.int32)
+            words = timeline.receive(links.plans_in, micro_batch).view(torch.int32)
             plan = StepPlan.decode(words.numpy().copy())
         if links.plans_out is not None:
-            links.plans_out.send(torch.from_numpy(plan.encode()))
+            with timeline.span("send", micro_batch):
+                links.plans_out.send(torch.from_numpy(plan.encode()))
         if links.hidden_in is not None:
-            x = receive(links.hidden_in, micro_batch, timeline).view(stage.dtype).view(-1, hidden)
-        with timeline.span("compute", micro_batch):
-            y = stage.forward(plan, x)
+            x = timeline.receive(links.hidden_in, micro_batch).view(stage.dtype).view(-1, hidden)
+        with timeline.on_device("compute", micro_batch):
+            y = stage.forward(plan, x, timeline)
         with timeline.span("send", micro_batch):
             links.output.send(y)
         if not plan.retires:
@@ -59,11 +58,4 @@ def run_pipeline(
             sender.close()
     if controller is not None:
         controller.close()
-
-
-def receive(link: Receiver, micro_batch: int, timeline: Timeline) -> torch.Tensor:
-    """The next frame of `link`, uint8 [bytes]."""
-    with timeline.span("receive", micro_batch):
-        payload = link.receive()
-        timeline.held(micro_batch, link.held_s)
-    return payload
+    timeline.finish()

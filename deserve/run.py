@@ -21,6 +21,7 @@ from deserve.model.checkpoint import Checkpoint, model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.measure import survey
 from deserve.planner.plan import Plan
+from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
 from deserve.report.timeline import Timeline
 from deserve.stage import load_stage
@@ -54,14 +55,15 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
     hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
     links = connect(world, config.network, plan, hidden_bytes, device)
+    timeline = Timeline(config.trace, device)
+    clock = to_rank_0s_clock(world) if config.trace else 0
     controller = None
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
-            controller = job.controller(plan, links.tokens_in, stop)
-    timeline = Timeline(keep=config.trace)
+            controller = job.controller(plan, links.tokens_in, stop, timeline)
     run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
     stages = world.gather("stages", stage_metrics(timeline, stage))
-    spans = world.gather("spans", timeline.spans) if config.trace else []
+    spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:
         job.report(plan, stages, spans, stop.reason)
         if stop.reason is not None:

@@ -12,6 +12,7 @@ from deserve.model.decoder import Decoder
 from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, dummy_shard, load_shard
 from deserve.planner.plan import Plan
+from deserve.report.timeline import UNTIMED, Timeline
 
 
 class Stage:
@@ -31,13 +32,13 @@ class Stage:
         return self._kv.slab.bytes_in, self._kv.slab.bytes_out
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, plan: StepPlan, x: torch.Tensor, timeline: Timeline = UNTIMED) -> torch.Tensor:
         """One visit. x: token ids [T] on the first rank, hidden states [T, hidden] on the others.
 
         Returns hidden states [T, hidden], or on the last rank the sampled tokens, int32 [len(plan.sampled)].
         """
         self._table.write(plan.page_writes)
-        self._kv.begin_visit(plan, self._table)
+        self._kv.begin_visit(plan, self._table, timeline)
         self._sampler.admit(plan.admitted)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
@@ -51,7 +52,8 @@ class Stage:
             return x
         last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
         logits = self._decoder.logits(x.index_select(0, torch.from_numpy(last_token).to(self._device)))
-        return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
+        with timeline.on_device("sample", plan.micro_batch):
+            return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
 
 
 def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:

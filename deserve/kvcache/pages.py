@@ -5,6 +5,7 @@ import torch
 
 from deserve.batch import IntArray, StepPlan
 from deserve.kvcache.slab import SwapSlab
+from deserve.report.timeline import UNTIMED, Timeline
 
 
 class PageTable:
@@ -70,7 +71,7 @@ class KVPages:
         # Untouched memory costs nothing: the pool's pages become real when the first sequence is suspended to them.
         self._host = torch.empty(layers, host_pages, *shape, dtype=dtype)
 
-    def begin_visit(self, plan: StepPlan, table: PageTable) -> None:
+    def begin_visit(self, plan: StepPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
         """Bring the swap pages of the plan's micro-batch in, and move suspended sequences out and in."""
         start, end = plan.context, plan.context + plan.new_tokens
         kept = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
@@ -78,9 +79,13 @@ class KVPages:
         written = [plan.restore[:, 1], table.spans(plan.slots, start, end, self.page_size)]
         self.slab.enter(plan.micro_batch, self._swap(read), self._swap(written))
         for layer in range(len(self.layers)):
-            self.slab.rotate(layer)
-        self._stash(plan.stash)
-        self._restore(plan.restore)
+            self.slab.rotate(layer, timeline)
+        if len(plan.stash):
+            with timeline.on_device("suspend", plan.micro_batch):
+                self._stash(plan.stash)
+        if len(plan.restore):
+            with timeline.on_device("resume", plan.micro_batch):
+                self._restore(plan.restore)
 
     def _swap(self, pages: list[IntArray]) -> IntArray:
         """Those of `pages` that are swap pages, counted from the slab's first."""
@@ -89,12 +94,10 @@ class KVPages:
 
     def _stash(self, moves: IntArray) -> None:
         """Copy pages out to the host pool; moves [n, 2]: page, host page."""
-        if len(moves):
-            pages, host = torch.from_numpy(moves.astype(np.int64)).unbind(1)
-            self._host[:, host] = self.layers[:, pages].to(self._host.device)
+        pages, host = torch.from_numpy(moves.astype(np.int64)).unbind(1)
+        self._host[:, host] = self.layers[:, pages].to(self._host.device)
 
     def _restore(self, moves: IntArray) -> None:
         """Copy pages in from the host pool; moves [n, 2]: host page, page."""
-        if len(moves):
-            host, pages = torch.from_numpy(moves.astype(np.int64)).unbind(1)
-            self.layers[:, pages] = self._host[:, host].to(self.layers.device)
+        host, pages = torch.from_numpy(moves.astype(np.int64)).unbind(1)
+        self.layers[:, pages] = self._host[:, host].to(self.layers.device)

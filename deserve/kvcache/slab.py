@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray
+from deserve.report.timeline import UNTIMED, Timeline
 
 
 class SwapSlab:
@@ -49,12 +50,14 @@ class SwapSlab:
         self.bytes_out += len(out) * self._page_bytes
         self.bytes_in += len(come) * self._page_bytes
 
-    def rotate(self, layer: int) -> None:
+    def rotate(self, layer: int, timeline: Timeline = UNTIMED) -> None:
         """Move a layer's pages for the visit that `enter` began."""
         if len(self._out):
-            self._host[self._leaver, layer, self._out] = self._slab[layer, self._out]
+            with timeline.on_device("swap out", self._leaver):
+                self._host[self._leaver, layer, self._out] = self._slab[layer, self._out]
         if len(self._in):
-            self._slab[layer, self._in] = self._host[self._round, layer, self._in]
+            with timeline.on_device("swap in", self._round):
+                self._slab[layer, self._in] = self._host[self._round, layer, self._in]
 
 
 def _index(pages: NDArray[np.int64] | IntArray) -> torch.Tensor:

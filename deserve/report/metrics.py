@@ -9,18 +9,26 @@ from deserve.stage import Stage
 
 
 def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
-    """One rank's share of `metrics.json`: fractions of the time from its first to its last visit, and seconds."""
+    """One rank's share of `metrics.json`: fractions of the time from its first to its last visit, and seconds.
+
+    `compute_s` holds `sample_s` and what a rank without a copy stream spends on swapping.
+    """
     elapsed = max(timeline.elapsed_s, 1e-9)
-    busy = timeline.totals["compute"] / elapsed
+    totals = timeline.totals
+    busy = totals["compute"] / elapsed
     return {
         "busy": busy,
         "bubble": max(0.0, 1 - busy),
-        "visits": timeline.visits,
+        "visits": timeline.counts["compute"],
         "elapsed_s": elapsed,
-        "compute_s": timeline.totals["compute"],
-        "plan_s": timeline.totals["plan"],
-        "receive_s": timeline.totals["receive"],
-        "held_by_simulated_network_s": timeline.totals["held"],
+        "compute_s": totals["compute"],
+        "sample_s": totals["sample"],
+        "plan_s": totals["plan"] + totals["commit"],
+        "receive_s": totals["receive"],
+        "held_by_simulated_network_s": totals["held"],
+        "send_s": totals["send"],
+        "swap_in_s": totals["swap in"],
+        "swap_out_s": totals["swap out"],
         "swap_in_bytes": stage.swapped_bytes[0],
         "swap_out_bytes": stage.swapped_bytes[1],
     }

@@ -3,94 +3,132 @@
 import sys
 import threading
 import time
+from collections import Counter
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from deserve.batch import Completion
 
 LOG_EVERY_S = 10.0
+SHOW_EVERY_S = 0.5  # on a terminal
+RECENT_S = 5  # what "now" means
 
 
 class Progress:
-    """Counts requests and tokens as they come, from several threads, and shows them."""
+    """Counts requests and tokens as they come, from several threads, and shows them on `stream` (standard error)."""
 
-    def __init__(self, total: int | None, warmup_s: float):
-        self.requests = self.errors = self.input_tokens = self.output_tokens = 0
-        self.history: list[int] = []  # output tokens of each second since the start
-        self._warmup_s = warmup_s
-        self._begin = self._shown = time.monotonic()
-        self._sampled = 0
-        self._last_token_at = self._begin
-        self._warm_tokens = 0
+    def __init__(self, total: int | None, warmup_s: float, stream: TextIO | None = None):
+        self._total, self._warmup_s = total, warmup_s
+        self._stream = stream or sys.stderr
+        self._begin = self._shown = self._last_token_at = time.monotonic()
+        self._sampled: Counter[int] = Counter()  # tokens by second since the start
+        self._finished: Counter[int] = Counter()
+        self._read: Counter[int] = Counter()  # tokens of prompts that were answered
+        self._counts: Counter[str] = Counter()
+        self._warm: Counter[str] = Counter()  # as far as the warm-up is over
         self._lock = threading.Lock()
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, unit="req", dynamic_ncols=True, smoothing=0.1)
-        self._total = total
+        self._bar: Any = None
 
     def start(self) -> None:
         """The first visit begins: time counts from here."""
         self._begin = self._shown = self._last_token_at = time.monotonic()
+        if self._stream.isatty():
+            shape = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} requests, {postfix}"
+            if self._total is None:
+                shape = "{n_fmt} requests, {postfix}"
+            self._bar = tqdm(total=self._total, file=self._stream, dynamic_ncols=True, bar_format=shape, leave=False)
+        self._show()
 
     def tokens(self, count: int) -> None:
         """`count` tokens were sampled."""
         now = time.monotonic()
         if count:
-            self._sampled += count
             self._last_token_at = now
-            second = int(now - self._begin)
-            self.history.extend([0] * (second + 1 - len(self.history)))
-            self.history[second] += count
-            if now - self._begin < self._warmup_s:
-                self._warm_tokens += count
-        if now - self._shown > (0.5 if self._bar is not None else LOG_EVERY_S):
+            with self._lock:
+                self._sampled[int(now - self._begin)] += count
+                self._counts["sampled"] += count
+                if now - self._begin >= self._warmup_s:
+                    self._warm["output_tokens"] += count
+        if now - self._shown > (LOG_EVERY_S if self._bar is None else SHOW_EVERY_S):
             self._shown = now
             self._show()
 
     def request(self, completion: Completion | None = None, error: bool = False) -> None:
         """A request was answered (`completion`) or refused."""
+        now = time.monotonic()
+        counts = Counter(requests=1, errors=int(error))
+        if completion is not None:
+            counts["input_tokens"] = len(completion.request.prompt)
         with self._lock:
-            self.requests += 1
-            self.errors += error
+            self._finished[int(now - self._begin)] += 1
+            self._read[int(now - self._begin)] += counts["input_tokens"]
+            self._counts += counts
             if completion is not None:
-                self.input_tokens += len(completion.request.prompt)
-                self.output_tokens += len(completion.tokens)
+                self._counts["output_tokens"] += len(completion.tokens)
+            if now - self._begin >= self._warmup_s:
+                self._warm += counts
 
     @property
     def elapsed_s(self) -> float:
         """Seconds from the start to the last token."""
         return self._last_token_at - self._begin
 
-    def summary(self) -> dict[str, float]:
-        """The counts as `metrics.json` carries them."""
+    def summary(self) -> dict[str, Any]:
+        """The counts as `metrics.json` carries them.
+
+        `output_tokens` are those of answered requests. After the warm-up what counts is when a token was sampled and a
+        request answered, whenever it began.
+        """
         elapsed = max(self.elapsed_s, 1e-9)
-        after = max(elapsed - self._warmup_s, 1e-9)
+        seconds = range(int(elapsed) + 1)
+        histories = {"output_tokens": self._sampled, "input_tokens": self._read, "requests": self._finished}
         return {
-            "requests": self.requests,
-            "errors": self.errors,
-            "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens,
-            "elapsed_s": elapsed,
-            "output_tokens_per_s": self.output_tokens / elapsed,
-            "total_tokens_per_s": (self.input_tokens + self.output_tokens) / elapsed,
-            "after_warmup_output_tokens_per_s": (self._sampled - self._warm_tokens) / after,
+            **_rates(self._counts, elapsed),
+            "warmup_s": self._warmup_s,
+            "after_warmup": _rates(self._warm, max(elapsed - self._warmup_s, 1e-9)),
+            "history": {name: [count[second] for second in seconds] for name, count in histories.items()},
         }
 
     def close(self) -> None:
         """Show the end and leave the terminal tidy."""
-        self._show()
         if self._bar is not None:
             self._bar.close()
+        else:
+            self._show()
 
     def _show(self) -> None:
-        recent = self.history[-6:-1] or self.history
-        now_rate = sum(recent) / max(len(recent), 1)
-        rate = self._sampled / max(time.monotonic() - self._begin, 1e-9)
-        text = f"{now_rate:,.0f} tok/s now, {rate:,.0f} overall"
+        elapsed = time.monotonic() - self._begin
+        with self._lock:
+            second = int(elapsed)
+            recent = sum(self._sampled[s] for s in range(max(0, second - RECENT_S), second))
+            done, sampled = self._counts["requests"], self._counts["sampled"]
+        overall = sampled / max(elapsed, 1e-9)
+        now = recent / min(second, RECENT_S) if second else overall
+        words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
+        if self._total and done and done < self._total:
+            words.append(f"{clock(elapsed * (self._total - done) / done)} left")
+        text = ", ".join(words)
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(self.requests - self._bar.n)
-            self._bar.refresh()
+            self._bar.n = done
+            self._bar.set_postfix_str(text)
         else:
             total = "" if self._total is None else f"/{self._total}"
-            print(f"deserve: {self.requests}{total} requests, {text}", file=sys.stderr, flush=True)
+            print(f"deserve: {done}{total} requests, {text}", file=self._stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """`seconds` as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _rates(counts: Counter[str], elapsed_s: float) -> dict[str, float]:
+    tokens = counts["input_tokens"] + counts["output_tokens"]
+    return {
+        **{name: counts[name] for name in ("requests", "errors", "input_tokens", "output_tokens")},
+        "elapsed_s": elapsed_s,
+        "output_tokens_per_s": counts["output_tokens"] / elapsed_s,
+        "total_tokens_per_s": tokens / elapsed_s,
+    }

@@ -1,10 +1,16 @@
 """Where a rank's time went: spans of its visits, summed up always, kept one by one when a trace is wanted."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
+
+from deserve.comm.link import Receiver
+
+MOST_SPANS = 500_000  # kept by a rank: what Perfetto still opens at once, minutes to hours of a run
 
 
 class Span(NamedTuple):
@@ -17,38 +23,88 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """A rank's spans. `totals` holds seconds by kind; `first` and `last` bound the run (CLOCK_MONOTONIC, ns)."""
+    """A rank's spans. `totals` holds seconds by kind; `first` and `last` bound the run (CLOCK_MONOTONIC, ns).
 
-    def __init__(self, keep: bool):
-        self.spans: list[Span] | None = [] if keep else None
+    On a GPU, what the host only launches (`on_device`) is timed by events in the stream, read when they have passed.
+    """
+
+    def __init__(self, keep: bool = False, device: torch.device | None = None):
+        self.spans: list[Span] = []
         self.totals: dict[str, float] = defaultdict(float)
-        self.visits = 0
+        self.counts: dict[str, int] = defaultdict(int)
         self.first = self.last = 0
+        self._keep = keep
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._launched: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        if self._device is not None:
+            self._origin = torch.cuda.Event(enable_timing=True)
+            self._origin.record(torch.cuda.current_stream(self._device))
+            self._origin.synchronize()
+            self._origin_ns = time.monotonic_ns()
+
+    def add(self, kind: str, micro_batch: int, begin: int, end: int) -> None:
+        """`kind` of work on `micro_batch` took from `begin` to `end` (CLOCK_MONOTONIC, ns)."""
+        self.totals[kind] += (end - begin) / 1e9
+        self.counts[kind] += 1
+        self.first = min(self.first or begin, begin)
+        self.last = max(self.last, end)
+        if self._keep and len(self.spans) < MOST_SPANS:
+            self.spans.append(Span(kind, micro_batch, begin, end))
 
     @contextmanager
     def span(self, kind: str, micro_batch: int) -> Iterator[None]:
-        """Time the body as `kind` of work on `micro_batch`."""
+        """Time the body, host work, as `kind` of work on `micro_batch`."""
         begin = time.monotonic_ns()
         try:
             yield
         finally:
-            end = time.monotonic_ns()
-            self.totals[kind] += (end - begin) / 1e9
-            self.first = self.first or begin
-            self.last = end
-            if self.spans is not None:
-                self.spans.append(Span(kind, micro_batch, begin, end))
+            self.add(kind, micro_batch, begin, time.monotonic_ns())
 
-    def held(self, micro_batch: int, seconds: float) -> None:
-        """The last `seconds` until now, the simulated network held a frame of `micro_batch` back."""
-        if not seconds:
+    @contextmanager
+    def on_device(self, kind: str, micro_batch: int) -> Iterator[None]:
+        """Time what the body launches on the device's current stream; on a CPU, the body."""
+        if self._device is None:
+            with self.span(kind, micro_batch):
+                yield
             return
-        self.totals["held"] += seconds
-        if self.spans is not None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        begin.record(stream)
+        try:
+            yield
+        finally:
+            end.record(stream)
+            self._launched.append((kind, micro_batch, begin, end))
+            while self._launched and self._launched[0][3].query():
+                self._settle()
+
+    def receive(self, link: Receiver, micro_batch: int) -> torch.Tensor:
+        """The next frame of `link`, uint8 [bytes]: the wait for it, and what the simulated network added to that."""
+        with self.span("receive", micro_batch):
+            payload = link.receive()
+        if link.held_s:
             now = time.monotonic_ns()
-            self.spans.append(Span("held", micro_batch, now - round(seconds * 1e9), now))
+            self.add("held", micro_batch, now - round(link.held_s * 1e9), now)
+        return payload
+
+    def finish(self) -> None:
+        """Wait for what is still under way on the device."""
+        while self._launched:
+            self._launched[0][3].synchronize()
+            self._settle()
 
     @property
     def elapsed_s(self) -> float:
         """Seconds from the first span's begin to the last one's end."""
         return (self.last - self.first) / 1e9
+
+    def _settle(self) -> None:
+        kind, micro_batch, begin, end = self._launched.popleft()
+        self.add(
+            kind,
+            micro_batch,
+            *(self._origin_ns + round(1e6 * self._origin.elapsed_time(event)) for event in (begin, end)),
+        )
+
+
+UNTIMED = Timeline()  # for visits that nobody asks about

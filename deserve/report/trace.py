@@ -9,9 +9,9 @@ from deserve.report.timeline import Span
 
 # The tracks of a rank, and the kinds of span on each; a span on a later line of a track lies within an earlier one.
 TRACKS = {
-    "stage": ("plan", "compute", "sample"),
+    "stage": ("commit", "plan", "compute", "sample"),
     "link": ("receive", "held", "send"),
-    "copies": ("swap in", "swap out"),
+    "copies": ("swap in", "swap out", "suspend", "resume"),
 }
 PICTURED_TURNS = 2.5  # of the ring, in timeline.png
 

@@ -1,0 +1,65 @@
+"""The closing table: what a run brought, where each rank's time went, and what kept it from being more."""
+
+from typing import Any
+
+FULL = 0.85  # of a rank's time: more is hardly to be had
+
+
+def closing_table(metrics: dict[str, Any]) -> str:
+    """`metrics` (those of `metrics.json`) for the eye."""
+    answered, errors = metrics["requests"], metrics["errors"]
+    lines = [
+        f"{answered:,} requests ({errors} errors) in {metrics['elapsed_s']:.1f} s: "
+        f"{metrics['output_tokens_per_s']:,.1f} output tokens/s "
+        f"({metrics['output_tokens']:,}), {metrics['total_tokens_per_s']:,.1f} with prompts "
+        f"({metrics['input_tokens']:,})"
+    ]
+    after = metrics["after_warmup"]
+    if metrics["warmup_s"]:
+        lines.append(
+            f"after {metrics['warmup_s']:g} s of warm-up: {after['output_tokens_per_s']:,.1f} output tokens/s, "
+            f"{after['total_tokens_per_s']:,.1f} with prompts"
+        )
+    lines.append("rank      busy  bubble  of it waiting  planning  sending   visits  swapped in, out")
+    stages = metrics["stages"]
+    for rank, stage in enumerate(stages):
+        waits, plans, sends = (_share(stage, name) for name in ("receive_s", "plan_s", "send_s"))
+        swapped = ", ".join(f"{stage[key] / 1e6:,.0f} MB" for key in ("swap_in_bytes", "swap_out_bytes"))
+        lines.append(
+            f"{rank:<6}  {_percent(stage['busy'])}  {_percent(stage['bubble'])}         {_percent(waits)}    "
+            f"{_percent(plans)}   {_percent(sends)}  {stage['visits']:7,}  {swapped}"
+        )
+    plan = metrics["plan"]
+    predicted = plan["predicted_output_tokens_per_s"]
+    lines.append(f"bound by {bound(stages, plan['bound'])}")
+    if predicted and metrics["output_tokens_per_s"]:
+        off = 100 * (metrics["output_tokens_per_s"] / predicted - 1)
+        lines.append(
+            f"measured {metrics['output_tokens_per_s']:,.1f} output tokens/s, predicted {predicted:,.1f} ({off:+.0f} %)"
+        )
+    return "\n".join(lines)
+
+
+def bound(stages: list[dict[str, Any]], planned: str) -> str:
+    """What bound the run, by where its busiest rank spent its time; `planned` is what the planner expected."""
+    rank = max(range(len(stages)), key=lambda index: stages[index]["busy"])
+    stage = stages[rank]
+    computed, hosted = stage["busy"], _share(stage, "plan_s") + _share(stage, "send_s")
+    if computed >= FULL:
+        return f"compute: rank {rank} was busy for {_percent(computed).strip()} of the time"
+    if computed + hosted >= FULL:
+        return f"host work: rank {rank} computed for {_percent(computed).strip()}, planned and sent for " + (
+            f"{_percent(hosted).strip()} of the time"
+        )
+    waited = (
+        f"the busiest, rank {rank}, waited for frames for {_percent(_share(stage, 'receive_s')).strip()} of the time"
+    )
+    return f"{planned or 'what the ranks waited for'} ({waited})"
+
+
+def _share(stage: dict[str, Any], name: str) -> float:
+    return stage[name] / max(stage["elapsed_s"], 1e-9)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:4.0f} %"
