@@ -32,7 +32,7 @@ class GlooSender(Sender):
         try:
             work = dist.isend(message, self._peer, group=self._group, tag=self._tag)
         except RuntimeError as error:
-            raise LinkError(f"link to rank {self._peer} is lost: {error}") from error
+            raise LinkError(f"link to rank {self._peer} is lost: {cause(error)}") from error
         assert work is not None
         self._unfinished.append((work, message))
         # A frame this old was received long ago: its micro-batch has come round since. The wait only frees memory.
@@ -47,7 +47,7 @@ class GlooSender(Sender):
             try:
                 self._unfinished.popleft()[0].wait(PATIENCE)
             except RuntimeError as error:
-                raise LinkError(f"link to rank {self._peer} is lost: {error}") from error
+                raise LinkError(f"link to rank {self._peer} is lost: {cause(error)}") from error
 
 
 class GlooReceiver(Receiver):
@@ -76,7 +76,12 @@ class GlooReceiver(Receiver):
         try:
             work.wait(PATIENCE)
         except RuntimeError as error:
-            raise LinkError(f"link from rank {self._peer} is lost: {error}") from error
+            raise LinkError(f"link from rank {self._peer} is lost: {cause(error)}") from error
         self._spare.append(buffer)
         payload, self.held_s = unframe(buffer)
         return payload
+
+
+def cause(error: RuntimeError) -> str:
+    """Gloo's message without its source file and its advice for Gloo's users: "Connection closed by peer [10.0.0.2]:80"."""
+    return str(error).split("] ", 1)[-1].split(". ")[0]

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +16,8 @@ import torch.distributed as dist
 from deserve.comm.pulse import Pulse
 from deserve.errors import UserError
 
-MEETING_S = 60.0  # for processes that torchrun started together to connect
+ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
+MEETING_S = 60.0  # for processes that are there to connect
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
 
 
@@ -30,9 +33,12 @@ class World:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self._meeting = ""
         self._store: dist.Store = dist.HashStore()
         if self.size > 1:
             store, _, _ = next(dist.rendezvous("env://"))
+            self._meeting = self._agree_on_name(store)
+            store = dist.PrefixStore(self._meeting, store)
             self._store = dist.PrefixStore("deserve", store)
             dist.init_process_group(
                 "gloo",
@@ -46,13 +52,35 @@ class World:
         self._failing = threading.Lock()
         self._notice_board: dist.Store = dist.HashStore()
         if self.size > 1:
-            # A connection of its own: the other one may be waiting for an answer when something must be said. Its
-            # keys outlive a restart by torchrun.
+            # A connection of its own: the other one may be waiting for an answer when something must be said.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
         self._jobs = 0
         self._names = self._store
+
+    def _agree_on_name(self, store: dist.Store) -> str:
+        """A name for this meeting that no earlier one had.
+
+        torchrun's store outlives the ranks, so what they find there may be left from before a restart: addresses,
+        plans, offers. And its count of restarts differs from host to host. So rank 0 offers a new name, each rank
+        answers to it with a new word, and the name holds for those whose word rank 0 has repeated.
+        """
+        own = uuid.uuid4().hex
+        store.set_timeout(timedelta(seconds=ARRIVAL_S))
+        if self.rank == 0:
+            store.set("deserve/offer", own)
+            words = [store.get(f"{own}/{rank}").decode() for rank in range(1, self.size)]
+            store.set(f"{own}/met", json.dumps(words))
+            return own
+        deadline = time.monotonic() + ARRIVAL_S
+        while time.monotonic() < deadline:
+            name = store.get("deserve/offer").decode()
+            store.set(f"{name}/{self.rank}", own)
+            if store.check([f"{name}/met"]) and own in json.loads(store.get(f"{name}/met")):
+                return name
+            time.sleep(0.02)
+        raise dist.DistStoreError(f"rank 0 has not come within {ARRIVAL_S:g} s")
 
     @property
     def is_last(self) -> bool:
@@ -113,6 +141,7 @@ class World:
 
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
+        # Not under the name of this meeting: it is for the next.
         self._notice_board.set("deserve/stopped", "")
 
     @property
@@ -126,9 +155,8 @@ class World:
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
         self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            first = self._notice_board.add(f"deserve/{attempt}/failures", 1) == 1
+            first = self._notice_board.add(f"{self._meeting}/failures", 1) == 1
         except RuntimeError:  # the store went down with the rank that kept it
             first = True
         if first:
