@@ -20,6 +20,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # What turns text into tokens and back; `generation_config.json` counts by what was read of it
 TOKENIZING_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file of weights
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -41,7 +42,7 @@ class Checkpoint:
     hub_id: str | None = None
 
     def fingerprint(self) -> str:
-        """sha256 over what decides the output tokens; weights, unread, count by index and size."""
+        """sha256 over what decides the output tokens; of weights, by index, size and samples."""
         digest = hashlib.sha256(f"{self.weights} {self.config} {self.eos_ids} {self.generation}".encode())
         if self.folder is None:
             return digest.hexdigest()
@@ -53,6 +54,7 @@ class Checkpoint:
         elif self.weights == "auto":
             for path in sorted(self.folder.glob("*.safetensors")):
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
+                _digest_samples(digest, path)
         return digest.hexdigest()
 
 
@@ -107,6 +109,14 @@ def fetch_shard_files(checkpoint: Checkpoint, shard: Shard) -> None:
         files = {weight_map[name] for name in names}
     for file in sorted(files):
         _fetch(checkpoint.hub_id, file, checkpoint.folder.name)
+
+
+def _digest_samples(digest: "hashlib._Hash", path: Path) -> None:
+    """Add a little of every part of a file: a fine-tuned model has the same names and shapes, but hardly a weight."""
+    with path.open("rb") as file:
+        for part in range(SAMPLES):
+            file.seek(path.stat().st_size * part // SAMPLES)
+            digest.update(file.read(SAMPLE_BYTES))
 
 
 def _from_architecture(model: ModelSection, raw: dict[str, Any]) -> Checkpoint:
@@ -164,7 +174,7 @@ def _snapshot(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=SMALL_FILES))
     except Exception as error:  # the library lets errors of several HTTP stacks through
-        raise _hub_error(hub_id, "", error) from error
+        raise _hub_error(hub_id, None, error) from error
 
 
 def _fetch(hub_id: str, file: str, revision: str) -> None:
@@ -173,11 +183,12 @@ def _fetch(hub_id: str, file: str, revision: str) -> None:
     try:
         hf_hub_download(hub_id, file, revision=revision)
     except Exception as error:
-        raise _hub_error(hub_id, f": {file}", error) from error
+        raise _hub_error(hub_id, file, error) from error
 
 
-def _hub_error(hub_id: str, file: str, error: Exception) -> UserError:
-    """What to do about it; `file` is put behind the id."""
+def _hub_error(hub_id: str, file: str | None, error: Exception) -> UserError:
+    """What to do about it; `file` is the one that was asked for, None the small ones together."""
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     log_in = "then log in (hf auth login) or set HF_TOKEN"
@@ -187,9 +198,12 @@ def _hub_error(hub_id: str, file: str, error: Exception) -> UserError:
         reason = f"the hub has no such repository, or none for you: if it is private, get access, {log_in}"
     elif isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
         reason = "the repository has no such file; weights must be safetensors"
+    elif constants.HF_HUB_OFFLINE:
+        reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
     else:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    what = f"{hub_id}: {file}" if file else f"{hub_id} is no local folder and"
     return UserError(
-        f"model.path={hub_id}{file} is no local folder and cannot be fetched from the hub ({reason}); "
+        f"model.path={what} cannot be fetched from the hub ({reason}); "
         "give a folder, or model.weights=dummy with a model that states its architecture"
     )
