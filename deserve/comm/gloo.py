@@ -83,5 +83,5 @@ class GlooReceiver(Receiver):
 
 
 def cause(error: RuntimeError) -> str:
-    """Gloo's message without its source file and its advice for Gloo's users: "Connection closed by peer [10.0.0.2]:80"."""
+    """Gloo's message without source file and advice, such as "Connection closed by peer [10.0.0.2]:29500"."""
     return str(error).split("] ", 1)[-1].split(". ")[0]
