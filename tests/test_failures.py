@@ -1,0 +1,213 @@
+"""Ranks that die, hang, are told to stop or do not fit together: noticed, said once, and nothing answered is lost."""
+
+import ast
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from background import answers, free_port, line_count, running, torchrun_command
+from launch import ROOT, python
+
+COUNT = 96
+# Requests of different lengths, so that they end one by one; a slow network, so that the job lasts some seconds.
+JOB = ["model=tiny", f"workload.source=fixed{COUNT}:24:12", "sampling.max_tokens=48", "sampling.ignore_eos=true"]
+SLOW = ["network.latency_ms=5", "pipeline.rounds=2", "pipeline.micro_batch_size=6"]
+RUN = [sys.executable, "-m", "deserve.run"]
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The answers of an undisturbed run."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    done = python("-m", "deserve.run", *JOB, f"output.dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = answers(output)
+    assert len(found) == COUNT and len(set(found.values())) > COUNT // 2
+    return found
+
+
+def resume(output: Path, truth: dict[str, str]) -> None:
+    """Finish the job of `output`, on one rank, and compare."""
+    before = answers(output)
+    assert before.items() <= truth.items()
+    done = python("-m", "deserve.run", *JOB, f"output.dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert answers(output) == truth
+
+
+def test_a_killed_rank_is_started_again(tmp_path: Path, truth: dict[str, str]) -> None:
+    output = tmp_path / "out"
+    command = torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", restarts=2)
+    with running(command, output, tmp_path / "log") as job:
+        job.until_answers(COUNT // 8)
+        job.rank(0).kill()
+        assert job.wait() == 0, job.log[-3000:]
+        (message,) = job.errors
+        assert "rank 0" in message and ("has closed its connection" in message or "is lost" in message)
+        assert "Traceback" not in job.log
+    assert answers(output) == truth
+
+
+def test_a_hanging_rank_is_noticed(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with running(
+        torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", "comm.timeout_s=5"), output, tmp_path / "log"
+    ) as job:
+        job.until_answers(1)
+        hanging = job.rank(1)
+        hanging.suspend()
+        stopped_at = time.monotonic()
+        job.until(lambda: bool(job.errors))
+        assert time.monotonic() - stopped_at < 20  # 5 s of silence, then some for a busy machine
+        hanging.resume()  # torchrun waits for it to take the SIGTERM
+        assert job.wait() == 1
+        (message,) = job.errors
+        assert "rank 1" in message and "silent for 5 s" in message
+    answers(output)
+
+
+def test_sigterm_stops_in_time_and_the_job_resumes(tmp_path: Path, truth: dict[str, str]) -> None:
+    output = tmp_path / "out"
+    with running(
+        torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", "output.grace_s=5"), output, tmp_path / "log"
+    ) as job:
+        job.until_answers(COUNT // 8)
+        job.process.terminate()
+        told_at = time.monotonic()
+        assert job.wait() != 0
+        assert time.monotonic() - told_at < 15
+        assert not job.errors
+    assert line_count(output) < COUNT
+    resume(output, truth)
+
+
+def test_a_time_limit_stops_for_good(tmp_path: Path) -> None:
+    """torchrun takes the status for a failure and starts the ranks again; they leave at once."""
+    output = tmp_path / "out"
+    endless = [*JOB, *SLOW, "workload.source=fixed100000:24:12", "time_limit_s=0.1", "output.grace_s=0.5"]
+    with running(torchrun_command(2, *endless, f"output.dir={output}", restarts=1), output, tmp_path / "log") as job:
+        assert job.wait() != 0
+        assert not job.errors and f"exitcode  : {75}" in job.log and job.log.count("predicted") == 1
+    done = python("-m", "deserve.run", *endless, "time_limit_s=4", f"output.dir={output}")
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert 0 < len(answers(output)) < 100000
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = python("-m", "deserve.run", *JOB, f"output.dir={tmp_path}/file/out")
+    (message,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert message.startswith("deserve: error:") and "output.dir" in message and "Not a directory" in message
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path, truth: dict[str, str]) -> None:
+    """A quota, as it were: the line that does not fit is taken back."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    output = tmp_path / "out"
+    done = subprocess.run(
+        [*RUN, *JOB, f"output.dir={output}"],
+        cwd=ROOT,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    messages = [line for line in done.stderr.splitlines() if line.startswith("deserve: error:")]
+    assert done.returncode == 1 and len(messages) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert "results.jsonl cannot be written: File too large" in messages[0]
+    assert 15_000 < (output / "results.jsonl").stat().st_size <= 20_000
+    resume(output, truth)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, tmp_path: Path, truth: dict[str, str]) -> None:
+    output = small_disk / "out"
+    with running(torchrun_command(2, *JOB, *SLOW, f"output.dir={output}"), output, tmp_path / "log") as job:
+        assert job.wait() == 1
+        (message,) = job.errors
+        assert "results.jsonl cannot be written: No space left on device" in message
+    assert 0 < len(answers(output)) < COUNT
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    resume(output, truth)
+
+
+def start_by_hand(tmp_path: Path, *overrides: list[str]) -> str:
+    """Start one rank with each list of overrides, as a launcher of one's own would; what they say when they refuse."""
+    port = str(free_port())
+    commands = [[*RUN, *own, f"output.dir={tmp_path / 'out'}"] for own in overrides]
+    world = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with (
+        running(commands[0], tmp_path, tmp_path / "log0", world | {"RANK": "0"}) as first,
+        running(commands[1], tmp_path, tmp_path / "log1", world | {"RANK": "1"}) as second,
+    ):
+        assert (first.wait(), second.wait()) == (1, 1), first.log + second.log
+        return "\n".join([*first.errors, *second.errors])
+
+
+def test_ranks_with_different_overrides_are_refused(tmp_path: Path) -> None:
+    message = start_by_hand(tmp_path, [*JOB, "sampling.seed=1"], [*JOB, "sampling.seed=2"])
+    assert "rank 1 differs from rank 0 in sampling.seed: 2 there, 1 here" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_with_different_models_are_refused(tmp_path: Path) -> None:
+    """Same shapes, other weights: as of a model and its fine-tuned brother."""
+    # Imported here: it takes seconds, and no other test needs it.
+    from checkpoints import make_checkpoint
+
+    folders = [make_checkpoint(tmp_path / f"model{seed}", seed=seed) for seed in range(2)]
+    message = start_by_hand(tmp_path, *([*JOB, "model.weights=auto", f"model.path={folder}"] for folder in folders))
+    assert "rank 1 differs from rank 0 in the model's files" in message
+
+
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+
+
+def test_nothing_is_unpickled() -> None:
+    """What comes over a link or from a model folder is data, never code."""
+    found = []
+    for path in sorted((ROOT / "deserve").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").split(".")[0], *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Attribute):
+                names = [node.attr]
+                if ast.unparse(node) in ("torch.load", "torch.save"):
+                    names.append("pickle")
+            elif isinstance(node, ast.keyword):
+                names = [node.arg or ""]
+            found += [
+                f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}: {name}"
+                for name in names
+                if name in UNPICKLING
+                or name in ("allow_pickle", "unsafe_load")
+                or name.endswith(("_object", "_object_list"))
+            ]
+    assert not [entry for entry in found if not entry.endswith(": to_object")], found
