@@ -174,6 +174,37 @@ def test_a_hub_id_offline_is_what_the_cache_holds(tmp_path, saved):
     assert line.startswith("UserError model.path=org/other") and "model.weights=dummy" in line
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("GatedRepoError", ["gated", "https://huggingface.co/org/small", "HF_TOKEN"]),
+        ("RepositoryNotFoundError", ["no such repository", "HF_TOKEN"]),
+        ("RemoteEntryNotFoundError", ["no such file", "safetensors"]),
+        ("LocalEntryNotFoundError", ["the hub's own words"]),
+    ],
+)
+def test_what_the_hub_refuses_is_explained(saved, monkeypatch, kind, words):
+    import huggingface_hub
+
+    class Refusal(getattr(huggingface_hub.errors, kind)):
+        def __init__(self):
+            Exception.__init__(self, "the hub's own words\nand many more")
+
+    def refuse(*args, **options):
+        raise Refusal
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"model\.path=org/small is no local folder") as caught:
+        resolve(ModelSection("own", "org/small"))
+    config = resolve(ModelSection("own", str(saved))).config
+    with pytest.raises(UserError, match=r"model\.path=org/small: model-0") as other:
+        fetch_shard_files(Checkpoint("own", saved, config, (), hub_id="org/small"), Shard(0, 1, False, False))
+    for message in (str(caught.value), str(other.value)):
+        assert all(word in message for word in words) and "\n" not in message
+
+
 def test_a_rank_fetches_the_files_of_its_layers(tmp_path, saved, monkeypatch):
     import huggingface_hub
 
