@@ -256,6 +256,11 @@ def _elsewhere(folder: Path, name: str, file: str) -> None:
         (_quantise, ["model.safetensors", DOWN, "I8", "BF16"]),
         (_truncate, ["model.safetensors", "truncated"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"not it"), ["model.safetensors", "corrupt"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors", "corrupt"]),
+        (
+            lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 3),
+            ["model.safetensors", "pointer", "git lfs pull"],
+        ),
         (lambda f: (f / "model.safetensors").unlink(), ["no model.safetensors"]),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), [".bin", "safetensors"]),
         (lambda f: (f / "model.safetensors").rename(f / "a.safetensors.gz"), ["no model.safetensors"]),
@@ -273,6 +278,17 @@ def test_damage_is_named(tmp_path, damage, words):
     message = str(caught.value)
     assert all(word in message for word in [str(folder), *words]), message
     assert "\n" not in message
+
+
+def test_one_damaged_file_of_several_is_named(tmp_path):
+    """And only the rank that reads it minds."""
+    folder = make_checkpoint(tmp_path, shard_size="60KB")
+    config = config_of(folder)
+    file = json.loads((folder / INDEX).read_text())["weight_map"][DOWN]
+    (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+    load_shard(folder, config, Shard(0, 1, True, False), CPU, FLOAT)
+    with pytest.raises(UserError, match=rf"{file}: cannot read model\.layers\.\d\..*truncated"):
+        load_shard(folder, config, WHOLE, CPU, FLOAT)
 
 
 def test_the_index_may_lie_about_a_file(tmp_path):

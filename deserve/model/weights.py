@@ -260,7 +260,15 @@ def _opened(path: Path, tensor: str = "its header") -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
+        if _is_lfs_pointer(path):
+            raise UserError(f"{path}: only a pointer to the weights; `git lfs pull` fetches them") from error
         raise UserError(f"{path}: cannot read {tensor} ({error}): truncated or corrupt") from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether git put a file's address in its place, as it does where its large file storage is not installed."""
+    with path.open("rb") as file:
+        return file.read(20) == b"version https://git-"
 
 
 def _single_file(folder: Path) -> Path:
