@@ -5,11 +5,14 @@ import torch
 
 from deserve.batch import StepPlan
 from deserve.kvcache.pages import KVPages, PageTable
-from deserve.model.backend.base import Rows
+from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
+from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
+from deserve.model.graphs import GraphedDecode, graph_batches
 from deserve.model.sampler import Sampler
+from deserve.model.staging import to_device
 from deserve.model.weights import Shard, dummy_shard, load_shard
 from deserve.planner.plan import Plan
 from deserve.report.timeline import UNTIMED, Timeline
@@ -18,11 +21,14 @@ from deserve.report.timeline import UNTIMED, Timeline
 class Stage:
     """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
 
-    def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device):
+    def __init__(
+        self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device, graphs: GraphedDecode | None = None
+    ):
         self.dtype = kv.layers.dtype
         self._decoder = decoder
         self._kv = kv
         self._device = device
+        self._graphs = graphs
         self._table = PageTable(slots)
         self._sampler = Sampler(slots, device)
 
@@ -44,14 +50,22 @@ class Stage:
             return torch.empty(0, dtype=torch.int32)
         length = plan.context + plan.new_tokens
         width = -(-int(length.max()) // self._kv.page_size)
-        self._decoder.backend.begin_visit(Rows(plan.new_tokens, plan.context, self._table.rows(plan.slots, width)))
-        if self._decoder.weights.embedding is not None:
-            x = self._decoder.embed(x)
-        x = self._decoder.forward(x, self._kv.layers)
-        if self._decoder.weights.head is None:
-            return x
-        last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
-        logits = self._decoder.logits(x.index_select(0, torch.from_numpy(last_token).to(self._device)))
+        rows = Rows(plan.new_tokens, plan.context, self._table.rows(plan.slots, width))
+        x = to_device(x, self._device)
+        if self._graphs is not None and self._graphs.fits(rows):
+            y = self._graphs.replay(rows, x)
+            if self._decoder.weights.head is None:
+                return y
+            logits = y if len(plan.sampled) == plan.rows else y.index_select(0, to_device(plan.sampled, self._device))
+        else:
+            self._decoder.backend.begin_visit(rows)
+            if self._decoder.weights.embedding is not None:
+                x = self._decoder.embed(x)
+            y = self._decoder.forward(x, self._kv.layers)
+            if self._decoder.weights.head is None:
+                return y
+            last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
+            logits = self._decoder.logits(y.index_select(0, to_device(last_token, self._device)))
         with timeline.on_device("sample", plan.micro_batch):
             return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
 
@@ -76,5 +90,29 @@ def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dt
         dtype=dtype,
         device=device,
     )
-    decoder = Decoder(config, weights, TorchBackend(config, dtype, device, config.max_context))
-    return Stage(decoder, kv, plan.concurrency, device)
+    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
+    graphs = None
+    if decoder.backend.captures:
+        graphs = GraphedDecode(decoder, kv.layers, kv.scratch_page, graph_batches(plan.micro_batch_size))
+    return Stage(decoder, kv, plan.concurrency, device, graphs)
+
+
+def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Backend:
+    """FlashInfer's kernels on a GPU, where it is installed and has them for this model; otherwise PyTorch's."""
+    if device.type == "cuda" and dtype != torch.float32 and config.head_dim in (64, 128, 256):
+        try:
+            from deserve.model.backend.flashinfer import FlashInferBackend
+        except ImportError as error:
+            print(f"FlashInfer is not usable ({error}): PyTorch's attention takes its place, slowly")
+        else:
+            return FlashInferBackend(
+                config,
+                dtype,
+                device,
+                config.max_context,
+                page_size=plan.page_size,
+                max_rows=plan.micro_batch_size,
+                max_tokens=plan.max_batch_tokens,
+                max_pages=plan.main_pages + plan.swap_pages,
+            )
+    return TorchBackend(config, dtype, device, config.max_context)

@@ -46,8 +46,9 @@ def widen(table: IntArray, width: int) -> IntArray:
 class KVPages:
     """The KV memory of a stage's layers, on `device`: main pages, then the slab of swap pages; and the host pool.
 
-    `layers`: [layers, main_pages + swap_pages, 2, page_size, kv_heads, head_dim]. Zeroed, since a masked key is
-    multiplied by a weight of 0 and so must be finite.
+    `layers`: [layers, main_pages + swap_pages + 1, 2, page_size, kv_heads, head_dim]. Zeroed, since a masked key is
+    multiplied by a weight of 0 and so must be finite. The last page, `scratch_page`, is no sequence's: it takes what
+    the rows write that pad a batch.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class KVPages:
         self.page_size = page_size
         self._main = main_pages
         shape = (2, page_size, kv_heads, head_dim)
-        self.layers = torch.zeros(layers, main_pages + swap_pages, *shape, dtype=dtype, device=device)
-        self.slab = SwapSlab(self.layers[:, main_pages:], rounds)
+        self.layers = torch.zeros(layers, main_pages + swap_pages + 1, *shape, dtype=dtype, device=device)
+        self.scratch_page = main_pages + swap_pages
+        self.slab = SwapSlab(self.layers[:, main_pages : self.scratch_page], rounds)
         # Untouched memory costs nothing: the pool's pages become real when the first sequence is suspended to them.
         self._host = torch.empty(layers, host_pages, *shape, dtype=dtype)
 

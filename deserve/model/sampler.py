@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray, SamplingParams
+from deserve.model.staging import to_device
 
 _GOLDEN, _MIX1, _MIX2 = (
     np.uint64(0x9E3779B97F4A7C15),
@@ -65,11 +66,11 @@ class Sampler:
         if not len(chance):
             return greedy
         slots, positions = slots[chance], positions[chance]
-        rows = torch.from_numpy(chance).to(self._device)
+        rows = to_device(chance, self._device)
         drawn = draw(
             logits.index_select(0, rows).float(),
             *(
-                torch.from_numpy(values).to(self._device)
+                to_device(values, self._device)
                 for values in (
                     self._temperature[slots],
                     self._top_p[slots],

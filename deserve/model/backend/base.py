@@ -25,9 +25,18 @@ class Rows:
 class Backend(ABC):
     """Kernels over tokens of many sequences laid end to end, T tokens in all."""
 
+    captures = False  # whether decode visits can be CUDA graphs, by way of `begin_graph_visit`
+
     @abstractmethod
     def begin_visit(self, rows: Rows) -> None:
         """Prepare positions, cache addresses and attention for a visit; the calls below refer to it."""
+
+    def begin_graph_visit(self, rows: Rows) -> list[int]:
+        """begin_visit for decode rows alone, whose kernels are recorded in or replayed from a CUDA graph.
+
+        Returns the launch parameters, which must be the same in all visits that use one graph.
+        """
+        raise NotImplementedError
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` [out, in] in the layout that `linear` multiplies fastest with; it need not be readable otherwise."""

@@ -1,0 +1,284 @@
+"""Kernels from FlashInfer, for NVIDIA GPUs: paged attention, norms, rotary embedding and activation.
+
+No call here makes the host wait for the device, except to keep it from running more than a few visits ahead.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flashinfer
+import numpy as np
+import torch
+from flashinfer.prefill import get_batch_prefill_module
+
+from deserve.batch import IntArray
+from deserve.model.backend.base import Backend, Rows
+from deserve.model.config import ModelConfig
+from deserve.model.rope import rope_table
+from deserve.model.staging import StagingRing
+
+PLAN_BYTES = 4 << 20  # of the work lists of one attention call; 0.6 MB for 8,192 tokens of 256 rows and 64 heads
+NO_MASK, CAUSAL = 0, 1  # flashinfer's mask modes
+NHD = 0  # flashinfer's code for pages of [page_size, kv_heads, head_dim]
+SHORT = 64  # tokens; fa3 gives every query head of a row a tile of 128 queries, which few tokens leave empty
+LARGEST_TILE = 128  # queries times group of one thread block
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Where the tokens of the current visit stand. Device arrays, int32, in memory that every visit uses again."""
+
+    positions: torch.Tensor  # [T]
+    row_of_token: torch.Tensor  # [T]
+    indptr: torch.Tensor  # [rows + 1] first of each row's pages in `pages`
+    last_page: torch.Tensor  # [rows] tokens in the last page
+    prefill_queries: torch.Tensor  # [rows after the decode rows + 1] first token, counted from the first prefill token
+    pages: torch.Tensor
+    calls: list["_Call"]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A planned attention call over `rows` of the visit, which are its tokens `tokens`."""
+
+    attention: "_Attention"
+    plan: Any
+    rows: slice
+    tokens: slice
+    queries: torch.Tensor  # [rows + 1] first token of each row, on the device
+    mask: int
+
+
+class _Attention:
+    """An attention kernel over pages, and the memory it works in.
+
+    flashinfer's own wrappers are passed over, for what their `plan` does on the host: copies from pageable memory,
+    which wait for the device, one pinned buffer, which a host that runs ahead would overwrite while it is being
+    copied, and a Python loop over the rows. `plan` and `run` below are what is left of them.
+    """
+
+    def __init__(
+        self, variant: str, config: ModelConfig, dtype: torch.dtype, workspace: torch.Tensor, page_size: int, pdl: bool
+    ):
+        self._module = get_batch_prefill_module(
+            variant, dtype, dtype, dtype, torch.int32, config.head_dim, config.head_dim, 0, False, False, False
+        )
+        self._split_options: tuple[Any, ...] = (-1, False, 0) if variant == "fa2" else ()  # contexts split as it likes
+        self._config = config
+        self._page_size = page_size
+        self._workspace = workspace
+        self._work = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=workspace.device)
+        self._pdl = pdl
+
+    def plan(
+        self, staging: torch.Tensor, queries: IntArray, indptr: IntArray, lengths: IntArray, causal: bool, fixed: bool
+    ) -> Any:
+        """Divide the rows among thread blocks, and enqueue the copy of the work lists. Returns the launch parameters.
+
+        queries, indptr: [rows + 1] first token and first page of each row; lengths: [rows] tokens with their
+        context. `fixed`: the parameters must depend on the number of rows alone, since they go into a CUDA graph.
+        """
+        config = self._config
+        return self._module.plan(
+            self._workspace,
+            self._work,
+            staging,
+            torch.from_numpy(queries),
+            torch.from_numpy(indptr),
+            torch.from_numpy(lengths),
+            int(queries[-1]),
+            len(lengths),
+            config.num_heads,
+            config.num_kv_heads,
+            self._page_size,
+            fixed,
+            config.head_dim,
+            config.head_dim,
+            causal,
+            -1,  # no sliding window
+            *self._split_options,
+        )
+
+    def run(
+        self,
+        call: _Call,
+        visit: _Visit,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of q [tokens, heads, head_dim] over `call`'s rows, into `out`, shaped as q.
+
+        keys, values: [pages, page_size, kv_heads, head_dim].
+        """
+        self._module.paged_run(
+            self._workspace,
+            self._work,
+            call.plan,
+            q,
+            keys,
+            values,
+            call.queries,
+            visit.indptr[call.rows.start : call.rows.stop + 1],
+            visit.pages,
+            visit.last_page[call.rows],
+            out,
+            None,  # no log-sum-exp
+            call.mask,
+            NHD,
+            -1,  # no sliding window
+            self._pdl,
+            *(None,) * 6,  # custom masks, slopes, scoring of several items
+            0.0,  # no cap on the scores
+            1 / math.sqrt(self._config.head_dim),
+            *(None,) * 3,  # scales of fp8
+            1.0,
+            1.0,  # rotary embedding is done beforehand
+            0,
+            self._workspace.numel(),
+        )
+
+
+class FlashInferBackend(Backend):
+    """Decode rows and prefill rows of a visit are attended in one call each.
+
+    Decode runs on the tensor cores too, where the queries that share a KV head make up a tile of 16: 128 sequences of
+    1,024 tokens with 64/8 heads take an H200 141 us (3.8 TB/s), against 340 us on the CUDA cores. Page sizes from 8 to
+    64 and the order of heads and tokens in a page make less than 2%, page size 1 costs 2% (bench/RESULTS.md).
+
+    A visit may have `max_rows` rows of `max_tokens` tokens in all, whose contexts lie in `max_pages` pages.
+    `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
+    """
+
+    captures = True
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+        page_size: int,
+        max_rows: int,
+        max_tokens: int,
+        max_pages: int,
+        prefill: str = "auto",
+    ):
+        self._eps = config.norm_eps
+        self._page_size = page_size
+        self._table = torch.cat(rope_table(config, max_length, device), dim=-1)  # [max_length, head_dim], cos | sin
+        properties = torch.cuda.get_device_properties(device)
+        blocks = 2 * properties.multi_processor_count
+        # flashinfer splits contexts among thread blocks only if all of them can run at once, two per processor.
+        self._most_split_rows = blocks // config.num_kv_heads
+        partial = 4 * (config.head_dim + 1)  # bytes of one query's partial result
+        workspace = torch.zeros(
+            blocks * config.group * LARGEST_TILE * partial + (1 << 20), dtype=torch.uint8, device=device
+        )
+        pdl = properties.major >= 9
+        if prefill == "auto":
+            # 512 tokens on an H200: 26 us instead of fa2's 33 with 64/8 heads, 16 instead of 63 with 32/8. Measured in
+            # bfloat16 with heads of 128; there is no fa3 but for Hopper.
+            measured = dtype == torch.bfloat16 and config.head_dim == 128
+            prefill = "fa3" if properties.major == 9 and measured else "fa2"
+        self._decode, self._short_prefill, self._prefill = (
+            _Attention(variant, config, dtype, workspace, page_size, pdl) for variant in ("fa2", "fa2", prefill)
+        )
+
+        capacity = {
+            "positions": max_tokens,
+            "row_of_token": max_tokens,
+            "indptr": max_rows + 1,
+            "last_page": max_rows,
+            "prefill_queries": max_rows + 1,
+            "pages": max_pages,  # last, for only those in use are copied
+        }
+        ends = np.cumsum(list(capacity.values())).tolist()
+        self._offsets = dict(zip(capacity, [0, *ends], strict=False))
+        self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the fields of _Visit
+        self._count = np.arange(max_rows + 1, dtype=np.int32)
+        self._device_count = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
+
+    def begin_visit(self, rows: Rows) -> None:
+        self._begin(rows, fixed=False)
+
+    def begin_graph_visit(self, rows: Rows) -> list[int]:
+        # Above that number of rows no context is split, and the grid follows from the number of rows anyway. Below it,
+        # flashinfer fixes the grid for the price of a second kernel, which adds up the parts.
+        self._begin(rows, fixed=len(rows.new_tokens) <= self._most_split_rows)
+        (call,) = self._visit.calls
+        return list(call.plan)
+
+    def _begin(self, rows: Rows, fixed: bool) -> None:
+        new, count = rows.new_tokens, len(rows.new_tokens)
+        length = np.add(rows.context, new, dtype=np.int32)
+        used = -(-length // self._page_size)
+        indptr = np.zeros(count + 1, np.int32)
+        np.cumsum(used, out=indptr[1:])
+        row_of_token = np.repeat(self._count[:count], new)
+        first = np.cumsum(new) - new
+        decodes = count if bool((new == 1).all()) else int(np.argmax(new != 1))
+        queries = np.zeros(count - decodes + 1, np.int32)
+        np.cumsum(new[decodes:], out=queries[1:])
+        values = {
+            "positions": np.arange(len(row_of_token)) + (rows.context - first)[row_of_token],
+            "row_of_token": row_of_token,
+            "indptr": indptr,
+            "last_page": length - (used - 1) * self._page_size,
+            "prefill_queries": queries,
+            "pages": rows.pages[np.arange(rows.pages.shape[1]) < used[:, None]],
+        }
+
+        words, *plan_staging = self._ring.next()
+        host = words.view(torch.int32)
+        end = 0
+        fields = {}
+        for name, offset in self._offsets.items():
+            end = offset + len(values[name])
+            host.numpy()[offset:end] = values[name]
+            fields[name] = self._words[offset:end]
+        self._words[:end].copy_(host[:end], non_blocking=True)
+
+        calls: list[_Call] = []
+        visit = _Visit(calls=calls, **fields)
+        # Both calls can share one list of pages: a row's pages are counted from the visit's first.
+        if decodes:
+            part = slice(0, decodes)
+            every = self._count[: decodes + 1]
+            plan = self._decode.plan(plan_staging[0], every, indptr[: decodes + 1], length[part], False, fixed)
+            calls.append(_Call(self._decode, plan, part, part, self._device_count[: decodes + 1], NO_MASK))
+        if decodes < count:
+            part, tokens = slice(decodes, count), slice(decodes, len(row_of_token))
+            attention = self._short_prefill if queries[-1] < SHORT * (count - decodes) else self._prefill
+            plan = attention.plan(plan_staging[1], queries, indptr[decodes:], length[part], True, False)
+            calls.append(_Call(attention, plan, part, tokens, visit.prefill_queries, CAUSAL))
+        self._ring.enqueued()
+        self._visit = visit
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return flashinfer.rmsnorm(x, weight, self._eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flashinfer.fused_add_rmsnorm(x, residual, weight, self._eps)
+        return x
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return flashinfer.silu_and_mul(gate_up)
+
+    def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(self._visit.positions, q, k, q.shape[-1], self._table)
+        return q, k
+
+    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        visit = self._visit
+        keys, values = pages.unbind(1)
+        flashinfer.append_paged_kv_cache(
+            k, v, visit.row_of_token, visit.positions, (keys, values), visit.pages, visit.indptr, visit.last_page
+        )
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for call in visit.calls:
+            call.attention.run(call, visit, q[call.tokens], keys, values, out[call.tokens])
+        return out.view(len(q), -1)

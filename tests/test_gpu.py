@@ -1,0 +1,345 @@
+"""The GPU kernels against plain PyTorch in float32: values, graphs, and that no visit makes the host wait."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deserve.batch import SamplingParams, StepPlan
+from deserve.model.backend.base import Backend, Rows
+from deserve.model.backend.torch import TorchBackend
+from deserve.model.checkpoint import Checkpoint
+from deserve.model.config import ModelConfig, parse_config
+from deserve.model.decoder import Decoder
+from deserve.model.sampler import Sampler, encode_sampling
+from deserve.model.staging import to_device
+from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard
+from deserve.planner.plan import Plan
+from deserve.stage import load_stage
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+DEVICE = torch.device("cuda")
+LAYERS = 4
+MAX_LENGTH = 2048
+MAX_ROWS = 64
+WHOLE = Shard(0, LAYERS, embeds=True, outputs=True)
+
+
+def model_config(heads: int, kv_heads: int, head_dim: int, hidden: int = 512, **options: Any) -> ModelConfig:
+    return parse_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 1024,
+            "hidden_size": hidden,
+            "intermediate_size": 7 * hidden // 2,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": MAX_LENGTH,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+        }
+        | options,
+        "test",
+    )
+
+
+LLAMA_8B = model_config(32, 8, 128, hidden=4096)
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype) -> ShardWeights:
+    """Random weights under which variances neither grow nor vanish, as in a trained model: rounding is not amplified.
+
+    The norms are not all 1.
+    """
+    weights = dummy_shard(config, WHOLE, DEVICE, dtype)
+    assert weights.embedding is not None
+    weights.embedding.mul_(50)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    for layer in weights.layers:
+        for matrix, gain in ((layer.qkv, 1.0), (layer.gate_up, 1.0), (layer.output, 0.5), (layer.down, 0.5)):
+            matrix.mul_(50 * gain / matrix.shape[1] ** 0.5)
+        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
+            if norm is not None:
+                norm.normal_(1.0, 0.2, generator=generator)
+    return weights
+
+
+def in_float32(weights: ShardWeights) -> ShardWeights:
+    def up(fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: None if tensor is None else tensor.float() for name, tensor in fields.items()}
+
+    layers = [LayerWeights(**up(vars(layer))) for layer in weights.layers]
+    return ShardWeights(layers=layers, **up({k: v for k, v in vars(weights).items() if k != "layers"}))
+
+
+class Runner:
+    """A model with pages dealt out at random; one page more than the sequences have, for padding."""
+
+    def __init__(self, config: ModelConfig, weights: ShardWeights, backend: Backend, dtype: torch.dtype, page: int):
+        self.page_size = page
+        self.decoder = Decoder(config, weights, backend)
+        self.width = 512 // page
+        shape = (LAYERS, MAX_ROWS * self.width + 1, 2, page, config.num_kv_heads, config.head_dim)
+        self.layers = torch.zeros(shape, dtype=dtype, device=DEVICE)
+        self.layers.fill_(100.0)  # what sequences before left in the pages must not be seen
+        rng = np.random.default_rng(0)
+        self.table = rng.permutation(MAX_ROWS * self.width).astype(np.int32).reshape(MAX_ROWS, self.width)
+        self.scratch = MAX_ROWS * self.width
+        self.context = np.zeros(MAX_ROWS, np.int32)
+
+    def rows(self, sequences: list[int], new: list[int]) -> Rows:
+        """The rows of a visit, which is counted as run."""
+        context = self.context[sequences]
+        self.context[sequences] += np.array(new, np.int32)
+        width = -(-int(self.context[sequences].max()) // self.page_size)
+        return Rows(np.array(new, np.int32), context, self.table[sequences, :width])
+
+    @torch.inference_mode()
+    def visit(self, sequences: list[int], new: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [T, vocab] of `tokens` [T]."""
+        self.decoder.backend.begin_visit(self.rows(sequences, new))
+        x = self.decoder.forward(self.decoder.embed(to_device(tokens, DEVICE)), self.layers)
+        return self.decoder.logits(x)
+
+
+def make_runner(config: ModelConfig, dtype: torch.dtype, page: int = 16, prefill: str = "auto") -> Runner:
+    pytest.importorskip("flashinfer")
+    from deserve.model.backend.flashinfer import FlashInferBackend
+
+    backend = FlashInferBackend(
+        config, dtype, DEVICE, MAX_LENGTH, page, MAX_ROWS, 2048, MAX_ROWS * 512 // page, prefill
+    )
+    return Runner(config, random_weights(config, dtype), backend, dtype, page)
+
+
+def make_reference(config: ModelConfig, runner: Runner) -> Runner:
+    backend = TorchBackend(config, torch.float32, DEVICE, MAX_LENGTH)
+    return Runner(config, in_float32(runner.decoder.weights), backend, torch.float32, runner.page_size)
+
+
+def tokens_of(count: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 1024, count))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+VISITS: list[tuple[str, list[int], list[int]]] = [
+    ("prefill", [3, 0, 7, 5], [37, 200, 1, 129]),
+    ("a chunk", [0], [100]),
+    ("decode and prefill", [3, 7, 5, 1, 2], [1, 1, 1, 64, 17]),
+    ("decode, two chunks", [3, 1, 0, 2], [1, 1, 31, 130]),
+    ("speculated tokens", [3, 0, 1], [4, 2, 3]),
+    ("decode", [0, 1, 2, 3, 5, 7], [1] * 6),
+    ("fresh and one", [40], [1]),
+    ("many", list(range(8, 48)), [1] * 32 + [1 + i for i in range(8)]),
+]
+
+
+def check(config: ModelConfig, dtype: torch.dtype, page: int, prefill: str = "auto") -> None:
+    runner = make_runner(config, dtype, page, prefill)
+    reference = make_reference(config, runner)
+    for seed, (name, sequences, new) in enumerate(VISITS):
+        tokens = tokens_of(sum(new), seed)
+        error = relative_error(runner.visit(sequences, new, tokens), reference.visit(sequences, new, tokens))
+        print(f"{name}: {error:.1e}")
+        assert error < 1e-2, name
+
+
+@pytest.mark.parametrize("prefill", ["fa2", "fa3"])
+def test_llama_8b_layers_agree_with_float32(prefill):
+    check(LLAMA_8B, torch.bfloat16, 16, prefill)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page", "dtype"),
+    [
+        (32, 8, 128, 1, torch.bfloat16),
+        (64, 8, 128, 32, torch.bfloat16),  # group 8: Llama-3-70B
+        (28, 4, 128, 16, torch.bfloat16),  # group 7: Qwen2.5-7B
+        (40, 8, 128, 16, torch.bfloat16),  # group 5: Qwen2.5-14B
+        (32, 8, 64, 16, torch.bfloat16),  # Llama-3.2-1B
+        (9, 3, 64, 1, torch.bfloat16),  # SmolLM2-135M
+        (32, 8, 128, 16, torch.float16),
+        (64, 8, 64, 32, torch.float16),
+    ],
+)
+def test_shapes_agree_with_float32(heads, kv_heads, head_dim, page, dtype):
+    check(model_config(heads, kv_heads, head_dim), dtype, page)
+
+
+def test_norms_of_queries_and_keys_biases_and_scaled_rope():
+    qwen3 = model_config(32, 8, 128, architectures=["Qwen3ForCausalLM"])
+    check(qwen3, torch.bfloat16, 16)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    check(model_config(32, 8, 128, rope_scaling=scaling, attention_bias=True), torch.bfloat16, 16)
+
+
+def fill(runner: Runner, sequences: list[int]) -> None:
+    """Prefill `sequences` with prompts of their own lengths, 5 to 130 tokens."""
+    for sequence in sequences:
+        count = 5 + 125 * sequence // MAX_ROWS
+        runner.visit([sequence], [count], tokens_of(count, sequence))
+
+
+@torch.inference_mode()
+def generate(runner: Runner, sequences: list[int], steps: int, graphs: Any = None) -> torch.Tensor:
+    """Greedy tokens [steps, n], by graphs or without."""
+    token = torch.arange(len(sequences), device=DEVICE)
+    taken = []
+    for _ in range(steps):
+        new = [1] * len(sequences)
+        if graphs is None:
+            logits = runner.visit(sequences, new, token)
+        else:
+            rows = runner.rows(sequences, new)
+            assert graphs.fits(rows)
+            logits = graphs.replay(rows, token)
+        token = logits.argmax(-1)
+        taken.append(token)
+    return torch.stack(taken)
+
+
+@pytest.fixture(scope="module")
+def graphed():
+    from deserve.model.graphs import GraphedDecode
+
+    runner = make_runner(LLAMA_8B, torch.bfloat16)
+    graphs = GraphedDecode(runner.decoder, runner.layers, runner.scratch, [1, 2, 4, 8, 24, 32, 40, 64])
+    print(f"8 graphs of {LAYERS} layers take {graphs.bytes / 2**20:.0f} MB")
+    assert not graphs.fits(Rows(np.array([1, 2], np.int32), np.zeros(2, np.int32), np.zeros((2, 1), np.int32)))
+    return runner, graphs
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 24, 33, 40, 64])
+def test_graphs_generate_what_eager_visits_do(graphed, count):
+    runner, graphs = graphed
+    sequences = list(range(MAX_ROWS))[-count:]
+    found = []
+    for by in (graphs, None):
+        runner.context[:] = 0
+        fill(runner, sequences)
+        found.append(generate(runner, sequences, 24, by))
+    same = (found[0] == found[1]).all(dim=0)
+    # Padding changes the shape of the matrix products and so their rounding, which may decide between equals.
+    assert same.all() if count in (1, 8, 24, 40, 64) else same.float().mean() > 0.8, same
+
+
+def test_graphs_agree_with_float32(graphed):
+    runner, graphs = graphed
+    reference = make_reference(LLAMA_8B, runner)
+    for count in (3, 37):
+        sequences = list(range(count))
+        runner.context[:] = reference.context[:] = 0
+        for each in (runner, reference):
+            fill(each, sequences)
+        for seed in range(3):
+            tokens = tokens_of(count, seed)
+            found = graphs.replay(runner.rows(sequences, [1] * count), to_device(tokens, DEVICE))
+            assert relative_error(found, reference.visit(sequences, [1] * count, tokens)) < 1e-2
+
+
+def test_the_host_may_run_ahead(graphed):
+    """Twenty visits enqueued at once are what they are one by one: nothing is overwritten that is yet to be copied."""
+    runner, graphs = graphed
+    sequences = list(range(20))
+
+    def run(wait: bool) -> list[torch.Tensor]:
+        runner.context[:] = 0
+        fill(runner, sequences)
+        torch.cuda.synchronize()
+        logits = []
+        for seed in range(20):
+            decoding = sequences[seed % 7 :]
+            tokens = to_device(tokens_of(len(decoding), seed), DEVICE)
+            if not wait:
+                torch.cuda._sleep(20_000_000)  # about 10 ms
+            if seed % 2:
+                logits.append(graphs.replay(runner.rows(decoding, [1] * len(decoding)), tokens))
+            else:
+                logits.append(runner.visit(decoding, [1] * len(decoding), tokens))
+            if wait:
+                torch.cuda.synchronize()
+        return logits
+
+    for one, other in zip(run(wait=True), run(wait=False), strict=True):
+        assert torch.equal(one, other)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.inference_mode()
+def test_no_visit_waits_for_the_device(graphed):
+    runner, graphs = graphed
+    runner.context[:] = 0
+    fill(runner, [0, 1, 2])
+    sampler = Sampler(MAX_ROWS, DEVICE)
+    random = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=5)
+    sampler.admit(np.array([encode_sampling(1, random), encode_sampling(0, SamplingParams())], np.int32))
+    slots, positions = np.array([0, 1], np.int32), np.array([9, 9], np.int32)
+    mixed = tokens_of(2 + 50, 0)
+    with pytest.raises(RuntimeError), no_waiting():
+        mixed.to(DEVICE)
+    for attempt in range(2):  # the first may allocate
+        with no_waiting() if attempt else torch.inference_mode():
+            logits = runner.visit([0, 1, 2], [1, 1, 50], mixed)
+            rows = to_device(np.array([0, 1]), DEVICE)
+            sampler.sample(logits.index_select(0, rows), slots, positions)
+            logits = graphs.replay(runner.rows([0, 1], [1, 1]), to_device(mixed[:2], DEVICE))
+            sampler.sample(logits, slots, positions)
+
+
+def test_a_stage_decodes_by_graphs_without_waiting():
+    """A whole stage, as a run loads it: the same greedy tokens with its graphs and without, and no wait."""
+    pytest.importorskip("flashinfer")
+    config = model_config(32, 8, 128)
+    layout = Plan(
+        partition=(0,),
+        rounds=1,
+        micro_batch_size=2,
+        concurrency=2,
+        max_batch_tokens=64,
+        policy="prefill_first",
+        page_size=16,
+        main_pages=16,
+        swap_pages=0,
+        host_height=0,
+    )
+    pages = np.array([[slot, index, 8 * slot + index] for slot in range(2) for index in range(8)], np.int32)
+    both, ones = np.arange(2, dtype=np.int32), np.ones(2, np.int32)
+    found = []
+    for graphed in (True, False):
+        stage = load_stage(Checkpoint("test", None, config, ()), layout, WHOLE, torch.bfloat16, DEVICE)
+        assert stage._graphs is not None
+        if not graphed:
+            stage._graphs = None
+        context, new = np.array([20, 30], np.int32), np.array([20, 30], np.int32)
+        prefill = StepPlan(0, slots=both, new_tokens=new, context=0 * new, sampled=both, page_writes=pages)
+        prefill.admitted = np.array([encode_sampling(slot, SamplingParams()) for slot in (0, 1)], np.int32)
+        taken = [stage.forward(prefill, tokens_of(50, 0))]
+        for step in range(20):
+            decode = StepPlan(0, slots=both, new_tokens=ones, context=context + step, sampled=both)
+            with no_waiting():
+                taken.append(stage.forward(decode, taken[-1]))
+        found.append(torch.stack(taken))
+    assert torch.equal(*found)
