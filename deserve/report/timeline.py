@@ -80,11 +80,12 @@ class Timeline:
 
     def receive(self, link: Receiver, micro_batch: int) -> torch.Tensor:
         """The next frame of `link`, uint8 [bytes]: the wait for it, and what the simulated network added to that."""
-        with self.span("receive", micro_batch):
-            payload = link.receive()
+        begin = time.monotonic_ns()
+        payload = link.receive()
+        end = time.monotonic_ns()
+        self.add("receive", micro_batch, begin, end)
         if link.held_s:
-            now = time.monotonic_ns()
-            self.add("held", micro_batch, now - round(link.held_s * 1e9), now)
+            self.add("held", micro_batch, max(begin, end - round(link.held_s * 1e9)), end)
         return payload
 
     def finish(self) -> None:
