@@ -3,7 +3,8 @@
     python -m bench.prediction [--repeats 3] [--only tiny]
 
 Jobs on the same number of ranks share one process group. Every job is planned (measurement of the stages included)
-and run anew in each repeat; the table has the median of the ratios. On CPU, nothing else should be running.
+and run anew in each repeat; the table has the median of the ratios. Jobs during which other programs kept the
+processors busy are repeated; where none was left alone, the least disturbed one counts, marked with an asterisk.
 """
 
 import argparse
@@ -13,13 +14,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from deserve.comm.world import World
 from deserve.config import load_config
 from deserve.run import run
 
+DISTURBED = 0.1  # cores that other programs may keep busy during a job
 COMMON = ["device=cpu", "sampling.ignore_eos=true", "sampling.temperature=0", "output.resume=false"]
 
 # ranks, workload (count:prompt:variation), tokens of answer, other overrides
@@ -41,26 +46,50 @@ SETTINGS: list[tuple[int, str, int, str]] = [
 ]
 
 
-def work(settings: list[int], repeats: int, results: Path) -> None:
+def work(settings: list[int], repeats: int, attempts: int, results: Path) -> None:
     """The jobs `settings` on this process group; rank 0 appends a line of JSON per job to `results`."""
+    wanted = False
     world = World(timeout_s=60)
     try:
-        for index in settings * repeats:
+        for index in settings * attempts:
+            if world.rank == 0:
+                wanted = quiet_jobs(results, index) < repeats
+            world.begin_job()
+            if not world.share("wanted", world.rank == 0 and wanted):
+                continue
+            begun = others_seconds(), time.monotonic()
             _, source, answer, overrides = SETTINGS[index]
             folder = world.share(f"folder{index}", tempfile.mkdtemp() if world.rank == 0 else None)
             words = [*COMMON, *overrides.split(), f"workload.source={source}", f"sampling.max_tokens={answer}"]
             run(load_config([*words, f"output.dir={folder}"]), world)
             if world.rank == 0:
                 metrics: dict[str, Any] = json.loads((Path(folder) / "metrics.json").read_text())
+                others = (others_seconds() - begun[0]) / (time.monotonic() - begun[1])
                 with results.open("a") as file:
-                    file.write(json.dumps({"index": index, **metrics}) + "\n")
+                    file.write(json.dumps({"index": index, "others": others, **metrics}) + "\n")
     finally:
         world.leave()
+
+
+def others_seconds() -> float:
+    """Processor seconds that this machine has spent on anything but this benchmark."""
+    total = psutil.cpu_times()
+    launcher = psutil.Process(os.getppid())
+    own = [process.cpu_times() for process in (launcher, *launcher.children(recursive=True))]
+    return total.user + total.nice + total.system - sum(times.user + times.system for times in own)
+
+
+def quiet_jobs(results: Path, index: int) -> int:
+    """How often setting `index` has run without being disturbed."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return sum(job["index"] == index and job["others"] < DISTURBED for job in map(json.loads, lines))
 
 
 def row(index: int, jobs: list[dict[str, Any]]) -> str:
     """A line of the table."""
     ranks, source, answer, overrides = SETTINGS[index]
+    quiet = [job for job in jobs if job["others"] < DISTURBED]
+    jobs = quiet or [min(jobs, key=lambda job: job["others"])]
     ratios = [job["plan"]["predicted_output_tokens_per_s"] / job["output_tokens_per_s"] for job in jobs]
     middle = jobs[ratios.index(statistics.median_low(ratios))]
     plan = middle["plan"]
@@ -72,7 +101,7 @@ def row(index: int, jobs: list[dict[str, Any]]) -> str:
         f"{plan['rounds']} x {plan['micro_batch_size']}",
         f"{plan['predicted_output_tokens_per_s']:,.0f}",
         f"{middle['output_tokens_per_s']:,.0f}",
-        f"{100 * (statistics.median_low(ratios) - 1):+.0f} %",
+        f"{100 * (statistics.median_low(ratios) - 1):+.0f} %" + ("" if quiet else " *"),
         plan["bound"],
     ]
     return "| " + " | ".join(cells) + " |"
@@ -81,12 +110,13 @@ def row(index: int, jobs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--attempts", type=int, default=9, help="jobs per setting until `repeats` were undisturbed")
     parser.add_argument("--only", default="", help="settings whose overrides contain this")
     parser.add_argument("--jobs", help=argparse.SUPPRESS)
     parser.add_argument("--results", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        work(json.loads(arguments.jobs), arguments.repeats, Path(arguments.results))
+        work(json.loads(arguments.jobs), arguments.repeats, arguments.attempts, Path(arguments.results))
         return
     print("| ranks | model | requests | network, policy | rounds x size | predicted | measured | error | bound |")
     print("| --- " * 9 + "|")
@@ -97,7 +127,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results = Path(folder) / "results"
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-            command += ["-m", "bench.prediction", f"--repeats={arguments.repeats}", f"--jobs={json.dumps(chosen)}"]
+            command += [
+                "-m",
+                "bench.prediction",
+                f"--repeats={arguments.repeats}",
+                f"--attempts={arguments.attempts}",
+                f"--jobs={json.dumps(chosen)}",
+            ]
             done = subprocess.run([*command, f"--results={results}"], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr)

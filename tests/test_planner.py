@@ -8,20 +8,26 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deserve.batch import Request, SamplingParams
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
+from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import resolve
 from deserve.planner.measure import survey
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
-from deserve.planner.simulator import Outcome, simulate
+from deserve.planner.simulator import Outcome, Simulation, simulate
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work, stated_times
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.scheduler import Scheduler
 from deserve.workload import Lengths
 
 LAYERS = 8
@@ -147,6 +153,77 @@ def test_sequences_are_suspended_and_come_back() -> None:
     outcome = simulated(made, lengths(16, prompt=16, output=48), machine(1))
     assert outcome.suspensions
     assert outcome.seconds < 16 * 48 * LAYERS * MS
+
+
+class Alike:
+    """`count` requests of the same lengths."""
+
+    def __init__(self, count: int, prompt: int, output: int):
+        self._left = count
+        self._request = Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=output, ignore_eos=True))
+
+    def poll(self) -> Request | None:
+        self._left -= 1
+        return self._request if self._left >= 0 else None
+
+    @property
+    def exhausted(self) -> bool:
+        return self._left <= 0
+
+
+def scheduled(made: Plan, count: int, prompt: int, output: int) -> tuple[list[tuple[int, ...]], int]:
+    """What the scheduler puts into each visit (micro-batch, tokens, samples), and how often it suspends."""
+    scheduler = Scheduler(
+        POLICIES[made.policy],
+        PageAccount(made.main_pages, made.swap_pages, made.rounds, BuddyAllocator(made.host_height)),
+        Alike(count, prompt, output),
+        page_size=made.page_size,
+        micro_batch_size=made.micro_batch_size,
+        max_batch_tokens=made.max_batch_tokens,
+        concurrency=made.concurrency,
+        eos_ids=(),
+    )
+    visits: list[tuple[int, ...]] = []
+    turn = list(range(made.rounds))
+    while turn:
+        live = []
+        for micro_batch in turn:
+            scheduler.commit(micro_batch, np.zeros(len(scheduler.micro_batches[micro_batch].awaited), np.int32))
+            visit, _ = scheduler.plan(micro_batch)
+            if not visit.retires:
+                live.append(micro_batch)
+                visits.append((micro_batch, visit.tokens, len(visit.sampled)))
+        turn = live
+    return visits, scheduler.counters.suspensions
+
+
+class Recording(Simulation):
+    """A simulation that keeps what is in each visit and leaves none out."""
+
+    def __init__(self, made: Plan, requests: Lengths):
+        assert requests.count is not None
+        super().__init__(made, requests, machine(1), LAYERS, requests.count)
+        self.works: list[tuple[int, ...]] = []
+
+    def _travel(self, m: int, work: Work) -> None:
+        self.works.append((m, int(work.tokens), int(work.sampled)))
+
+    def _skip(self, starts: list[tuple[float, list[float]]]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first", "vanilla"])
+@pytest.mark.parametrize(("rounds", "size"), [(1, 4), (3, 8), (4, 20)])
+@pytest.mark.parametrize(("count", "prompt", "output"), [(30, 16, 9), (50, 40, 20), (25, 100, 5)])
+def test_visits_are_those_of_the_scheduler(
+    policy: str, rounds: int, size: int, count: int, prompt: int, output: int
+) -> None:
+    for (pages, height), budget in itertools.product([(10_000, 0), (40, 12), (40, 6), (24, 12)], (64, 512)):
+        changes = {"main_pages": pages, "host_height": height, "max_batch_tokens": budget}
+        made = plan(1, rounds, size, policy, **changes)
+        recording = Recording(made, lengths(count, prompt, output))
+        recording.run()
+        assert (recording.works, recording.suspensions) == scheduled(made, count, prompt, output)
 
 
 # -- plans

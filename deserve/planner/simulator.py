@@ -49,7 +49,7 @@ def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Out
     count = lengths.count if lengths.count is not None else 10 * wave
     whole = 3 if plan.policy == "decode_first" else 1
     simulated = count if count <= (whole + 1) * wave else whole * wave + count % wave
-    run = _Simulation(plan, lengths, machine, layers, simulated)
+    run = Simulation(plan, lengths, machine, layers, simulated)
     run.run()
     between = 0.0
     if run.visits >= MOST_VISITS:  # so long a job goes on as it began
@@ -62,7 +62,9 @@ def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Out
     return Outcome(seconds, count * run.output, busy, run.visits, run.suspensions)
 
 
-class _Simulation:
+class Simulation:
+    """A job of `count` requests under way: the micro-batches, their pages, and the clocks of ranks and links."""
+
     def __init__(self, plan: Plan, lengths: Lengths, machine: Machine, layers: int, count: int):
         self.plan, self.machine, self.waiting = plan, machine, count
         self.prompt, self.output = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
