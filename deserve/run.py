@@ -118,7 +118,10 @@ def main() -> int:
     if arguments.config:
         print(OmegaConf.to_yaml(as_dict(config)), end="")
         return 0
-    world = World(config.comm.timeout_s)
+    try:
+        world = World(config.comm.timeout_s)
+    except UserError as error:
+        return complain(error, True, 1)
     if world.stop_announced:
         return STOPPED
     try:

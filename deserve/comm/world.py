@@ -1,16 +1,19 @@
 """The ranks of a job: how they meet, agree and fail together before the first visit."""
 
+import ipaddress
 import json
 import os
+import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import psutil
 import torch.distributed as dist
 
 from deserve.comm.pulse import Pulse
@@ -18,6 +21,7 @@ from deserve.errors import UserError
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
+LAST_WORD_S = 3.0  # for the store to say whether somebody else has reported the failure
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
 
 
@@ -36,17 +40,10 @@ class World:
         self._meeting = ""
         self._store: dist.Store = dist.HashStore()
         if self.size > 1:
-            store, _, _ = next(dist.rendezvous("env://"))
-            self._meeting = self._agree_on_name(store)
-            store = dist.PrefixStore(self._meeting, store)
-            self._store = dist.PrefixStore("deserve", store)
-            dist.init_process_group(
-                "gloo",
-                store=dist.PrefixStore("ring", store),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(seconds=max(timeout_s, MEETING_S)),
-            )
+            try:
+                self._meet(max(timeout_s, MEETING_S))
+            except RuntimeError as error:
+                raise UserError(self._absence(error)) from error
         self._store.set_timeout(START_TIMEOUT)
         self._pulse = None
         self._failing = threading.Lock()
@@ -57,7 +54,29 @@ class World:
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
         self._jobs = 0
-        self._names = self._store
+        self._names: dist.Store = self._store
+
+    def _meet(self, timeout_s: float) -> None:
+        """Find the other ranks and connect to all of them."""
+        set_interface(self.size > self.local_size)
+        store: dist.Store = next(dist.rendezvous("env://"))[0]
+        self._meeting = self._agree_on_name(store)
+        store = dist.PrefixStore(self._meeting, store)
+        self._store = dist.PrefixStore("deserve", store)
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("ring", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+    def _absence(self, error: RuntimeError) -> str:
+        return (
+            f"rank {self.rank} cannot reach the others (MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+            f"MASTER_PORT={os.environ['MASTER_PORT']}, "
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}): {str(error).splitlines()[0]}"
+        )
 
     def _agree_on_name(self, store: dist.Store) -> str:
         """A name for this meeting that no earlier one had.
@@ -155,13 +174,18 @@ class World:
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
         self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
-        try:
-            first = self._notice_board.add(f"{self._meeting}/failures", 1) == 1
-        except RuntimeError:  # the store went down with the rank that kept it
-            first = True
+        found: list[bool] = []
+        thread = threading.Thread(target=self._is_first, args=(found,), daemon=True)
+        thread.start()
+        thread.join(LAST_WORD_S)
+        first = all(found)  # also when there is no answer: the store is out of reach, or went down with its host
         if first:
             print(f"deserve: error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
+
+    def _is_first(self, found: list[bool]) -> None:
+        with suppress(RuntimeError):
+            found.append(self._notice_board.add(f"{self._meeting}/failures", 1) == 1)
 
     def leave(self) -> None:
         """Close the connections."""
@@ -169,3 +193,23 @@ class World:
             self._pulse.leave()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def set_interface(several_hosts: bool) -> None:
+    """Have Gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME says which.
+
+    Its own choice is the interface of the address that the host's name stands for: often 127.0.1.1, or another network.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing, but chooses the way
+            own = probe.getsockname()[0]
+    except OSError:
+        return  # not to be reached, as will be said
+    names = [name for name, found in psutil.net_if_addrs().items() if own in [entry.address for entry in found]]
+    # On the host of MASTER_ADDR its name may stand for loopback, which the other hosts cannot reach.
+    if names and not (several_hosts and ipaddress.ip_address(own).is_loopback):
+        os.environ["GLOO_SOCKET_IFNAME"] = names[0]

@@ -1,0 +1,85 @@
+"""Several hosts, played by network namespaces with a cable between them, and a torchrun in each."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from background import Running, answers, running, torchrun_command
+from launch import python
+
+NET = "10.79.0"
+COUNT = 48
+JOB = ["model=tiny", f"workload.source=fixed{COUNT}:24:12", "sampling.max_tokens=48", "sampling.ignore_eos=true"]
+
+
+def ip(*arguments: str) -> bool:
+    return subprocess.run(["ip", *arguments], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, `NET`.1 and `NET`.2, each with an interface `wan`."""
+    names = [f"deserve{os.getpid()}-{index}" for index in range(2)]
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("needs root and iproute2")
+    try:
+        if not all(ip("netns", "add", name) for name in names):
+            pytest.skip("cannot make network namespaces")
+        if not ip("-n", names[0], "link", "add", "wan", "type", "veth", "peer", "name", "wan", "netns", names[1]):
+            pytest.skip("cannot make veth devices")
+        for index, name in enumerate(names):
+            assert ip("-n", name, "link", "set", "lo", "up")
+            assert ip("-n", name, "addr", "add", f"{NET}.{index + 1}/24", "dev", "wan")
+            assert ip("-n", name, "link", "set", "wan", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.fixture
+def start(hosts: list[str], tmp_path: Path) -> Iterator[Callable[..., list[Running]]]:
+    """Starts a job with one rank on each host."""
+    with ExitStack() as stack:
+
+        def begin(*overrides: str) -> list[Running]:
+            output = tmp_path / "out"
+            jobs = []
+            for index, name in enumerate(hosts):
+                launcher = ["--nnodes=2", f"--node-rank={index}", f"--master-addr={NET}.1", "--master-port=29500"]
+                command = torchrun_command(1, *overrides, f"output.dir={output}", launcher=launcher)
+                log = tmp_path / f"log{index}"
+                jobs.append(stack.enter_context(running(["ip", "netns", "exec", name, *command], output, log)))
+            return jobs
+
+        yield begin
+
+
+def test_same_answers_as_on_one_host(start: Callable[..., list[Running]], tmp_path: Path) -> None:
+    done = python("-m", "deserve.run", *JOB, f"output.dir={tmp_path / 'single'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = start(*JOB)
+    assert [job.wait() for job in jobs] == [0, 0], jobs[0].log + jobs[1].log
+    found = answers(tmp_path / "out")
+    assert len(found) == COUNT and found == answers(tmp_path / "single")
+
+
+def test_a_cut_link_is_noticed_on_both_sides(start: Callable[..., list[Running]], hosts: list[str]) -> None:
+    timeout_s = 4
+    jobs = start(*JOB, "workload.source=fixed100000:24:12", f"comm.timeout_s={timeout_s}")
+    jobs[0].until_answers(1)
+    assert ip("-n", hosts[0], "link", "set", "wan", "down")
+    cut_at = time.monotonic()
+    for index, job in enumerate(jobs):
+        job.until(lambda job=job: bool(job.errors))  # type: ignore[misc]
+        assert time.monotonic() - cut_at < timeout_s + 10  # a beat, a last question to the store, a busy machine
+        (message,) = job.errors
+        assert f"rank {1 - index} has been silent for {timeout_s} s" in message
+        assert f"noticed by rank {index} on link {1 - index} -> {index}" in message
+    assert all(job.wait() for job in jobs)
+    answers(jobs[0].output)
