@@ -1,6 +1,7 @@
 """Where a rank's time went: spans of its visits, summed up always, kept one by one when a trace is wanted."""
 
 import time
+from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,9 @@ class Timeline:
     """
 
     def __init__(self, keep: bool = False, device: torch.device | None = None):
-        self.spans: list[Span] = []
+        # Four numbers a span, not objects: those would be gone through at every garbage collection.
+        self._kept = array("q")
+        self._kinds: dict[str, int] = {}
         self.totals: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.first = self.last = 0
@@ -48,8 +51,8 @@ class Timeline:
         self.counts[kind] += 1
         self.first = min(self.first or begin, begin)
         self.last = max(self.last, end)
-        if self._keep and len(self.spans) < MOST_SPANS:
-            self.spans.append(Span(kind, micro_batch, begin, end))
+        if self._keep and len(self._kept) < 4 * MOST_SPANS:
+            self._kept.extend((self._kinds.setdefault(kind, len(self._kinds)), micro_batch, begin, end))
 
     @contextmanager
     def span(self, kind: str, micro_batch: int) -> Iterator[None]:
@@ -87,6 +90,13 @@ class Timeline:
         if link.held_s:
             self.add("held", micro_batch, max(begin, end - round(link.held_s * 1e9)), end)
         return payload
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans that were kept, in the order in which they ended."""
+        names = list(self._kinds)
+        numbers = iter(self._kept.tolist())
+        return [Span(names[kind], *rest) for kind, *rest in zip(*[numbers] * 4, strict=True)]
 
     def finish(self) -> None:
         """Wait for what is still under way on the device."""
