@@ -95,7 +95,9 @@ def run(job: list[str], prefixes: list[list[str]], address: str, folder: Path, t
     """One job, a torchrun for each of `prefixes`. Raises RuntimeError, with the end of the logs, if one fails."""
     folder.mkdir(parents=True)
     cores = sorted(os.sched_getaffinity(0))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    # torch asks for the names of addresses, and in the namespaces there is nobody to answer.
+    quick = {"RES_OPTIONS": "timeout:1 attempts:1"}
+    environment = os.environ | quick | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     meeting = [f"--nnodes={len(prefixes)}", "--nproc-per-node=1", f"--master-addr={address}", "--master-port=29555"]
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
