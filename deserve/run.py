@@ -65,7 +65,12 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     stages = world.gather("stages", stage_metrics(timeline, stage))
     spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:
-        job.report(plan, stages, spans, stop.reason)
+        try:
+            job.report(plan, stages, spans, stop.reason)
+        except OSError as error:
+            raise UserError(
+                f"the results are whole, but {error.filename} cannot be written: {error.strerror}"
+            ) from error
         if stop.reason is not None:
             world.announce_stop()
     return STOPPED if world.share("stopped", stop.reason) else 0

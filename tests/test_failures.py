@@ -107,6 +107,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert message.startswith("deserve: error:") and "output.dir" in message and "Not a directory" in message
 
 
+def test_figures_that_cannot_be_written(tmp_path: Path, truth: dict[str, str]) -> None:
+    (tmp_path / "metrics.tmp").mkdir()
+    done = python("-m", "deserve.run", *JOB, f"output.dir={tmp_path}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "deserve: error: the results are whole, but" in done.stderr and "Is a directory" in done.stderr
+    assert answers(tmp_path) == truth
+
+
 def test_a_file_that_may_not_grow(tmp_path: Path, truth: dict[str, str]) -> None:
     """A quota, as it were: the line that does not fit is taken back."""
 
