@@ -64,9 +64,10 @@ for node in near far; do slurmd -N "$node"; done
 until [ "$(sinfo -h -o %T | sort -u)" = idle ]; do sleep 0.2; done
 sinfo
 
-# A job of some 40 seconds, in which the ranks mostly wait for the simulated network.
-job=(model=tiny workload.source=fixed240:24:12 sampling.max_tokens=60 sampling.ignore_eos=true network.latency_ms=20
+# A job of some 40 seconds, or of two minutes, in which the ranks mostly wait for the simulated network.
+job=(model=tiny sampling.max_tokens=60 sampling.ignore_eos=true network.latency_ms=20
     pipeline.rounds=2 pipeline.micro_batch_size=8)
+count=240
 # What a CPU node has instead of the script's GPUs
 cpu=(--gpus-per-node=0 --cpus-per-task=2)
 
@@ -81,17 +82,18 @@ resumed() { # NAME ID: it waits for its turn, runs again and completes
     until_state "$2" COMPLETED
     echo "$1 has ended:         $(state "$1" "$2")"
     grep -E "^deserve: (error|[0-9]+ requests)|requests \(|JOB .* (CANCELLED|DUE)" "$work/$1.out" | grep -v tok/s.now || true
-    "$bin/python" - "$work/$1/results.jsonl" <<'PYTHON'
+    "$bin/python" - "$work/$1/results.jsonl" "$count" <<'PYTHON'
 import json, sys
 names = [json.loads(line)["custom_id"] for line in open(sys.argv[1])]
-assert sorted(names) == sorted(f"fixed-{i}" for i in range(240)), "missing or repeated"
+assert sorted(names) == sorted(f"fixed-{i}" for i in range(int(sys.argv[2]))), "missing or repeated"
 print(f"{len(names)} results, each request once")
 PYTHON
 }
 submit() { # NAME OPTIONS... : the job's id
     local name=$1
     shift
-    sbatch --parsable --job-name="$name" --output="$work/$name.out" "${cpu[@]}" "$@" "${job[@]}" output.dir="$work/$name"
+    sbatch --parsable --job-name="$name" --output="$work/$name.out" "${cpu[@]}" "$@" "${job[@]}" \
+        workload.source="fixed$count:24:12" output.dir="$work/$name"
 }
 
 echo "--- told by a signal"
@@ -101,11 +103,13 @@ echo "signal is told:        $(state signal "$id")"
 scancel --batch --signal=USR1 "$id"
 resumed signal "$id"
 
-echo "--- told by the time limit"
-id=$(submit limit --time=1 --signal=B:USR1@20 bench/slurm/one-node.sbatch)
+echo "--- told by the time limit (of two minutes, a minute before)"
+count=480
+id=$(submit limit --time=2 --signal=B:USR1@60 bench/slurm/one-node.sbatch)
 resumed limit "$id"
 
 echo "--- told by preemption"
+count=240
 id=$(submit preempted bench/slurm/one-node.sbatch)
 until_answers preempted 40
 echo "preempted is told:     $(state preempted "$id")"
