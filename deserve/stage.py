@@ -64,6 +64,8 @@ class Stage:
             y = self._decoder.forward(x, self._kv.layers)
             if self._decoder.weights.head is None:
                 return y
+            if not len(plan.sampled):
+                return torch.empty(0, dtype=torch.int32)
             last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
             logits = self._decoder.logits(y.index_select(0, to_device(last_token, self._device)))
         with timeline.on_device("sample", plan.micro_batch):
@@ -113,6 +115,6 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 page_size=plan.page_size,
                 max_rows=plan.micro_batch_size,
                 max_tokens=plan.max_batch_tokens,
-                max_pages=plan.main_pages + plan.swap_pages,
+                max_pages=plan.main_pages + plan.swap_pages + plan.micro_batch_size,  # a row that pads reads one
             )
     return TorchBackend(config, dtype, device, config.max_context)

@@ -54,10 +54,10 @@ class SwapSlab:
         """Move a layer's pages for the visit that `enter` began."""
         if len(self._out):
             with timeline.on_device("swap out", self._leaver):
-                self._host[self._leaver, layer, self._out] = self._slab[layer, self._out]
+                self._host[self._leaver, layer, self._out] = self._slab[layer, self._out].to(self._host.device)
         if len(self._in):
             with timeline.on_device("swap in", self._round):
-                self._slab[layer, self._in] = self._host[self._round, layer, self._in]
+                self._slab[layer, self._in] = self._host[self._round, layer, self._in].to(self._slab.device)
 
 
 def _index(pages: NDArray[np.int64] | IntArray) -> torch.Tensor:

@@ -136,8 +136,7 @@ class _Probe:
         self._context = min(CONTEXT, model.max_context // 4)
         self._width = -(-max(self._long_context + 1, min(max_tokens, model.max_context)) // page_size)
         self._max_prompt = min(max_tokens, model.max_context)
-        # Rows at the long context may share pages: only how many are read counts.
-        pages = max(self._width, max_tokens * -(-(self._context + 1) // page_size))
+        pages = max(min(64, max_tokens) * self._width, max_tokens * -(-(self._context + 1) // page_size))
         self._pages = pages
         plan = Plan((0,), 1, max_tokens, max_tokens, max_tokens, "vanilla", page_size, pages, 0, 0)
         dummy = replace(checkpoint, weights="dummy")
