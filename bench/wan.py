@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="for all runs, such as model.dtype=bfloat16")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without taking the network down
     rows: list[dict[str, Any]] = []
     truths: dict[str, dict[str, str]] = {}
     for model in options.models:
