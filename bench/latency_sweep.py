@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--planned", default="", help='overrides of the planned cells only: "kvcache.swap_pages=64"')
     parser.add_argument("--output", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all cells")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.output.mkdir(parents=True, exist_ok=True)
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]

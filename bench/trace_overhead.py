@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = arguments.overrides or ["model=tiny", "pipeline.rounds=4", "pipeline.micro_batch_size=16"]
     if arguments.folder is not None:
         work(arguments.folder, arguments.pairs, overrides)

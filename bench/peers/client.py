@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/peer"), help="folder for metrics.json")
     parser.add_argument("--export", type=Path, help="write the prompts to this file and send nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.overrides)
     requests = requests_of(config)
     if arguments.export:
