@@ -224,8 +224,11 @@ class _Search:
             raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")
         concurrency = max(1, min(self._count, self._limit, candidate.rounds * candidate.size))
         longest = -(-min(self._lengths.max_total, self._model.max_context) // kv.page_size)
-        # A little more than they hold at their longest: admission keeps that much free.
-        main = min(pages[rank] - self._swap, concurrency * longest + -(-2 * candidate.size // kv.page_size) + 1)
+        # A little more than they hold at their longest: admission keeps that much free. And a request that is longer
+        # than all of the sample must not fail for want of memory that is there.
+        wanted = concurrency * longest + -(-2 * candidate.size // kv.page_size) + 1
+        wanted = max(wanted, -(-self._model.max_context // kv.page_size))
+        main = min(pages[rank] - self._swap, wanted)
         main = main if kv.main_pages == "auto" else kv.main_pages
         if main + self._swap < self._sequence_pages:
             what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"
