@@ -74,12 +74,16 @@ cpu=(--gpus-per-node=0 --cpus-per-task=2)
 answers() { cat "$work/$1/results.jsonl" 2>/dev/null | wc -l; }
 state() { scontrol show job "$2" | grep -oE "(JobState|Restarts)=\S+" | tr '\n' ' '; echo "answers=$(answers "$1")"; }
 until_answers() { until [ "$(answers "$1")" -ge "$2" ]; do sleep 0.2; done; }
-until_state() { until scontrol show job "$1" | grep -q "JobState=$2"; do sleep 0.2; done; }
-until_restart() { until scontrol show job "$1" | grep -q "Restarts=[1-9]"; do sleep 0.2; done; }
+until_shown() { # ID PATTERN
+    until scontrol show job "$1" | grep -q "$2"; do
+        ! scontrol show job "$1" | grep -qE "JobState=(FAILED|TIMEOUT|CANCELLED)" || { scontrol show job "$1"; exit 1; }
+        sleep 0.2
+    done
+}
 resumed() { # NAME ID: it waits for its turn, runs again and completes
-    until_restart "$2"
+    until_shown "$2" "Restarts=[1-9]"
     echo "$1 back in the queue: $(state "$1" "$2")"
-    until_state "$2" COMPLETED
+    until_shown "$2" JobState=COMPLETED
     echo "$1 has ended:         $(state "$1" "$2")"
     grep -E "^deserve: (error|[0-9]+ requests)|requests \(|JOB .* (CANCELLED|DUE)" "$work/$1.out" | grep -v tok/s.now || true
     "$bin/python" - "$work/$1/results.jsonl" "$count" <<'PYTHON'
