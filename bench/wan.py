@@ -4,8 +4,8 @@
 
 `DIR/wan` makes network namespaces that are joined by a relay with a set one-way delay: `wan up -n N --delay-ms D`,
 `wan exec I -- COMMAND`, `wan set --delay-ms D`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is a
-torchrun of its own, on one core (three ranks share two). The simulation differs in the network only: loopback, and
-`network.latency_ms`. Real and simulated runs alternate; the medians of `--repeat` runs are compared. Prints a Markdown
+torchrun of its own, on one core (three ranks share two). The simulation differs in the network only: loopback and
+`network.latency_ms`, with the plan of the real run before it. Real and simulated runs alternate; the medians of `--repeat` runs are compared. Prints a Markdown
 table and writes `wan.json` into `--out`. Exit status 1 if a run fails or gives other answers than the first one.
 """
 
@@ -76,7 +76,8 @@ def compare(
                 prefixes = [[str(wan), "exec", str(rank), "--"] for rank in range(ranks)]
                 run(job, prefixes, "10.77.0.1", folder, options.timeout_s)
             else:
-                run([*job, f"network.latency_ms={delay:g}"], [[]] * ranks, "127.0.0.1", folder, options.timeout_s)
+                job += [f"network.latency_ms={delay:g}", *layout(runs["real"][-1]["plan"])]
+                run(job, [[]] * ranks, "127.0.0.1", folder, options.timeout_s)
             found.append(json.loads((folder / "metrics.json").read_text()))
             texts = answers(folder)
             other += sum(text != truths.setdefault(model, texts).get(name) for name, text in texts.items())
@@ -87,10 +88,21 @@ def compare(
         "simulated": round(medians["simulated"], 1),
         "real_runs": [round(rate, 1) for rate in rates["real"]],
         "simulated_runs": [round(rate, 1) for rate in rates["simulated"]],
-        "rounds": {kind: [metrics["plan"]["rounds"] for metrics in found] for kind, found in runs.items()},
+        "rounds": [metrics["plan"]["rounds"] for metrics in runs["real"]],
+        "partitions": [metrics["plan"]["partition"] for metrics in runs["real"]],
         "predicted_real": round(statistics.median(m["plan"]["predicted_output_tokens_per_s"] for m in runs["real"]), 1),
         "other_answers": other,
     }
+
+
+def layout(plan: dict[str, Any]) -> list[str]:
+    """The overrides that give a run the layers and micro-batches of `plan`."""
+    first_layers = ",".join(["emb", *map(str, plan["partition"][1:])])
+    return [
+        f"pipeline.partition=[{first_layers}]",
+        f"pipeline.rounds={plan['rounds']}",
+        f"pipeline.micro_batch_size={plan['micro_batch_size']}",
+    ]
 
 
 def run(job: list[str], prefixes: list[list[str]], address: str, folder: Path, timeout_s: float) -> None:
