@@ -6,8 +6,8 @@
 `wan exec I -- COMMAND`, `wan set --delay-ms D`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is a
 torchrun of its own, on one core (three ranks share two). The simulation differs in the network only: loopback and
 `network.latency_ms`, with the plan of the real run before it. Real and simulated runs alternate; the medians of
-`--repeat` runs are compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails or
-gives other answers than the first one.
+`--repeat` runs are compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails
+or gives other answers than the first one.
 """
 
 import argparse

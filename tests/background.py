@@ -47,6 +47,11 @@ class Running:
                     return child
         raise LookupError(number)
 
+    def has_rank(self, number: int) -> bool:
+        with contextlib.suppress(LookupError):
+            return self.rank(number).is_running()
+        return False
+
     def until(self, condition: Callable[[], bool], timeout_s: float = 90) -> None:
         """Wait for `condition`, which must come true before the process ends."""
         wait_until(lambda: condition() or self.process.poll() is not None, timeout_s, lambda: self.log)
