@@ -77,8 +77,10 @@ def test_every_part_of_a_visit_is_there(traced: Path) -> None:
     stages = json.loads((traced / "metrics.json").read_text())["stages"]
     kinds = [{span.kind for span in spans} for spans in ranks]
     both = {"compute", "receive", "send", "swap in", "swap out"}
-    # What a busy machine delivers late, the simulated network need not hold.
-    assert kinds[0] - {"held"} == both | {"plan", "commit"} and kinds[1] - {"held"} == both | {"sample"}
+    # What a busy machine delivers late, the simulated network need not hold; and whether memory runs so short that
+    # sequences are suspended is for the plan to say, which depends on measured times.
+    maybe = {"held", "suspend", "resume"}
+    assert kinds[0] - maybe == both | {"plan", "commit"} and kinds[1] - maybe == both | {"sample"}
     assert "held" in kinds[0] | kinds[1]
     for spans, stage in zip(ranks, stages, strict=True):
         computed = [span for span in spans if span.kind == "compute"]
