@@ -1,6 +1,6 @@
 """Throughput on a CPU: DeServe in one and two ranks beside transformers' batched `generate`, on the same requests.
 
-    python bench/throughput.py [--requests 640] [--repeat 3] [key=value ...]
+    python -m bench.throughput [--requests 640] [--repeat 3] [key=value ...]
 
 Prints a Markdown table; each figure is the median of the repeats, which take turns so that a slow spell of the machine
 falls on all of them. Overrides go to DeServe.
@@ -91,7 +91,16 @@ def main() -> None:
 
 def generate_in_a_process(requests: int, batch: int) -> float:
     """`transformers_generate` in a process of its own, so that it leaves no memory or threads behind."""
-    command = [sys.executable, __file__, "--only-generate", "--requests", str(requests), "--batch", str(batch)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.throughput",
+        "--only-generate",
+        "--requests",
+        str(requests),
+        "--batch",
+        str(batch),
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.split()[-1])
