@@ -230,7 +230,7 @@ class Stack:
         floor = products + 1e3 * read / bandwidth
         cells: list[Any] = [1e3 * products, 1e3 * floor]
         for variant in ("fa2", "fa3"):
-            each = device_ms(lambda variant=variant: self.eager(variant, rows, x)) / LAYERS  # type: ignore[misc]
+            each = device_ms(lambda variant=variant: self.eager(variant, rows, x)) / LAYERS
             cells += [1e3 * each, each / floor]
         hosts = [
             host_ms(lambda: self.decoders["fa2"].backend.begin_visit(rows)),

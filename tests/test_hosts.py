@@ -82,11 +82,11 @@ def test_a_cut_link_is_noticed_on_both_sides(start: Callable[..., list[Running]]
     assert ip("-n", hosts[0], "link", "set", "wan", "down")
     cut_at = time.monotonic()
     for index, job in enumerate(jobs):
-        job.until(lambda job=job: bool(job.errors))  # type: ignore[misc]
+        job.until(lambda job=job: bool(job.errors))
         assert time.monotonic() - cut_at < timeout_s + 10  # a beat, a last question to the store, a busy machine
         (message,) = job.errors
         assert f"rank {1 - index} has been silent for {timeout_s} s" in message
         assert f"noticed by rank {index} on link {1 - index} -> {index}" in message
         # Not its torchrun, which waits for its own connection to the other for up to a minute.
-        wait_until(lambda job=job, index=index: not job.has_rank(index), 10, lambda job=job: job.log)  # type: ignore[misc]
+        wait_until(lambda job=job, index=index: not job.has_rank(index), 10, lambda job=job: job.log)
     answers(jobs[0].output)

@@ -158,7 +158,7 @@ def test_hosts_with_clocks_of_their_own() -> None:
 
     def rank_(rank: int) -> None:
         world, host = Host(rank, len(hosts), store), hosts[rank]
-        found[rank] = to_rank_0s_clock(world, host, lambda: time.monotonic_ns() + ahead[host])  # type: ignore[arg-type]
+        found[rank] = to_rank_0s_clock(world, host, lambda: time.monotonic_ns() + ahead[host])
 
     threads = [threading.Thread(target=rank_, args=(rank,)) for rank in range(len(hosts))]
     for thread in threads:

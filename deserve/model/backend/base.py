@@ -36,7 +36,7 @@ class Backend(ABC):
 
         Returns the launch parameters, which must be the same in all visits that use one graph.
         """
-        raise NotImplementedError
+        raise NotImplementedError("only a backend that `captures` is asked for this")
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """`weight` [out, in] in the layout that `linear` multiplies fastest with; it need not be readable otherwise."""
