@@ -61,7 +61,7 @@ class NetworkSection:
 class CommSection:
     """How ranks reach each other."""
 
-    backend: str = "auto"  # gloo; tensors of a GPU go through pinned memory
+    backend: str = "auto"  # nccl between GPUs; gloo: through pinned memory, over any network
     timeout_s: float = 60.0  # a rank silent for longer is given up
 
 
@@ -203,7 +203,7 @@ def _check(config: Config) -> None:
     _one_of("pipeline.policy", config.pipeline.policy, POLICIES)
     _one_of("model.weights", config.model.weights, ("auto", "dummy"))
     _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("comm.backend", config.comm.backend, ("auto", "gloo"))
+    _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)
     _auto_or_int("pipeline.micro_batch_size", config.pipeline.micro_batch_size, 1)

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from deserve.batch import IntArray, StepPlan
+from deserve.comm.link import Receiver, Sender
 from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
 from deserve.stage import Stage
@@ -50,12 +51,15 @@ def run_pipeline(
             links.output.send(y)
         if not plan.retires:
             turn.append(micro_batch)
+        stage.end_visit(turn[0] if turn else None, timeline)
+        if not plan.retires:
             for link in (links.plans_in, links.hidden_in):
                 if link is not None:
                     link.expect()
-    for sender in (links.plans_out, links.output):
-        if sender is not None:
-            sender.close()
+    ends: tuple[Receiver | Sender | None, ...] = (links.plans_in, links.plans_out, links.hidden_in, links.output)
+    for end in ends:
+        if end is not None:
+            end.close()
     if controller is not None:
         controller.close()
     timeline.finish()

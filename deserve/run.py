@@ -37,7 +37,8 @@ def run(config: Config, world: World) -> int:
 
 def run_until(stop: Stop, config: Config, world: World) -> int:
     """The job of `run`, ended early by `stop`."""
-    device = set_up_device(config, world)
+    with world.step("device"):
+        device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)
         dtype = model_dtype(config.model, checkpoint.config)
@@ -54,7 +55,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("load"):
         stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
     hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
-    links = connect(world, config.network, plan, hidden_bytes, device)
+    links = connect(world, config, plan, hidden_bytes, device)
     timeline = Timeline(config.trace, device)
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = None
@@ -91,7 +92,18 @@ def facts(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
 def set_up_device(config: Config, world: World) -> torch.device:
     """The device of this rank; on CPU the ranks of a host share its cores evenly."""
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", world.local_rank)
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda, but PyTorch finds no GPU: device=cpu runs without one")
+        if world.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {world.rank} is number {world.local_rank} on its host, which has {torch.cuda.device_count()} "
+                "GPUs: start no more ranks than GPUs (--nproc-per-node)"
+            )
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+        return device
+    if config.comm.backend == "nccl":
+        raise UserError("comm.backend=nccl is for GPUs, and this run is on CPUs: leave it at auto")
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own default, not a choice of the user's
         cores = len(psutil.Process().cpu_affinity() or [0])
         torch.set_num_threads(max(1, cores // world.local_size))

@@ -5,6 +5,7 @@ import torch
 
 from deserve.batch import StepPlan
 from deserve.kvcache.pages import KVPages, PageTable
+from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
@@ -12,10 +13,10 @@ from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedDecode, graph_batches
 from deserve.model.sampler import Sampler
-from deserve.model.staging import to_device
 from deserve.model.weights import Shard, dummy_shard, load_shard
 from deserve.planner.plan import Plan
 from deserve.report.timeline import UNTIMED, Timeline
+from deserve.staging import to_device
 
 
 class Stage:
@@ -31,11 +32,16 @@ class Stage:
         self._graphs = graphs
         self._table = PageTable(slots)
         self._sampler = Sampler(slots, device)
+        self._slab = kv.slab if kv.slab.active else None
 
     @property
-    def swapped_bytes(self) -> tuple[int, int]:
-        """Bytes of swap pages brought in and written out so far."""
-        return self._kv.slab.bytes_in, self._kv.slab.bytes_out
+    def swapping(self) -> SwapSlab:
+        """The swap slab, which counts what it moves."""
+        return self._kv.slab
+
+    def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
+        """What `forward` gave has been passed on; the swap pages of the next visit may come in behind this one."""
+        self._kv.end_visit(next_micro_batch, timeline)
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, x: torch.Tensor, timeline: Timeline = UNTIMED) -> torch.Tensor:
@@ -50,7 +56,8 @@ class Stage:
             return torch.empty(0, dtype=torch.int32)
         length = plan.context + plan.new_tokens
         width = -(-int(length.max()) // self._kv.page_size)
-        rows = Rows(plan.new_tokens, plan.context, self._table.rows(plan.slots, width))
+        pages = self._kv.slab.resident(self._table.rows(plan.slots, width))
+        rows = Rows(plan.new_tokens, plan.context, pages)
         x = to_device(x, self._device)
         if self._graphs is not None and self._graphs.fits(rows):
             y = self._graphs.replay(rows, x)
@@ -61,7 +68,7 @@ class Stage:
             self._decoder.backend.begin_visit(rows)
             if self._decoder.weights.embedding is not None:
                 x = self._decoder.embed(x)
-            y = self._decoder.forward(x, self._kv.layers)
+            y = self._decoder.forward(x, self._kv.layers, self._slab)
             if self._decoder.weights.head is None:
                 return y
             if not len(plan.sampled):
@@ -91,11 +98,13 @@ def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dt
         head_dim=config.head_dim,
         dtype=dtype,
         device=device,
+        max_tokens=max(plan.max_batch_tokens, plan.micro_batch_size),
     )
     decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
     graphs = None
     if decoder.backend.captures:
-        graphs = GraphedDecode(decoder, kv.layers, kv.scratch_page, graph_batches(plan.micro_batch_size))
+        slab = kv.slab if kv.slab.active else None
+        graphs = GraphedDecode(decoder, kv.layers, kv.scratch_page, graph_batches(plan.micro_batch_size), slab)
     return Stage(decoder, kv, plan.concurrency, device, graphs)
 
 

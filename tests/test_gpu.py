@@ -15,10 +15,10 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.sampler import Sampler, encode_sampling
-from deserve.model.staging import to_device
 from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard
 from deserve.planner.plan import Plan
 from deserve.stage import load_stage
+from deserve.staging import to_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -57,8 +57,8 @@ def test_messages_queue_for_the_bandwidth() -> None:
 
 
 def test_a_frame_needs_no_wire() -> None:
-    payload, held = unframe(frame(torch.arange(3, dtype=torch.int32), None))
-    assert payload.view(torch.int32).tolist() == [0, 1, 2] and held == 0
+    payload, deliver_at = unframe(frame(torch.arange(3, dtype=torch.int32), None))
+    assert payload.view(torch.int32).tolist() == [0, 1, 2] and deliver_at == 0
 
 
 def test_a_ring_of_one_keeps_what_it_is_given() -> None:

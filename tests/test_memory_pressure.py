@@ -108,6 +108,7 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
         check_ownership(scheduler, pages)
         if not step.retires:
             turn.append((micro_batch, sampled))
+        stage.end_visit(turn[0][0] if turn else None)
     assert pages.all_free
     assert scheduler.counters.resumptions == scheduler.counters.suspensions
     assert len(completions) == len(requests)

@@ -76,7 +76,7 @@ def test_every_part_of_a_visit_is_there(traced: Path) -> None:
     ranks = read_trace(traced / "trace.json")
     stages = json.loads((traced / "metrics.json").read_text())["stages"]
     kinds = [{span.kind for span in spans} for spans in ranks]
-    both = {"compute", "receive", "send", "swap in", "swap out"}
+    both = {"compute", "receive", "send", "swap in"}
     # What a busy machine delivers late, the simulated network need not hold; and whether memory runs so short that
     # sequences are suspended is for the plan to say, which depends on measured times.
     maybe = {"held", "suspend", "resume"}
@@ -87,7 +87,7 @@ def test_every_part_of_a_visit_is_there(traced: Path) -> None:
         assert len(computed) == stage["visits"] == stages[0]["visits"]
         seconds = sum(span.end - span.begin for span in computed) / 1e9
         assert seconds == pytest.approx(stage["compute_s"], rel=1e-3)
-        assert stage["swap_in_s"] > 0 and stage["swap_out_s"] > 0
+        assert stage["swap_in_s"] > 0 and stage["swap_out_bytes"] > 0
 
 
 def test_all_ranks_tell_time_by_one_clock(traced: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from deserve.comm.link import HEADER_BYTES, Receiver, Sender, frame, unframe
-from deserve.comm.network import Wire
+from deserve.comm.network import Wire, hold_until
 from deserve.errors import LinkError
 
 PATIENCE = timedelta(days=365)  # a frame may take as long as a visit does; it is the pulse that notices a dead rank
@@ -27,8 +27,9 @@ class GlooSender(Sender):
         self._peer, self._tag, self._depth, self._wire, self._group = peer, tag, depth, wire, group
         self._unfinished: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def send(self, payload: torch.Tensor) -> None:
-        message = frame(payload, self._wire)
+    def send(self, payload: torch.Tensor, beside: int = 0) -> None:
+        """`beside`: bytes that travel by another way, but share the simulated wire with this frame."""
+        message = frame(payload, self._wire, beside)
         try:
             work = dist.isend(message, self._peer, group=self._group, tag=self._tag)
         except RuntimeError as error:
@@ -57,8 +58,17 @@ class GlooReceiver(Receiver):
     up to two more latencies: a receive is posted for every frame as soon as it is known that it will come.
     """
 
-    def __init__(self, peer: int, tag: int, max_bytes: int, ahead: int = 0, group: dist.ProcessGroup | None = None):
-        self._peer, self._tag, self._group = peer, tag, group
+    def __init__(
+        self,
+        peer: int,
+        tag: int,
+        max_bytes: int,
+        ahead: int = 0,
+        group: dist.ProcessGroup | None = None,
+        pinned: bool = False,
+    ):
+        """`pinned`: the frames are meant for a GPU, whose copies need not pass through further memory then."""
+        self._peer, self._tag, self._group, self._pinned = peer, tag, group, pinned
         self._size = HEADER_BYTES + max_bytes
         self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._spare: list[torch.Tensor] = []
@@ -66,20 +76,27 @@ class GlooReceiver(Receiver):
             self.expect()
 
     def expect(self) -> None:
-        buffer = self._spare.pop() if self._spare else torch.empty(self._size, dtype=torch.uint8)
+        buffer = (
+            self._spare.pop() if self._spare else torch.empty(self._size, dtype=torch.uint8, pin_memory=self._pinned)
+        )
         work = dist.irecv(buffer, self._peer, group=self._group, tag=self._tag)
         assert work is not None
         self._posted.append((work, buffer))
 
     def receive(self) -> torch.Tensor:
+        payload, deliver_at = self.take()
+        self.held_s = hold_until(deliver_at) if deliver_at else 0.0
+        return payload
+
+    def take(self) -> tuple[torch.Tensor, int]:
+        """The next frame's payload, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once)."""
         work, buffer = self._posted.popleft()
         try:
             work.wait(PATIENCE)
         except RuntimeError as error:
             raise LinkError(f"link from rank {self._peer} is lost: {cause(error)}") from error
         self._spare.append(buffer)
-        payload, self.held_s = unframe(buffer)
-        return payload
+        return unframe(buffer)
 
 
 def cause(error: RuntimeError) -> str:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from deserve.comm.network import Wire, hold_until
+from deserve.comm.network import Wire
 
 HEADER_BYTES = 16  # deliver_at (int64, CLOCK_MONOTONIC ns, 0: at once), payload bytes (int64)
 
@@ -39,23 +39,25 @@ class Receiver(ABC):
     def receive(self) -> torch.Tensor:
         """Wait for the next expected frame; its payload as uint8 [bytes], valid until the next `expect`."""
 
+    def close(self) -> None:  # noqa: B027
+        """Nothing more is expected."""
 
-def frame(payload: torch.Tensor, wire: Wire | None) -> torch.Tensor:
-    """`payload` behind its header, in memory of its own: uint8 [16 + bytes]."""
+
+def frame(payload: torch.Tensor, wire: Wire | None, beside: int = 0) -> torch.Tensor:
+    """`payload` behind its header, in memory of its own: uint8 [16 + bytes]. The wire carries `beside` bytes more."""
     data = payload.contiguous().view(-1).view(torch.uint8)
     message = torch.empty(HEADER_BYTES + len(data), dtype=torch.uint8)
     message[HEADER_BYTES:] = data
     header = message[:HEADER_BYTES].view(torch.int64)
     header[1] = len(data)
-    header[0] = 0 if wire is None else wire.deliver_at(len(message))
+    header[0] = 0 if wire is None else wire.deliver_at(len(message) + beside)
     return message
 
 
-def unframe(message: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The payload of `message`, once the simulated network has delivered it, and the seconds it was held back."""
+def unframe(message: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The payload of `message`, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once)."""
     deliver_at, nbytes = message[:HEADER_BYTES].view(torch.int64).tolist()
-    held = hold_until(deliver_at) if deliver_at else 0.0
-    return message[HEADER_BYTES : HEADER_BYTES + nbytes], held
+    return message[HEADER_BYTES : HEADER_BYTES + nbytes], deliver_at
 
 
 class Loopback(Sender, Receiver):

@@ -7,10 +7,11 @@ import torch
 from deserve.batch import StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
+from deserve.comm.nccl import NcclReceiver, NcclSender
 from deserve.comm.network import Wire
 from deserve.comm.outbox import Outbox
 from deserve.comm.world import World
-from deserve.config import NetworkSection
+from deserve.config import Config
 from deserve.planner.plan import Plan
 
 PLANS, HIDDEN, TOKENS = 1, 2, 3  # message tags: what shares an edge is told apart by them
@@ -31,27 +32,48 @@ class Links:
     tokens_in: Receiver | None
 
 
-def connect(world: World, network: NetworkSection, plan: Plan, hidden_bytes: int, device: torch.device) -> Links:
+def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device: torch.device) -> Links:
     """The links of this rank. `hidden_bytes`: bytes of one token's hidden state, which lies on `device`.
 
-    What leaves a rank shares one simulated wire, as it would share a real one.
+    Plans and sampled tokens are the hosts' and go over Gloo; hidden states of GPUs go over NCCL, unless
+    `comm.backend=gloo` has them pass through pinned memory. What leaves a rank shares one simulated wire, as it would
+    share a real one.
     """
     if world.size == 1:
         loop = Loopback()
         return Links(None, None, None, _from(device, loop), loop)
+    network = config.network
     simulated = network.latency_ms > 0 or network.bandwidth_mbps is not None
     wire = Wire(network.latency_ms, network.bandwidth_mbps) if simulated else None
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
     depth = plan.rounds + 1
     first, last = world.rank == 0, world.is_last
     plan_bytes = 4 * StepPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
+    most_hidden = plan.max_batch_tokens * hidden_bytes
+    hidden_in: Receiver | None = None
+    output: Sender
+    if device.type == "cuda" and config.comm.backend != "gloo":
+        edges = world.nccl_edges()
+        # Senders and receivers meet when they are made: on every edge the one that was made first waits for the other.
+        if not last:
+            notices = GlooSender(after, HIDDEN, depth, wire)
+            output = NcclSender(after, edges[world.rank], notices, device)
+        if not first:
+            noticed = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
+            hidden_in = NcclReceiver(before, edges[before], noticed, most_hidden, plan.rounds, device)
+    else:
+        if not last:
+            output = _from(device, GlooSender(after, HIDDEN, depth, wire))
+        if not first:
+            pinned = device.type == "cuda"
+            hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=plan.rounds, pinned=pinned)
+    if last:
+        output = _from(device, GlooSender(after, TOKENS, depth, wire))
     return Links(
         plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=plan.rounds),
         plans_out=None if last else GlooSender(after, PLANS, depth, wire),
-        hidden_in=None
-        if first
-        else GlooReceiver(before, HIDDEN, plan.max_batch_tokens * hidden_bytes, ahead=plan.rounds),
-        output=_from(device, GlooSender(after, TOKENS if last else HIDDEN, depth, wire)),
+        hidden_in=hidden_in,
+        output=output,
         tokens_in=GlooReceiver(before, TOKENS, 4 * plan.max_batch_tokens) if first else None,
     )
 

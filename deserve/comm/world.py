@@ -22,6 +22,7 @@ from deserve.errors import UserError
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
 LAST_WORD_S = 3.0  # for the store to say whether somebody else has reported the failure
+NO_TIMEOUT = timedelta(days=365)  # it is the pulse that notices a dead rank
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
 
 
@@ -53,6 +54,7 @@ class World:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
+        self._edges: list[dist.ProcessGroup] = []
         self._jobs = 0
         self._names: dist.Store = self._store
 
@@ -157,6 +159,21 @@ class World:
                             f"rank {rank} differs from rank 0 in {key}: {other.get(key)!r} there, "
                             f"{facts.get(key)!r} here; start all ranks with the same program, model and overrides"
                         )
+
+    def nccl_edges(self) -> list[dist.ProcessGroup]:
+        """By rank, the NCCL group that the rank shares with the next one; the last shares none. Every rank calls it.
+
+        A group of its own for each: operations of one group wait for each other, and in a ring a receive that waits
+        would hold up the send behind it.
+        """
+        if not self._edges:
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas = 4  # megabytes a visit need no more of the device's processors
+            self._edges = [
+                dist.new_group([rank, rank + 1], timeout=NO_TIMEOUT, backend="nccl", pg_options=options)
+                for rank in range(self.size - 1)
+            ]
+        return self._edges
 
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""

@@ -4,8 +4,11 @@ import numpy as np
 import torch
 
 from deserve.batch import IntArray, StepPlan
+from deserve.kvcache.blocks import copy_blocks
+from deserve.kvcache.pinned import host_memory
 from deserve.kvcache.slab import SwapSlab
 from deserve.report.timeline import UNTIMED, Timeline
+from deserve.staging import to_device
 
 
 class PageTable:
@@ -31,6 +34,12 @@ class PageTable:
         counts = stop - first
         nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return self._pages[np.repeat(slots, counts), np.repeat(first, counts) + nth]
+
+    def places(self, slots: IntArray, begin: IntArray, new: IntArray, page_size: int) -> tuple[IntArray, IntArray]:
+        """Page and offset in it, [T] each, of `new` [rows] tokens from `begin` [rows] on of `slots` [rows]."""
+        row = np.repeat(np.arange(len(slots)), new)
+        position = np.arange(len(row)) + (begin - (np.cumsum(new) - new))[row]
+        return self._pages[slots[row], position // page_size], (position % page_size).astype(np.int32)
 
 
 def widen(table: IntArray, width: int) -> IntArray:
@@ -63,43 +72,46 @@ class KVPages:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        max_tokens: int,
     ):
         self.page_size = page_size
         self._main = main_pages
         shape = (2, page_size, kv_heads, head_dim)
-        self.layers = torch.zeros(layers, main_pages + swap_pages + 1, *shape, dtype=dtype, device=device)
-        self.scratch_page = main_pages + swap_pages
-        self.slab = SwapSlab(self.layers[:, main_pages : self.scratch_page], rounds)
-        # Untouched memory costs nothing: the pool's pages become real when the first sequence is suspended to them.
-        self._host = torch.empty(layers, host_pages, *shape, dtype=dtype)
+        pages = main_pages + SwapSlab.copies * swap_pages
+        self.layers = torch.zeros(layers, pages + 1, *shape, dtype=dtype, device=device)
+        self.scratch_page = pages
+        self.slab = SwapSlab(self.layers, main_pages, swap_pages, rounds, max_tokens)
+        self._host = host_memory((layers, host_pages, *shape), dtype, device)
 
     def begin_visit(self, plan: StepPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
         """Bring the swap pages of the plan's micro-batch in, and move suspended sequences out and in."""
-        start, end = plan.context, plan.context + plan.new_tokens
+        start = plan.context
         kept = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
-        read = [plan.stash[:, 0], np.setdiff1d(kept, plan.restore[:, 1])]
-        written = [plan.restore[:, 1], table.spans(plan.slots, start, end, self.page_size)]
-        self.slab.enter(plan.micro_batch, self._swap(read), self._swap(written))
-        for layer in range(len(self.layers)):
-            self.slab.rotate(layer, timeline)
+        read = np.concatenate([plan.stash[:, 0], np.setdiff1d(kept, plan.restore[:, 1])])
+        pages, offsets = table.places(plan.slots, start, plan.new_tokens, self.page_size)
+        self.slab.enter(plan.micro_batch, self._swap(read), np.maximum(pages - self._main, -1), offsets, timeline)
+        if len(plan.stash) or len(plan.restore):
+            self.slab.await_all()
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):
-                self._stash(plan.stash)
+                self._move(self._host, self.layers, plan.stash[:, 1], self.slab.resident(plan.stash[:, 0]))
         if len(plan.restore):
             with timeline.on_device("resume", plan.micro_batch):
-                self._restore(plan.restore)
+                self._move(self.layers, self._host, self.slab.resident(plan.restore[:, 1]), plan.restore[:, 0])
+                self.slab.save_pages(self._swap(plan.restore[:, 1]))
 
-    def _swap(self, pages: list[IntArray]) -> IntArray:
+    def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
+        """The visit has been computed, or enqueued; the swap pages of the next one may come in."""
+        self.slab.leave(next_micro_batch, timeline)
+
+    def _swap(self, pages: IntArray) -> IntArray:
         """Those of `pages` that are swap pages, counted from the slab's first."""
-        every = np.concatenate(pages)
-        return every[every >= self._main] - self._main
+        return pages[pages >= self._main] - self._main
 
-    def _stash(self, moves: IntArray) -> None:
-        """Copy pages out to the host pool; moves [n, 2]: page, host page."""
-        pages, host = torch.from_numpy(moves.astype(np.int64)).unbind(1)
-        self._host[:, host] = self.layers[:, pages].to(self._host.device)
-
-    def _restore(self, moves: IntArray) -> None:
-        """Copy pages in from the host pool; moves [n, 2]: host page, page."""
-        host, pages = torch.from_numpy(moves.astype(np.int64)).unbind(1)
-        self.layers[:, pages] = self._host[:, host].to(self.layers.device)
+    def _move(self, target: torch.Tensor, source: torch.Tensor, to: IntArray, of: IntArray) -> None:
+        """Copy the pages `of` of one memory to the pages `to` of the other, in all layers."""
+        to_index, of_index = (to_device(index.astype(np.int64), self.layers.device) for index in (to, of))
+        if self.layers.is_cuda:
+            copy_blocks(target, source, to_index, of_index, self.layers[0, 0].nbytes)
+        else:
+            target[:, to_index] = source[:, of_index]

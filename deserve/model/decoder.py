@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Backend
 from deserve.model.config import ModelConfig
 from deserve.model.weights import LayerWeights, ShardWeights
@@ -29,18 +30,24 @@ class Decoder:
         assert self.weights.embedding is not None
         return F.embedding(tokens, self.weights.embedding)
 
-    def forward(self, x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, pages: torch.Tensor, slab: SwapSlab | None = None) -> torch.Tensor:
         """Hidden states x [T, hidden] through the shard's layers. pages: [layers, pages, 2, page_size, kv_heads, d].
 
-        Works in x's memory.
+        Each layer waits for its pages of `slab`, and gives them up when it has attended. Works in x's memory.
         """
         residual = x
         branch: torch.Tensor | None = None  # what the layer before has yet to add
         for index, layer in enumerate(self.weights.layers):
             h = self._norm(branch, residual, layer.input_norm)
+            if slab is not None:
+                slab.await_layer(index)
             h = self._attention(h, layer, pages[index])
+            if slab is not None:
+                slab.leave_layer(index, len(x))
             h = self.backend.add_rms_norm(h, residual, layer.post_norm)
             branch = self._mlp(h, layer)
+        if slab is not None:
+            slab.join()
         return residual if branch is None else residual.add_(branch)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from deserve.batch import IntArray
+from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Rows
 from deserve.model.decoder import Decoder
 
@@ -27,13 +28,20 @@ class GraphedDecode:
 
     Input are token ids [n] where the decoder embeds, else hidden states [n, hidden]; output are logits [n, vocab]
     where it has the output layer, else hidden states. `layers` are the pages of all layers; rows that pad a batch
-    write into `scratch_page` of them, which must be nobody else's. All graphs share one memory pool. `bytes` is the
-    device memory that they take.
+    write into `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap pages beside the
+    layers. All graphs share one memory pool. `bytes` is the device memory that they take.
     """
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, layers: torch.Tensor, scratch_page: int, batches: list[int]):
-        self._decoder, self._layers = decoder, layers
+    def __init__(
+        self,
+        decoder: Decoder,
+        layers: torch.Tensor,
+        scratch_page: int,
+        batches: list[int],
+        slab: SwapSlab | None = None,
+    ):
+        self._decoder, self._layers, self._slab = decoder, layers, slab
         self._scratch_page = scratch_page
         self._batches = sorted(batches)
         largest = self._batches[-1]
@@ -73,7 +81,7 @@ class GraphedDecode:
         x = self._input[:batch]
         if self._decoder.weights.embedding is not None:
             x = self._decoder.embed(x)
-        x = self._decoder.forward(x, self._layers)
+        x = self._decoder.forward(x, self._layers, self._slab)
         return x if self._decoder.weights.head is None else self._decoder.logits(x)
 
     def _capture(self, batch: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, list[int]]:

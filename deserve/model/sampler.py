@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray, SamplingParams
-from deserve.model.staging import to_device
+from deserve.staging import to_device
 
 _GOLDEN, _MIX1, _MIX2 = (
     np.uint64(0x9E3779B97F4A7C15),

@@ -28,9 +28,9 @@ def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
         "held_by_simulated_network_s": totals["held"],
         "send_s": totals["send"],
         "swap_in_s": totals["swap in"],
-        "swap_out_s": totals["swap out"],
-        "swap_in_bytes": stage.swapped_bytes[0],
-        "swap_out_bytes": stage.swapped_bytes[1],
+        "swap_in_bytes": stage.swapping.bytes_in,
+        "swap_out_bytes": stage.swapping.bytes_out,
+        "waited_for_pages_s": stage.swapping.waited_s,
     }
 
 

@@ -15,7 +15,7 @@ TRACKS = {
     "host": ("commit", "plan"),
     "stage": ("compute", "sample"),
     "link": ("receive", "held", "send"),
-    "copies": ("swap in", "swap out", "suspend", "resume"),
+    "copies": ("swap in", "suspend", "resume"),
 }
 PICTURED_TURNS = 2.3  # of the ring, in timeline.png
 IDLE, ROUND_GREY = "#f4f4f4", "#888888"

@@ -16,7 +16,7 @@ from deserve.batch import IntArray
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
-from deserve.model.staging import StagingRing
+from deserve.staging import StagingRing
 
 PLAN_BYTES = 4 << 20  # of the work lists of one attention call; 0.6 MB for 8,192 tokens of 256 rows and 64 heads
 NO_MASK, CAUSAL = 0, 1  # flashinfer's mask modes

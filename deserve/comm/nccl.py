@@ -1,0 +1,149 @@
+"""Links over NCCL: what one GPU computes goes to the next without passing through host memory.
+
+A pending NCCL send or receive is a kernel that spins on the device and takes processors from the visit that runs
+there. So neither is posted before the payload has been computed: the sender then posts its half and sends a notice over
+Gloo, upon which the receiver, at once, posts the other. For the same reason the simulated network holds back the notice
+and not the payload, which waits in the receiver's memory.
+"""
+
+import queue
+import threading
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from deserve.comm.gloo import GlooReceiver, GlooSender
+from deserve.comm.link import Receiver, Sender
+from deserve.comm.network import hold_until
+from deserve.errors import LinkError
+
+WARM_UP_BYTES = 1 << 20
+
+
+class NcclSender(Sender):
+    """Sends what the device computes to the other rank of `group`. `notices` go to the same rank."""
+
+    def __init__(self, peer: int, group: dist.ProcessGroup, notices: GlooSender, device: torch.device):
+        self._peer, self._group, self._notices, self._device = peer, group, notices, device
+        self._stream = torch.cuda.Stream(device)
+        self._queue: queue.SimpleQueue[tuple[torch.cuda.Event, torch.Tensor] | None] = queue.SimpleQueue()
+        self._under_way: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._error: BaseException | None = None
+        self._post(torch.zeros(WARM_UP_BYTES, dtype=torch.uint8, device=device))  # connects the two
+        self._thread = threading.Thread(target=self._run, name="nccl sender", daemon=True)
+        self._thread.start()
+
+    def send(self, payload: torch.Tensor) -> None:
+        """The caller leaves `payload` as it is from now on."""
+        if self._error is not None:
+            raise self._error
+        computed = torch.cuda.Event(blocking=True)
+        computed.record()
+        self._queue.put((computed, payload))
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        self._notices.close()
+        self._stream.synchronize()
+        self._under_way.clear()
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        try:
+            while (entry := self._queue.get()) is not None:
+                computed, payload = entry
+                computed.synchronize()
+                payload = payload.view(-1).view(torch.uint8)
+                if len(payload):
+                    self._post(payload)
+                self._notices.send(torch.tensor([len(payload)]), beside=len(payload))
+        except RuntimeError as error:
+            self._error = LinkError(f"link to rank {self._peer} is lost: {error}")
+        except BaseException as error:
+            self._error = error
+
+    def _post(self, payload: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            work = dist.isend(payload, self._peer, group=self._group)
+        assert work is not None
+        self._under_way.append((work, payload))
+        while self._under_way and self._under_way[0][0].is_completed():
+            self._under_way.popleft()
+
+
+class _Arrival(NamedTuple):
+    payload: torch.Tensor
+    received: torch.cuda.Event
+    deliver_at: int
+
+
+class NcclReceiver(Receiver):
+    """Receives at most `max_bytes` a frame from the other rank of `group`, into as many buffers as frames may come
+    before the first of them has been used.
+
+    `ahead` frames are expected from the start, and no more than these are ever under way at once.
+    """
+
+    def __init__(
+        self,
+        peer: int,
+        group: dist.ProcessGroup,
+        notices: GlooReceiver,
+        max_bytes: int,
+        ahead: int,
+        device: torch.device,
+    ):
+        self._peer, self._group, self._notices, self._device = peer, group, notices, device
+        self._stream = torch.cuda.Stream(device)
+        self._buffers = deque(torch.empty(max_bytes, dtype=torch.uint8, device=device) for _ in range(ahead + 1))
+        self._expected: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[_Arrival | LinkError] = queue.SimpleQueue()
+        self._post(torch.empty(WARM_UP_BYTES, dtype=torch.uint8, device=device)).synchronize()
+        for _ in range(ahead):
+            self._expected.put(True)  # the notices of these have been posted by who made `notices`
+        threading.Thread(target=self._run, name="nccl receiver", daemon=True).start()
+
+    def expect(self) -> None:
+        self._notices.expect()
+        self._expected.put(True)
+
+    def receive(self) -> torch.Tensor:
+        arrival = self._arrived.get()
+        if isinstance(arrival, LinkError):
+            raise arrival
+        self.held_s = hold_until(arrival.deliver_at) if arrival.deliver_at else 0.0
+        torch.cuda.current_stream(self._device).wait_event(arrival.received)
+        return arrival.payload
+
+    def close(self) -> None:
+        self._expected.put(False)
+
+    def _run(self) -> None:
+        torch.cuda.set_device(self._device)
+        try:
+            while self._expected.get():
+                notice, deliver_at = self._notices.take()
+                buffer = self._buffers[0]
+                self._buffers.rotate(-1)
+                payload = buffer[: int(notice.view(torch.int64))]
+                received = self._post(payload) if len(payload) else torch.cuda.Event()
+                self._arrived.put(_Arrival(payload, received, deliver_at))
+        except LinkError as error:
+            self._arrived.put(error)
+        except RuntimeError as error:
+            self._arrived.put(LinkError(f"link from rank {self._peer} is lost: {error}"))
+
+    def _post(self, payload: torch.Tensor) -> torch.cuda.Event:
+        """Receive into `payload`; the event has passed when it is there."""
+        received = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            work = dist.irecv(payload, self._peer, group=self._group)
+            assert work is not None
+            work.wait()  # the stream's wait, not the host's
+            received.record()
+        return received
