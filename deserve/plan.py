@@ -33,6 +33,7 @@ class StageSection:
     bandwidth_gbs: float = 4000.0  # GB/s read from device memory
     tflops: float = 700.0  # in the model's dtype
     time_ms: float | None = None  # of one layer, whatever the visit: overrides both
+    bus_gbs: float = 50.0  # GB/s from host memory, while as much goes back
     measure: bool = False  # time one stage on this machine instead
 
 
@@ -43,7 +44,7 @@ class PlanConfig(Config):
     ranks: int = 2
     kv_memory_gb: float | None = None  # of one rank, for KV pages; null: memory_gb less the weights
     memory_gb: float = 126.0  # of one rank, for weights and KV pages
-    host_memory_gb: float = 64.0  # of one rank, for the host pool
+    host_memory_gb: float = 64.0  # of one rank, for swap pages and the host pool
     stage: StageSection = field(default_factory=StageSection)
 
 
@@ -83,7 +84,9 @@ def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype) -> 
     stage = config.stage
     layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
     most_tokens = config.pipeline.max_batch_tokens
-    return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens)
+    page_bytes = config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
+    page_s = page_bytes / (stage.bus_gbs * GB)
+    return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens, page_s)
 
 
 def load_plan_config(overrides: list[str]) -> PlanConfig:
@@ -95,6 +98,7 @@ def load_plan_config(overrides: list[str]) -> PlanConfig:
         "memory_gb": config.memory_gb,
         "stage.bandwidth_gbs": config.stage.bandwidth_gbs,
         "stage.tflops": config.stage.tflops,
+        "stage.bus_gbs": config.stage.bus_gbs,
         "stage.time_ms": config.stage.time_ms,
     }
     for key, value in positive.items():

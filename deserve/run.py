@@ -101,6 +101,8 @@ def set_up_device(config: Config, world: World) -> torch.device:
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+        # For the host's part: locking the memory of swap pages is slow on one core.
+        torch.set_num_threads(max(1, min(8, len(psutil.Process().cpu_affinity() or [0]) // world.local_size)))
         return device
     if config.comm.backend == "nccl":
         raise UserError("comm.backend=nccl is for GPUs, and this run is on CPUs: leave it at auto")

@@ -39,6 +39,11 @@ class Stage:
         """The swap slab, which counts what it moves."""
         return self._kv.slab
 
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of device memory that the stage's CUDA graphs take."""
+        return self._graphs.bytes if self._graphs is not None else 0
+
     def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
         """What `forward` gave has been passed on; the swap pages of the next visit may come in behind this one."""
         self._kv.end_visit(next_micro_batch, timeline)

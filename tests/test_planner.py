@@ -298,7 +298,7 @@ def test_what_is_set_by_hand_stays() -> None:
         (lengths(8), machine(2, 50), [], "too few requests"),
         (lengths(4096), machine(2, 50), ["pipeline.rounds=2"], "link latency"),
         (lengths(4096), machine(2, byte_s=1e-3), [], "link bandwidth"),
-        (lengths(4096), machine(2, 500), ["kvcache.gpu_memory_gb=0.0004"], "KV memory"),
+        (lengths(4096), machine(2, 500), ["kvcache.gpu_memory_gb=0.0004", "kvcache.swap_pages=0"], "KV memory"),
         (lengths(4096), machine(2, per_token_ms=0.1), [], "compute"),
     ],
 )
@@ -310,7 +310,7 @@ def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound:
     ("ranks", "overrides", "words"),
     [
         (9, [], "9 ranks, but the model has only 8 layers"),
-        (2, ["kvcache.main_pages=2"], "kvcache.main_pages=2; too few for one request"),
+        (2, ["kvcache.main_pages=2", "kvcache.swap_pages=0"], "kvcache.main_pages=2; too few for one request"),
         (2, ["kvcache.gpu_memory_gb=0.00001"], "kvcache.gpu_memory_gb=1e-05"),
         (2, ["kvcache.main_pages=10000000"], "kvcache.main_pages=10000000"),
         (2, ["pipeline.partition=[emb,8]"], "pipeline.partition"),
@@ -324,7 +324,8 @@ def test_plans_that_cannot_work_are_refused(ranks: int, overrides: list[str], wo
 
 def test_the_host_pool_fits_its_memory() -> None:
     on = replace(machine(2), host_memory=10**6)
-    made = chosen(lengths(64), on)
+    tight = ["kvcache.main_pages=4", "kvcache.swap_pages=0"]  # of which sequences will be suspended
+    made = chosen(lengths(64), on, *tight)
     assert 2 ** (made.host_height - 1) * on.page_bytes * 4 <= 10**6 < 2**made.host_height * on.page_bytes * 4
 
 

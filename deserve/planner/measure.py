@@ -1,5 +1,6 @@
 """Measures what a plan needs to know: stages before their weights are loaded, links before they carry anything."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
 
 from deserve.batch import IntArray, Request, SamplingParams, StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
@@ -32,6 +34,10 @@ LONG_CONTEXT = 256
 PINGS, PONGS = 11, 12  # message tags of the link measurement
 LONGEST_S = 1.0  # after this a stage is measured no more often than it must
 LARGE_FRAME = 1 << 20  # bytes
+BUS_BYTES = 64 << 20
+# Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
+RESERVE_BYTES = 2_500_000_000
+IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
 
 T = TypeVar("T")
 Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
@@ -45,31 +51,48 @@ def survey(
     On a CPU the ranks of a host share its memory and cores, so all of them measure at the same time.
     """
     memory = usable_memory(world, device)
-    host_memory = psutil.virtual_memory().available // 4 // world.local_size
+    host_memory = psutil.virtual_memory().available // 2 // world.local_size
+    over_nccl = device.type == "cuda" and config.comm.backend != "gloo"
     page_size, most = config.kvcache.page_size, config.pipeline.max_batch_tokens
     probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
     world.share("survey/go", bool(world.gather("survey/ready", None)))  # all start at once
     times = probe.times()
     link, frames = measure_link(world)
-    times = replace(times, frames=frames, plan=measure_scheduling(page_size, most) if world.rank == 0 else Curve())
-    found = world.gather("survey", [times.to_json(), [link.latency_s, link.byte_s], memory, host_memory])
+    if over_nccl and world.size > 1:
+        byte_s, frames = measure_nccl(world, device), Curve(seconds=frames.seconds[:1])
+        link = link if world.is_last else replace(link, byte_s=byte_s)
+    page_bytes = page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype)
+    times = replace(
+        times,
+        frames=frames,
+        plan=measure_scheduling(page_size, most) if world.rank == 0 else Curve(),
+        page_s=page_bytes * measure_bus(device),
+    )
+    graph_bytes = probe.graph_bytes
+    del probe
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    found = world.gather("survey", [times.to_json(), [link.latency_s, link.byte_s], memory, host_memory, graph_bytes])
     if not found:
         return None
-    stages, links, memories, host_memories = zip(*found, strict=True)
+    stages, links, memories, host_memories, graphs = zip(*found, strict=True)
     return Machine(
         stages=tuple(map(StageTimes.from_json, stages)),
         links=tuple(slowed(LinkTimes(*link), config.network) for link in links),
         memory=memories,
         host_memory=min(host_memories),
         hidden_bytes=checkpoint.config.hidden_size * dtype.itemsize,
-        page_bytes=page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype),
+        page_bytes=page_bytes,
+        graph_bytes=max(graphs),
+        receives_on_device=over_nccl,
     )
 
 
 def usable_memory(world: World, device: torch.device) -> int:
     """Bytes that this rank may fill with weights and KV pages: what is free, less room for everything else."""
     if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+        return torch.cuda.mem_get_info(device)[0] - RESERVE_BYTES
     return psutil.virtual_memory().available // 2 // world.local_size
 
 
@@ -113,6 +136,54 @@ def measure_link(world: World) -> tuple[LinkTimes, Curve]:
     return LinkTimes(small_s / 2, byte_s), Curve((0.0, float(LARGE_FRAME)), (small_cpu, max(small_cpu, large_cpu)))
 
 
+def measure_nccl(world: World, device: torch.device) -> float:
+    """Seconds per byte of the NCCL link to the next rank, or for the last rank to the one before."""
+    edges = world.nccl_edges()
+    payload = torch.zeros(16 * LARGE_FRAME, dtype=torch.uint8, device=device)
+
+    def took(move: Callable[..., dist.Work | None], peer: int, edge: dist.ProcessGroup) -> float:
+        begin = time.perf_counter()
+        work = move(payload, peer, group=edge)
+        assert work is not None
+        work.wait()
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    seconds: list[float] = []
+    if world.rank:
+        seconds = [took(dist.irecv, world.rank - 1, edges[world.rank - 1]) for _ in range(4)]
+    if not world.is_last:
+        seconds = [took(dist.isend, world.rank + 1, edges[world.rank]) for _ in range(4)]
+    return min(seconds) / len(payload)
+
+
+def measure_bus(device: torch.device) -> float:
+    """Seconds per byte from host memory to the device, while as much goes the other way."""
+    near = torch.empty(2, BUS_BYTES, dtype=torch.uint8, device=device)
+    far = torch.zeros(2, BUS_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if device.type != "cuda":
+        return _least(lambda: near[0].copy_(far[0])) / BUS_BYTES
+    back = torch.cuda.Stream(device)
+
+    def both() -> None:
+        with torch.cuda.stream(back):
+            far[1].copy_(near[1], non_blocking=True)
+        near[0].copy_(far[0], non_blocking=True)
+        torch.cuda.synchronize(device)
+
+    return _least(both) / BUS_BYTES
+
+
+def _least(action: Callable[[], object]) -> float:
+    """Seconds of `action`, the least of a few."""
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
 class _Probe:
     """Two stages of random weights: `short` of one layer with embedding and head, `long` of several layers alone.
 
@@ -136,6 +207,7 @@ class _Probe:
         self._context = min(CONTEXT, model.max_context // 4)
         self._width = -(-max(self._long_context + 1, min(max_tokens, model.max_context)) // page_size)
         self._max_prompt = min(max_tokens, model.max_context)
+        self._ahead = device.type == "cuda"
         pages = max(min(64, max_tokens) * self._width, max_tokens * -(-(self._context + 1) // page_size))
         self._pages = pages
         plan = Plan((0,), 1, max_tokens, max_tokens, max_tokens, "vanilla", page_size, pages, 0, 0)
@@ -167,7 +239,30 @@ class _Probe:
             rest[visit] = max(0.0, short - layer[visit])
         head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in visits if v[1] == self._context]
         at = tuple(map(float, sizes))
-        return StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
+        times = StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
+        return replace(times, ahead=True, start_s=self._start_s()) if self._ahead else times
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of device memory that the graphs of one layer take."""
+        more = max(0, self._long.graph_bytes - self._short.graph_bytes)
+        return more // max(1, self._layers - 1)
+
+    def _start_s(self) -> float:
+        """How much longer a visit takes when the host waits for its end than in a row of them."""
+        action = self._action(False, ((1,) * min(64, self._max_tokens), self._context), 0)
+        self._seconds(action, 1)
+        one, several = (min(self._seconds(action, times) for _ in range(4)) for times in (1, IN_A_ROW))
+        return max(0.0, one - several)
+
+    def _seconds(self, action: Callable[[], object], times: int) -> float:
+        """Seconds of `action`, when it is done so many `times` in a row."""
+        begin = time.perf_counter()
+        for _ in range(times):
+            action()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return (time.perf_counter() - begin) / times
 
     def _cost(self, seconds: dict[Visit, float], at: tuple[float, ...]) -> Cost:
         """The cost of visits that took `seconds`; `at` are the counts of tokens measured."""
@@ -203,11 +298,7 @@ class _Probe:
             if taken >= 2 and time.monotonic() > deadline:
                 break
             for key, action in actions.items():
-                begin = time.perf_counter()
-                action()
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
-                times[key].append(time.perf_counter() - begin)
+                times[key].append(self._seconds(action, IN_A_ROW if self._ahead else 1))
         lows = {key: min(values[1:]) for key, values in times.items()}
         # The least of each is what differences can be taken of; the whole, though, takes as long as it usually does.
         usual = sum(statistics.median(values[1:]) for values in times.values()) / sum(lows.values())

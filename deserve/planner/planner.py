@@ -1,8 +1,10 @@
-"""Chooses the layer split, rounds, micro-batch size, concurrency and pages that finish a workload soonest.
+"""Chooses the layer split, rounds, micro-batch size, concurrency, main and swap pages that finish a workload soonest.
 
 N sequences in flight on S ranks of stage time t and link latency L give N / (S*(t+L)) tokens/s, until with
-R*t = S*(t+L) no stage waits any more and the work itself sets the pace (DeServe, arXiv 2501.14784). That arithmetic
-ranks all plans in reach; the best few are simulated, and the best of those is taken.
+R*t = S*(t+L) no stage waits any more and the work itself sets the pace (DeServe, arXiv 2501.14784). P pages of KV
+memory, s of them a swap slab, hold (P - s) + R*s pages of sequences; what the slab holds must come in over the bus
+while another visit is computed. That arithmetic ranks all plans in reach; the best few are simulated, and the best of
+those is taken.
 """
 
 import heapq
@@ -30,9 +32,10 @@ EQUAL = 0.01  # plans this close are as good as each other: the one with fewer r
 GB = 1e9
 
 # Where two resources bind alike, the first named is the one to do something about.
-REQUESTS, MEMORY, BANDWIDTH, LATENCY, COMPUTE = BOUNDS = (
+REQUESTS, MEMORY, BUS, BANDWIDTH, LATENCY, COMPUTE = BOUNDS = (
     "too few requests",
     "KV memory",
+    "the bus to host memory",
     "link bandwidth",
     "link latency",
     "compute",
@@ -54,6 +57,7 @@ class _Candidate:
     partition: tuple[int, ...]
     rounds: int
     size: int  # sequences in a micro-batch
+    swap: int = 0  # pages of each round
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class _Pace:
     busiest: float  # the slowest rank
     trip: float  # once round the ring without waiting
     wire: float  # its frames on the busiest link
+    copies: float  # bringing in its swap pages
 
 
 class _Search:
@@ -84,8 +89,9 @@ class _Search:
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
         self._limit = 10**9 if config.workload.concurrency == "auto" else config.workload.concurrency
         self._count = lengths.count if lengths.count is not None else ENDLESS
-        # Swapping is used where it is asked for; the planner does not ask by itself.
-        self._swap = 0 if config.kvcache.swap_pages == "auto" else config.kvcache.swap_pages
+        # Sequences of all ages together hold less than each will at its end.
+        self._mean_pages = max(1.0, (self._prompt + self._output / 2) / config.kvcache.page_size)
+        self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
         self._alike = cache(self._kinds_of)
         forward = [link.byte_s for link in machine.links[:-1]] or [0.0]
         self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
@@ -93,10 +99,11 @@ class _Search:
 
     def best(self) -> Plan:
         candidates = [
-            _Candidate(partition, rounds, size)
+            _Candidate(partition, rounds, size, swap)
             for rounds in self._rounds()
             for size in self._sizes(rounds)
             for partition in self._partitions(size)
+            for swap in self._swaps(partition, rounds, size)
         ]
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
@@ -144,10 +151,36 @@ class _Search:
             return [pipeline.micro_batch_size]
         share = -(-min(self._count, self._limit) // rounds)
         most = min(share, pipeline.max_batch_tokens)
-        held = (self._capacity(self._even()) // rounds + self._swap) // self._sequence_pages
-        steps = {most, held, *(share // waves for waves in (2, 3, 4))}
+        swap = self._config.kvcache.swap_pages
+        by_hand = 0 if swap == "auto" else swap
+        held = self._main_pages(self._even(), by_hand) / rounds + by_hand
+        steps = {most, int(held / self._sequence_pages), int(held / self._mean_pages)}
+        steps |= {share // waves for waves in (2, 3, 4)}
         steps |= {size * 2**power for power in range(12) for size in (1, 3)}
         return sorted(size for size in steps if 1 <= size <= most)
+
+    def _swaps(self, partition: tuple[int, ...], rounds: int, size: int) -> list[int]:
+        """Numbers of swap pages worth a look: none, and what the micro-batch is short of, as far as the bus allows.
+
+        The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
+        """
+        by_hand = self._config.kvcache.swap_pages
+        if by_hand != "auto":
+            return [by_hand]
+        wanted = min(size, -(-self._count // rounds)) * self._mean_pages
+        pages = self._capacity(partition)
+        main = self._main_pages(partition, 0)
+        short = wanted - main / rounds
+        if rounds == 1 or short <= 0:
+            return [0]
+        machine, shares = self._machine, self._shares(partition)
+        pace = self._pace(_Candidate(partition, rounds, size, 0), rows=float(size))
+        turn = max(pace.busiest, pace.trip / rounds)
+        page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
+        most = min(int(turn / page_s) if page_s else pages, pages // 2)
+        host = min(machine.host_memory // (machine.page_bytes * layers * rounds) for layers in shares)
+        swap = min(int(short / (1 - 1 / rounds)) if main == pages else int(short), most, host)
+        return sorted({0, swap // 2, 3 * swap // 4, swap, min(5 * swap // 4, host, pages // 2)})
 
     def _partitions(self, size: int) -> list[tuple[int, ...]]:
         """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""
@@ -193,7 +226,8 @@ class _Search:
         ends = (rank == 0) + (rank == self._machine.ranks - 1)
         if self._machine.ranks == 1 and self._model.tied_embeddings:
             ends = 1
-        left = self._machine.memory[rank] - layers * self._layer_bytes - ends * self._embedding_bytes
+        left = self._machine.memory[rank] - ends * self._embedding_bytes
+        left -= layers * (self._layer_bytes + self._machine.graph_bytes)
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
@@ -201,10 +235,14 @@ class _Search:
         return int(self._kv_bytes(rank, layers) // (self._machine.page_bytes * layers))
 
     def _pages_that_fit(self, partition: tuple[int, ...]) -> int:
-        """Pages under this split: those of the rank that can hold the fewest. Set by hand, if they are."""
-        pages = min(self._pages_of(rank, layers) for rank, layers in enumerate(self._shares(partition)))
+        """Pages under this split: those of the rank that can hold the fewest."""
+        return min(self._pages_of(rank, layers) for rank, layers in enumerate(self._shares(partition)))
+
+    def _main_pages(self, partition: tuple[int, ...], swap: int) -> int:
+        """Main pages beside a slab of `swap`: what is left, or what is set by hand."""
+        left = max(0, self._capacity(partition) - swap)
         by_hand = self._config.kvcache.main_pages
-        return pages - self._swap if by_hand == "auto" else min(pages - self._swap, by_hand)
+        return left if by_hand == "auto" else min(left, by_hand)
 
     def _plan(self, candidate: _Candidate) -> Plan:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
@@ -217,27 +255,31 @@ class _Search:
             f"{shares[rank]} layers, which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
         )
         cap = "" if kv.gpu_memory_gb is None else f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
-        asked = self._swap + (0 if kv.main_pages == "auto" else kv.main_pages)
+        swap = candidate.swap
+        asked = swap + (0 if kv.main_pages == "auto" else kv.main_pages)
         if asked and asked > pages[rank]:
             gigabytes = asked * self._machine.page_bytes * shares[rank] / GB
             keys = f"kvcache.main_pages={kv.main_pages} and kvcache.swap_pages={kv.swap_pages}"
             raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")
         concurrency = max(1, min(self._count, self._limit, candidate.rounds * candidate.size))
-        longest = -(-min(self._lengths.max_total, self._model.max_context) // kv.page_size)
         # A little more than they hold at their longest: admission keeps that much free. And a request that is longer
         # than all of the sample must not fail for want of memory that is there.
-        wanted = concurrency * longest + -(-2 * candidate.size // kv.page_size) + 1
+        wanted = concurrency * self._longest + -(-2 * candidate.size // kv.page_size) + 1
         wanted = max(wanted, -(-self._model.max_context // kv.page_size))
-        main = min(pages[rank] - self._swap, wanted)
+        main = min(min(pages) - self._buffer_pages(candidate) - swap, wanted)
         main = main if kv.main_pages == "auto" else kv.main_pages
-        if main + self._swap < self._sequence_pages:
+        if main + swap < self._sequence_pages:
             what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"
             raise UserError(
                 f"{what}; too few for one request of this workload, which needs {self._sequence_pages} "
                 f"({self._prompt:.0f} tokens of prompt and {self._output:.0f} of answer)"
             )
-        height = kv.buddy_height
-        while height and 2 ** (height - 1) * self._machine.page_bytes * max(shares) > self._machine.host_memory:
+        # A pool for all that the GPU cannot hold, should every sequence grow to its end, and for two more.
+        useful = max(0, concurrency * self._longest - main - candidate.rounds * swap) + 2 * self._longest
+        page_bytes = self._machine.page_bytes * max(shares)
+        left = self._machine.host_memory - candidate.rounds * swap * page_bytes
+        height = min(kv.buddy_height, useful.bit_length() + 1)
+        while height and 2 ** (height - 1) * page_bytes > left:
             height -= 1
         return Plan(
             partition=candidate.partition,
@@ -248,9 +290,18 @@ class _Search:
             policy=pipeline.policy,
             page_size=kv.page_size,
             main_pages=main,
-            swap_pages=self._swap,
+            swap_pages=swap,
             host_height=height,
         )
+
+    def _buffer_pages(self, candidate: _Candidate) -> int:
+        """Pages whose memory the frames take that arrive on a device: of every round, and one."""
+        machine = self._machine
+        if not machine.receives_on_device or machine.ranks == 1 or self._config.kvcache.gpu_memory_gb is not None:
+            return 0
+        frame = self._config.pipeline.max_batch_tokens * machine.hidden_bytes
+        layers = min(self._shares(candidate.partition))
+        return -(-(candidate.rounds + 1) * frame // (machine.page_bytes * layers))
 
     # -- the arithmetic
 
@@ -275,16 +326,22 @@ class _Search:
             for rank, layers in enumerate(self._shares(partition))
         )
 
-    def _pace(self, candidate: _Candidate, doubled: str = "") -> _Pace:
+    def _pace(self, candidate: _Candidate, doubled: str = "", rows: float | None = None) -> _Pace:
         """The rate at which `candidate` goes through full waves of sequences, were the resource `doubled` doubled.
+
+        `rows` of a visit are as many as memory holds, unless they are given.
 
         A wave fills the micro-batches with prompts, then takes them through their answers. Policies differ in how
         they mix the two: `decode_first` spreads prompts over the answers of others, the others do one, then the other.
         """
         pipeline, machine = self._config.pipeline, self._machine
         count = self._count * (2 if doubled == REQUESTS else 1)
-        pages = self._capacity(candidate.partition) * (2 if doubled == MEMORY else 1) / candidate.rounds + self._swap
-        rows = min(candidate.size, pages / self._sequence_pages, self._limit / candidate.rounds)
+        main = self._main_pages(candidate.partition, candidate.swap)
+        main += self._capacity(candidate.partition) if doubled == MEMORY else 0
+        pages = main / candidate.rounds + candidate.swap
+        if rows is None:
+            rows = min(candidate.size, pages / self._mean_pages, self._limit / candidate.rounds)
+        rows = max(rows, 1e-9)
         waves = max(1.0, count / (candidate.rounds * rows))
         rows = min(rows, count / candidate.rounds)
         rounds = candidate.rounds * min(1.0, rows)  # those that have a sequence at all
@@ -302,24 +359,29 @@ class _Search:
             n = min(rows, budget)
             kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget), rows / fills))]
             kinds += [(answers / n, Work(n, n * context, 0, 0, n))] if answers else []
-        speed, latency, wire = (0.5 if doubled == what else 1.0 for what in (COMPUTE, LATENCY, BANDWIDTH))
+        speed, latency, wire, bus = (0.5 if doubled == what else 1.0 for what in (COMPUTE, LATENCY, BANDWIDTH, BUS))
+        swapped = min(candidate.swap, rows * self._mean_pages) if candidate.rounds > 1 else 0.0
         last, hidden_bytes = machine.ranks - 1, machine.hidden_bytes
-        total = busiest = trip = frame = 0.0
+        total = busiest = trip = frame = copies = 0.0
         for visits, work in kinds:
+            work = work._replace(swapped=swapped)
+            alike = self._alike(candidate.partition)
             seconds = [
                 (speed * times.seconds(work, layers, first, final, hidden_bytes), number)
-                for times, layers, first, final, number in self._alike(candidate.partition)
+                for times, layers, first, final, number in alike
             ]
+            copies = bus * max(times.copies(work, layers) for times, layers, *_ in alike)
             busiest = max(took for took, _ in seconds)
             forward, back = wire * machine.frame_bytes(work, 0), wire * machine.frame_bytes(work, last)
             frame = max(forward * self._forward_byte_s[0], back * machine.links[last].byte_s)
             trip = sum(took * number for took, number in seconds) + latency * machine.latency_s
+            trip += sum(times.delay(work, first, final, hidden_bytes) * n for times, _, first, final, n in alike)
             trip += forward * self._forward_byte_s[1] + back * machine.links[last].byte_s
-            total += visits * max(rounds * max(busiest, frame), trip)
+            total += visits * max(rounds * max(busiest, frame, copies), trip)
         # The last wave may be a small one, and takes its time nevertheless; what binds is seen without it.
         whole = waves if doubled else -(-waves // 1)
         rate = rounds * rows * self._output / total * waves / whole
-        return _Pace(rate, rows, busiest, trip, frame)
+        return _Pace(rate, rows, busiest, trip, frame, copies)
 
     def _bound(self, candidates: list[_Candidate]) -> str:
         """The resource of which twice as much would help most."""
@@ -346,21 +408,24 @@ class _Search:
             return f"{trip}, {1e3 * self._machine.latency_s:.1f} ms of it latency, but {work}"
         if bound == BANDWIDTH:
             return f"a visit keeps the busiest link occupied for {1e3 * pace.wire:.1f} ms, a rank for less"
-        if bound == MEMORY:
-            fit = (plan.main_pages + rounds * plan.swap_pages) / self._sequence_pages
+        if bound == BUS:
             return (
-                f"{plan.main_pages} pages hold {fit:.0f} sequences of this length, {fit / rounds:.1f} a round; {trip}"
+                f"the swap pages of a visit take {1e3 * pace.copies:.1f} ms to come in, "
+                f"its work {1e3 * pace.busiest:.1f} ms; {trip}"
             )
+        if bound == MEMORY:
+            fit = (plan.main_pages + rounds * plan.swap_pages) / self._mean_pages
+            return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
 
 
 def table(plan: Plan, layers: int) -> str:
     """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect."""
-    lines = ["rank      layers  first  stage ms  KV pages"]
+    lines = ["rank      layers  first  stage ms"]
     shares = [plan.shard(rank, layers) for rank in range(len(plan.partition))]
     for rank, share in enumerate(shares):
         seconds = f"{1e3 * plan.stage_s[rank]:8.2f}" if plan.stage_s else " " * 8
-        lines.append(f"{rank:<8}  {share.last - share.first:6}  {share.first:5}  {seconds}  {plan.main_pages:8}")
+        lines.append(f"{rank:<8}  {share.last - share.first:6}  {share.first:5}  {seconds}")
     if len(lines) > 17:
         widths = Counter(share.last - share.first for share in shares)
         spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
@@ -368,6 +433,9 @@ def table(plan: Plan, layers: int) -> str:
     lines.append(
         f"{plan.rounds} rounds of {plan.micro_batch_size} sequences, {plan.concurrency} in flight, policy {plan.policy}"
     )
+    swapping = f"{plan.swap_pages} swap pages for each round" if plan.swap_pages else "no swapping"
+    pool = f"a host pool of {2 ** (plan.host_height - 1)}" if plan.host_height else "no host pool"
+    lines.append(f"KV memory of {plan.main_pages} main pages of {plan.page_size} tokens, {swapping}, {pool}")
     if plan.predicted is not None:
         lines.append(f"predicted {plan.predicted:,.1f} output tokens/s, bound by {plan.bound}: {plan.why}")
     return "\n".join(lines)

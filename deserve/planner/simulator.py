@@ -191,7 +191,8 @@ class Simulation:
         batch[HELD] = wanted
         batch[COMPUTED] += new
         batch[AWAITED] = running & (batch[COMPUTED] == batch[LENGTH])
-        return Work(decodes, decode_kv, prefills, pairs, int(batch[AWAITED].sum()))
+        swapped = min(int(self.held[m]), self.plan.swap_pages) if self.plan.rounds > 1 else 0
+        return Work(decodes, decode_kv, prefills, pairs, int(batch[AWAITED].sum()), swapped)
 
     def _admit(self, m: int, growth: int) -> bool:
         batch, plan = self.batches[m], self.plan
@@ -265,15 +266,24 @@ class Simulation:
     def _travel(self, m: int, work: Work) -> None:
         """The visit's way round the ring: each rank in turn as soon as it is free and the frame is there."""
         machine, free, wire = self.machine, self.free, self.wire
-        seconds = [
-            times.seconds(work, layers, first, last, machine.hidden_bytes) for times, layers, first, last in self.kinds
-        ]
+        seconds, copies, delays = zip(
+            *(
+                (
+                    times.seconds(work, layers, first, last, machine.hidden_bytes),
+                    times.copies(work, layers),
+                    times.delay(work, first, last, machine.hidden_bytes),
+                )
+                for times, layers, first, last in self.kinds
+            ),
+            strict=True,
+        )
         arrival = self.now
         frame = machine.frame_bytes(work, 0)
         last = machine.ranks - 1
         for rank, kind in enumerate(self.kind_of):
-            end = max(free[rank], arrival) + seconds[kind]
-            free[rank] = end
+            begin = max(free[rank], arrival + delays[kind])
+            end = begin + seconds[kind]
+            free[rank] = max(end, begin + copies[kind])
             if rank == last:
                 frame = machine.frame_bytes(work, rank)
             left = max(wire[rank], end) + frame * self.byte_s[rank]

@@ -19,6 +19,7 @@ class Work(NamedTuple):
     prefills: float = 0  # tokens of prompts
     pairs: float = 0  # prompt tokens times the KV tokens of their sequence, summed over prompts
     sampled: float = 0  # tokens that the last rank samples
+    swapped: float = 0  # pages that come in from host memory
 
     @property
     def tokens(self) -> float:
@@ -63,17 +64,34 @@ class StageTimes:
     head: Curve = field(default_factory=Curve)  # output layer and sampler, by rows; the last rank only
     plan: Curve = field(default_factory=Curve)  # scheduling, by rows; rank 0 only
     frames: Curve = field(default_factory=Curve)  # the host's part in receiving and sending, by bytes of hidden states
+    page_s: float = 0.0  # bringing in one page of one layer from host memory
+    ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
+    start_s: float = 0.0  # from the host's decision until such a device begins
 
     def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
         seconds = layers * self.layer(work) + self.visit(work)
-        if first:
-            seconds += self.plan(work.tokens)
         if last:
             seconds += self.head(work.sampled)
-        if not (first and last):
-            seconds += self.frames(work.tokens * hidden_bytes)
-        return seconds
+        host = self.host(work, first, last, hidden_bytes)
+        return max(seconds, host) if self.ahead else seconds + host + self.copies(work, layers)
+
+    def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
+        """What the host does for a visit beside its layers."""
+        seconds = self.plan(work.tokens) if first else 0.0
+        return seconds if first and last else seconds + self.frames(work.tokens * hidden_bytes)
+
+    def copies(self, work: Work, layers: int) -> float:
+        """Bringing in the visit's swap pages."""
+        return layers * self.page_s * work.swapped
+
+    def occupied(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
+        """How long one visit keeps the rank from the next one."""
+        return max(self.seconds(work, layers, first, last, hidden_bytes), self.copies(work, layers))
+
+    def delay(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
+        """How much later than a visit's frame arrives its work can begin, beside what keeps the rank busy."""
+        return self.start_s + self.host(work, first, last, hidden_bytes) if self.ahead else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,8 +104,9 @@ class StageTimes:
         def cost(parts: dict[str, Any]) -> Cost:
             return Cost(curve(parts["tokens"]), curve(parts["decodes"]), parts["kv_s"], parts["pair_s"])
 
-        curves = (curve(raw[name]) for name in ("head", "plan", "frames"))
-        return StageTimes(cost(raw["layer"]), cost(raw["visit"]), *curves)
+        parts = {name: cost(raw[name]) for name in ("layer", "visit")}
+        curves = {name: curve(raw[name]) for name in ("head", "plan", "frames")}
+        return StageTimes(**{**raw, **parts, **curves})
 
 
 @dataclass(frozen=True)
@@ -102,15 +121,18 @@ class LinkTimes:
 class Machine:
     """The ranks in order and the links that leave them; `memory` is what each rank has for weights and KV pages.
 
-    `hidden_bytes`: one token's hidden state on a link. `page_bytes`: one KV page of one layer.
+    `hidden_bytes`: one token's hidden state on a link. `page_bytes`: one KV page of one layer. `graph_bytes`: the CUDA
+    graphs of one layer. `receives_on_device`: frames of hidden states arrive in the memory of the stage.
     """
 
     stages: tuple[StageTimes, ...]
     links: tuple[LinkTimes, ...]
     memory: tuple[int, ...]  # bytes
-    host_memory: int  # bytes that the host pool of one rank may take
+    host_memory: int  # bytes that swap pages and the host pool of one rank may take
     hidden_bytes: int
     page_bytes: int
+    graph_bytes: int = 0
+    receives_on_device: bool = False
 
     @property
     def ranks(self) -> int:
@@ -129,12 +151,18 @@ class Machine:
 
 
 def stated_times(
-    model: ModelConfig, dtype: torch.dtype, bytes_per_s: float, flops: float, layer_s: float | None, most_tokens: int
+    model: ModelConfig,
+    dtype: torch.dtype,
+    bytes_per_s: float,
+    flops: float,
+    layer_s: float | None,
+    most_tokens: int,
+    page_s: float = 0.0,
 ) -> StageTimes:
     """The roofline of a device that reads `bytes_per_s` and computes `flops` a second: each product takes the longer
     of reading its weights and multiplying. `layer_s`, where given, is what a layer takes however many its tokens.
 
-    Source: Williams, Waterman, Patterson, "Roofline", CACM 52 (2009).
+    `page_s`: see StageTimes. Source: Williams, Waterman, Patterson, "Roofline", CACM 52 (2009).
     """
 
     def product(weight_bytes: int) -> Curve:
@@ -148,4 +176,4 @@ def stated_times(
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
     tokens = product(layer_bytes) if layer_s is None else Curve((0.0,), (layer_s,))
     head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
-    return StageTimes(Cost(tokens, kv_s=kv_s, pair_s=pair_s), head=head)
+    return StageTimes(Cost(tokens, kv_s=kv_s, pair_s=pair_s), head=head, page_s=page_s, ahead=True)
