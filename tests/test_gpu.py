@@ -175,6 +175,69 @@ def test_shapes_agree_with_float32(heads, kv_heads, head_dim, page, dtype):
     check(model_config(heads, kv_heads, head_dim), dtype, page)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("new", "context"),
+    [
+        ([1, 1, 1], [40, 0, 129]),
+        ([1, 1, 70, 5], [15, 300, 30, 7]),
+        ([1, 200, 1, 90], [16, 0, 60, 33]),
+        ([64, 150], [0, 100]),
+    ],
+)
+@torch.inference_mode()
+def test_each_kernel_agrees_with_pytorch(new, context, dtype):
+    """What the backend calls by position, on the strided parts of a fused product that a layer hands it."""
+    pytest.importorskip("flashinfer")
+    from deserve.model.backend.flashinfer import FlashInferBackend
+
+    heads, kv_heads, head_dim, hidden = 32, 8, 128, 512
+    config = model_config(heads, kv_heads, head_dim, hidden)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape: int, mean: float = 0.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=DEVICE).add_(mean).to(dtype)
+
+    def agree(found: torch.Tensor, expected: torch.Tensor) -> None:
+        assert found.shape == expected.shape
+        assert relative_error(found, expected) < 5e-3
+
+    tokens, page, width = sum(new), 16, 32
+    backend = FlashInferBackend(config, dtype, DEVICE, MAX_LENGTH, page, MAX_ROWS, 512, MAX_ROWS * width)
+    reference = TorchBackend(config, torch.float32, DEVICE, MAX_LENGTH)
+    table = np.random.default_rng(0).permutation(len(new) * width).astype(np.int32).reshape(len(new), width)
+    rows = Rows(np.array(new, np.int32), np.array(context, np.int32), table)
+    for each in (backend, reference):
+        each.begin_visit(rows)
+    pages = random(len(new) * width, 2, page, kv_heads, head_dim)
+    for _ in range(2):  # a layer works in the memory of the one before
+        x, residual, weight = random(tokens, hidden), random(tokens, hidden), random(hidden, mean=1.0)
+        agree(backend.rms_norm(x, weight), reference.rms_norm(x.float(), weight.float()))
+        summed = residual.float()
+        expected = reference.add_rms_norm(x.float(), summed, weight.float())
+        agree(backend.add_rms_norm(x, residual, weight), expected)
+        agree(residual, summed)
+
+        gate_up = random(tokens, 2 * config.intermediate_size)
+        agree(backend.silu_and_mul(gate_up), reference.silu_and_mul(gate_up.float()))
+
+        qkv = random(tokens, heads + 2 * kv_heads, head_dim)
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        weight = random(head_dim, mean=1.0)
+        agree(backend.rms_norm(q, weight), reference.rms_norm(q.float(), weight.float()))
+        untouched = v.clone()
+        expected_q, expected_k = reference.rotate(q.float(), k.float())
+        q, k = backend.rotate(q, k)
+        agree(q, expected_q)
+        agree(k, expected_k)
+        assert torch.equal(v, untouched)
+
+        expected_pages = pages.float()
+        expected = reference.attend(expected_pages, q.float(), k.float(), v.float())
+        agree(backend.attend(pages, q, k, v), expected)
+        assert torch.equal(pages.float(), expected_pages)
+
+
 def test_norms_of_queries_and_keys_biases_and_scaled_rope():
     qwen3 = model_config(32, 8, 128, architectures=["Qwen3ForCausalLM"])
     check(qwen3, torch.bfloat16, 16)

@@ -56,7 +56,7 @@ class Backend(ABC):
 
     @abstractmethod
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up for gate_up [T, 2 * n]: [T, n]."""
+        """silu(gate) * up for gate_up [T, 2 * n]: [T, n], maybe in memory that the next call overwrites."""
 
     @abstractmethod
     def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,5 +66,6 @@ class Backend(ABC):
     def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Write k and v [T, kv_heads, head_dim] into a layer's `pages`, then causal attention of q over them.
 
-        pages: [pages, 2, page_size, kv_heads, head_dim]; q: [T, heads, head_dim]. Returns [T, heads * head_dim].
+        pages: [pages, 2, page_size, kv_heads, head_dim]; q: [T, heads, head_dim]. Returns [T, heads * head_dim],
+        maybe in memory that the next call overwrites.
         """

@@ -4,13 +4,17 @@ No call here makes the host wait for the device, except to keep it from running 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import flashinfer
 import numpy as np
 import torch
+from flashinfer.activation import get_act_and_mul_module
+from flashinfer.norm import get_norm_module
+from flashinfer.page import get_page_module
 from flashinfer.prefill import get_batch_prefill_module
+from flashinfer.rope import get_rope_module
 
 from deserve.batch import IntArray
 from deserve.model.backend.base import Backend, Rows
@@ -26,28 +30,29 @@ LARGEST_TILE = 128  # queries times group of one thread block
 
 
 @dataclass(frozen=True)
-class _Visit:
-    """Where the tokens of the current visit stand. Device arrays, int32, in memory that every visit uses again."""
+class _Call:
+    """A planned attention call over some rows of a visit, complete but for what differs from layer to layer."""
 
-    positions: torch.Tensor  # [T]
-    row_of_token: torch.Tensor  # [T]
-    indptr: torch.Tensor  # [rows + 1] first of each row's pages in `pages`
-    last_page: torch.Tensor  # [rows] tokens in the last page
-    prefill_queries: torch.Tensor  # [rows after the decode rows + 1] first token, counted from the first prefill token
-    pages: torch.Tensor
-    calls: list["_Call"]
+    run: Callable[..., Any]
+    plan: Any  # launch parameters
+    tokens: slice | None  # of those rows; None if they are the visit's only ones
+    before: tuple[Any, ...]  # arguments up to the queries
+    after: tuple[Any, ...]  # arguments from the keys and values on
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A planned attention call over `rows` of the visit, which are its tokens `tokens`."""
+class _Visit:
+    """Where the tokens of the current visit stand, and room for what its layers compute.
 
-    attention: "_Attention"
-    plan: Any
-    rows: slice
-    tokens: slice
-    queries: torch.Tensor  # [rows + 1] first token of each row, on the device
-    mask: int
+    Device arrays in memory that every visit and every layer uses again; the first four are int32.
+    """
+
+    positions: torch.Tensor  # [T]
+    row_of_token: torch.Tensor  # [T]
+    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pages, first of each row's, tokens in each row's last
+    calls: list[_Call]
+    attended: torch.Tensor  # [T, heads * head_dim]
+    activated: torch.Tensor  # [T, intermediate]
 
 
 class _Attention:
@@ -55,7 +60,7 @@ class _Attention:
 
     flashinfer's own wrappers are passed over, for what their `plan` does on the host: copies from pageable memory,
     which wait for the device, one pinned buffer, which a host that runs ahead would overwrite while it is being
-    copied, and a Python loop over the rows. `plan` and `run` below are what is left of them.
+    copied, and a Python loop over the rows. `plan` and `call` below are what is left of them.
     """
 
     def __init__(
@@ -69,7 +74,19 @@ class _Attention:
         self._page_size = page_size
         self._workspace = workspace
         self._work = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=workspace.device)
-        self._pdl = pdl
+        self._options = (
+            NHD,
+            -1,  # no sliding window
+            pdl,
+            *(None,) * 6,  # custom masks, slopes, scoring of several items
+            0.0,  # no cap on the scores
+            1 / math.sqrt(config.head_dim),
+            *(None,) * 3,  # scales of fp8
+            1.0,
+            1.0,  # rotary embedding is done beforehand
+            0,
+            workspace.numel(),
+        )
 
     def plan(
         self, staging: torch.Tensor, queries: IntArray, indptr: IntArray, lengths: IntArray, causal: bool, fixed: bool
@@ -100,44 +117,31 @@ class _Attention:
             *self._split_options,
         )
 
-    def run(
+    def call(
         self,
-        call: _Call,
-        visit: _Visit,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Attention of q [tokens, heads, head_dim] over `call`'s rows, into `out`, shaped as q.
+        plan: Any,
+        queries: torch.Tensor,
+        indptr: torch.Tensor,
+        pages: torch.Tensor,
+        last_page: torch.Tensor,
+        attended: torch.Tensor,
+        tokens: slice | None,
+        mask: int,
+    ) -> _Call:
+        """The call of `plan` for the visit's `tokens`, whose results go to `attended` [T, heads * head_dim].
 
-        keys, values: [pages, page_size, kv_heads, head_dim].
+        Device arrays: queries, indptr [rows + 1] first token and first page of each row; `pages` of all of them;
+        last_page [rows] tokens in the last page.
         """
-        self._module.paged_run(
-            self._workspace,
-            self._work,
-            call.plan,
-            q,
-            keys,
-            values,
-            call.queries,
-            visit.indptr[call.rows.start : call.rows.stop + 1],
-            visit.pages,
-            visit.last_page[call.rows],
-            out,
-            None,  # no log-sum-exp
-            call.mask,
-            NHD,
-            -1,  # no sliding window
-            self._pdl,
-            *(None,) * 6,  # custom masks, slopes, scoring of several items
-            0.0,  # no cap on the scores
-            1 / math.sqrt(self._config.head_dim),
-            *(None,) * 3,  # scales of fp8
-            1.0,
-            1.0,  # rotary embedding is done beforehand
-            0,
-            self._workspace.numel(),
+        if tokens is not None:
+            attended = attended[tokens]
+        out = attended.view(len(attended), self._config.num_heads, -1)
+        return _Call(
+            run=self._module.paged_run,
+            plan=plan,
+            tokens=tokens,
+            before=(self._workspace, self._work, plan),
+            after=(queries, indptr, pages, last_page, out, None, mask, *self._options),  # None: no log-sum-exp
         )
 
 
@@ -147,6 +151,11 @@ class FlashInferBackend(Backend):
     Decode runs on the tensor cores too, where the queries that share a KV head make up a tile of 16: 128 sequences of
     1,024 tokens with 64/8 heads take an H200 141 us (3.8 TB/s), against 340 us on the CUDA cores. Page sizes from 8 to
     64 and the order of heads and tokens in a page make less than 2%, page size 1 costs 2% (bench/RESULTS.md).
+
+    Of flashinfer's other kernels, too, the compiled functions are called and not the wrappers around them. In every
+    call a wrapper makes views and conversions that change nothing here and asks again what never changes, and an eager
+    visit of a small model takes the host longer than the device. The norms are then the compiled ones everywhere:
+    the wrappers take another set, in CuTe, where nvidia-cutlass-dsl is installed.
 
     A visit may have `max_rows` rows of `max_tokens` tokens in all, whose contexts lie in `max_pages` pages.
     `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
@@ -166,6 +175,8 @@ class FlashInferBackend(Backend):
         max_pages: int,
         prefill: str = "auto",
     ):
+        if config.intermediate_size * dtype.itemsize % 16:
+            raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={config.intermediate_size}")
         self._eps = config.norm_eps
         self._page_size = page_size
         self._table = torch.cat(rope_table(config, max_length, device), dim=-1)  # [max_length, head_dim], cos | sin
@@ -177,7 +188,7 @@ class FlashInferBackend(Backend):
         workspace = torch.zeros(
             blocks * config.group * LARGEST_TILE * partial + (1 << 20), dtype=torch.uint8, device=device
         )
-        pdl = properties.major >= 9
+        self._pdl = pdl = properties.major >= 9  # programmatic dependent launch, as flashinfer's wrappers decide it
         if prefill == "auto":
             # 512 tokens on an H200: 26 us instead of fa2's 33 with 64/8 heads, 16 instead of 63 with 32/8. Measured in
             # bfloat16 with heads of 128; there is no fa3 but for Hopper.
@@ -186,7 +197,15 @@ class FlashInferBackend(Backend):
         self._decode, self._short_prefill, self._prefill = (
             _Attention(variant, config, dtype, workspace, page_size, pdl) for variant in ("fa2", "fa2", prefill)
         )
+        norms = get_norm_module()
+        self._norm, self._add_norm = norms.rmsnorm, norms.fused_add_rmsnorm
+        self._activation = get_act_and_mul_module("silu").silu_and_mul
+        self._rotary = get_rope_module().apply_rope_pos_ids_cos_sin_cache
+        self._append = get_page_module().append_paged_kv_cache
 
+        max_tokens = max(max_tokens, max_rows)  # rows that pad a graph's batch are tokens too
+        self._attended = torch.empty(max_tokens, config.q_size, dtype=dtype, device=device)
+        self._activated = torch.empty(max_tokens, config.intermediate_size, dtype=dtype, device=device)
         capacity = {
             "positions": max_tokens,
             "row_of_token": max_tokens,
@@ -197,7 +216,7 @@ class FlashInferBackend(Backend):
         }
         ends = np.cumsum(list(capacity.values())).tolist()
         self._offsets = dict(zip(capacity, [0, *ends], strict=False))
-        self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the fields of _Visit
+        self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the arrays named in `capacity`
         self._count = np.arange(max_rows + 1, dtype=np.int32)
         self._device_count = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
@@ -218,13 +237,17 @@ class FlashInferBackend(Backend):
         used = -(-length // self._page_size)
         indptr = np.zeros(count + 1, np.int32)
         np.cumsum(used, out=indptr[1:])
-        row_of_token = np.repeat(self._count[:count], new)
-        first = np.cumsum(new) - new
-        decodes = count if bool((new == 1).all()) else int(np.argmax(new != 1))
+        longer = np.flatnonzero(new != 1)
+        decodes = int(longer[0]) if len(longer) else count
         queries = np.zeros(count - decodes + 1, np.int32)
-        np.cumsum(new[decodes:], out=queries[1:])
+        row_of_token, positions = self._count[:count], rows.context
+        if decodes < count:
+            np.cumsum(new[decodes:], out=queries[1:])
+            row_of_token = np.repeat(self._count[:count], new)
+            before = rows.context - np.cumsum(new, dtype=np.int32) + new
+            positions = np.arange(len(row_of_token), dtype=np.int32) + before[row_of_token]
         values = {
-            "positions": np.arange(len(row_of_token)) + (rows.context - first)[row_of_token],
+            "positions": positions,
             "row_of_token": row_of_token,
             "indptr": indptr,
             "last_page": length - (used - 1) * self._page_size,
@@ -234,51 +257,65 @@ class FlashInferBackend(Backend):
 
         words, *plan_staging = self._ring.next()
         host = words.view(torch.int32)
+        host_words = host.numpy()
         end = 0
         fields = {}
         for name, offset in self._offsets.items():
             end = offset + len(values[name])
-            host.numpy()[offset:end] = values[name]
+            host_words[offset:end] = values[name]
             fields[name] = self._words[offset:end]
         self._words[:end].copy_(host[:end], non_blocking=True)
 
+        tokens = len(row_of_token)
+        attended = self._attended[:tokens]
+        first_page, pages, last_page = fields["indptr"], fields["pages"], fields["last_page"]
         calls: list[_Call] = []
-        visit = _Visit(calls=calls, **fields)
         # Both calls can share one list of pages: a row's pages are counted from the visit's first.
         if decodes:
-            part = slice(0, decodes)
-            every = self._count[: decodes + 1]
-            plan = self._decode.plan(plan_staging[0], every, indptr[: decodes + 1], length[part], False, fixed)
-            calls.append(_Call(self._decode, plan, part, part, self._device_count[: decodes + 1], NO_MASK))
+            attention, every = self._decode, self._count[: decodes + 1]
+            plan = attention.plan(plan_staging[0], every, indptr[: decodes + 1], length[:decodes], False, fixed)
+            where = (first_page[: decodes + 1], pages, last_page[:decodes])
+            part = slice(0, decodes) if decodes < count else None
+            calls.append(attention.call(plan, self._device_count[: decodes + 1], *where, attended, part, NO_MASK))
         if decodes < count:
-            part, tokens = slice(decodes, count), slice(decodes, len(row_of_token))
             attention = self._short_prefill if queries[-1] < SHORT * (count - decodes) else self._prefill
-            plan = attention.plan(plan_staging[1], queries, indptr[decodes:], length[part], True, False)
-            calls.append(_Call(attention, plan, part, tokens, visit.prefill_queries, CAUSAL))
+            plan = attention.plan(plan_staging[1], queries, indptr[decodes:], length[decodes:], True, False)
+            where = (first_page[decodes:], pages, last_page[decodes:])
+            part = slice(decodes, tokens) if decodes else None
+            calls.append(attention.call(plan, fields["prefill_queries"], *where, attended, part, CAUSAL))
         self._ring.enqueued()
-        self._visit = visit
+        self._visit = _Visit(
+            fields["positions"],
+            fields["row_of_token"],
+            (pages, first_page, last_page),
+            calls,
+            attended,
+            self._activated[:tokens],
+        )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return flashinfer.rmsnorm(x, weight, self._eps)
+        out = torch.empty_like(x)
+        self._norm(out, x, weight, self._eps, self._pdl)
+        return out
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        flashinfer.fused_add_rmsnorm(x, residual, weight, self._eps)
+        self._add_norm(x, residual, weight, self._eps, self._pdl)
         return x
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return flashinfer.silu_and_mul(gate_up)
+        out = self._visit.activated
+        self._activation(out, gate_up, self._pdl)
+        return out
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        flashinfer.apply_rope_with_cos_sin_cache_inplace(self._visit.positions, q, k, q.shape[-1], self._table)
+        self._rotary(q, k, q, k, self._table, self._visit.positions, False)  # in place; halves, not interleaved pairs
         return q, k
 
     def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         visit = self._visit
         keys, values = pages.unbind(1)
-        flashinfer.append_paged_kv_cache(
-            k, v, visit.row_of_token, visit.positions, (keys, values), visit.pages, visit.indptr, visit.last_page
-        )
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self._append(k, v, visit.row_of_token, visit.positions, keys, values, *visit.table, NHD)
         for call in visit.calls:
-            call.attention.run(call, visit, q[call.tokens], keys, values, out[call.tokens])
-        return out.view(len(q), -1)
+            part = q if call.tokens is None else q[call.tokens]
+            call.run(*call.before, part, keys, values, *call.after)
+        return visit.attended
