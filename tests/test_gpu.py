@@ -1,14 +1,17 @@
 """The GPU kernels against plain PyTorch in float32: values, graphs, and that no visit makes the host wait."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from deserve.batch import SamplingParams, StepPlan
+from deserve.batch import Request, SamplingParams, StepPlan
+from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
@@ -17,6 +20,9 @@ from deserve.model.decoder import Decoder
 from deserve.model.sampler import Sampler, encode_sampling
 from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard
 from deserve.planner.plan import Plan
+from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
 from deserve.staging import to_device
 
@@ -406,3 +412,98 @@ def test_a_stage_decodes_by_graphs_without_waiting():
                 taken.append(stage.forward(decode, taken[-1]))
         found.append(torch.stack(taken))
     assert torch.equal(*found)
+
+
+class Prompts:
+    """Random prompts of 1 to 90 tokens, and answers of 1 to 60."""
+
+    def __init__(self, count: int):
+        rng = np.random.default_rng(7)
+        self._requests = [
+            Request(
+                f"{index}",
+                rng.integers(0, 1024, rng.integers(1, 90)).astype(np.int32),
+                SamplingParams(max_tokens=int(rng.integers(1, 60)), ignore_eos=True),
+            )
+            for index in range(count)
+        ]
+
+    def poll(self) -> Request | None:
+        return self._requests.pop() if self._requests else None
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._requests
+
+
+def moved(plan: StepPlan, main: int, swap: int) -> StepPlan:
+    """`plan` for a stage without a slab, in whose main pages every round has its swap pages for itself."""
+
+    def each(pages: np.ndarray) -> np.ndarray:
+        return np.where(pages >= main, pages + plan.micro_batch * swap, pages).astype(np.int32)
+
+    columns = {"page_writes": 2, "stash": 0, "restore": 1}
+    changed = {}
+    for name, column in columns.items():
+        changed[name] = getattr(plan, name).copy()
+        changed[name][:, column] = each(changed[name][:, column])
+    return replace(plan, **changed)
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first"])
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
+    """The same visits on a stage that swaps and on one that has room for all: the same tokens, without a wait."""
+    pytest.importorskip("flashinfer")
+    config = model_config(32, 8, 128)
+    main, swap, size = 8, 20, 8
+    layout = Plan((0,), rounds, size, 48, 64, policy, 16, main, swap, 8)
+    ample = replace(layout, main_pages=main + rounds * swap, swap_pages=0)
+    checkpoint = Checkpoint("test", None, config, ())
+    swapping, resident = (load_stage(checkpoint, each, WHOLE, torch.bfloat16, DEVICE) for each in (layout, ample))
+    weights = random_weights(config, torch.bfloat16)
+    for stage in (swapping, resident):
+        for layer, other in zip(stage._decoder.weights.layers, weights.layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                getattr(layer, name).copy_(getattr(other, name))
+        stage._decoder.weights.embedding.copy_(weights.embedding)
+    pages = PageAccount(main, swap, rounds, BuddyAllocator(layout.host_height))
+    scheduler = Scheduler(
+        POLICIES[policy],
+        pages,
+        Prompts(100),
+        page_size=16,
+        micro_batch_size=size,
+        max_batch_tokens=64,
+        concurrency=48,
+        eos_ids=(),
+    )
+    turn = deque((index, torch.zeros(0, dtype=torch.int32)) for index in range(rounds))
+    steps: list[tuple[StepPlan, torch.Tensor, torch.Tensor]] = []
+    while turn:
+        micro_batch, tokens = turn.popleft()
+        scheduler.commit(micro_batch, tokens.cpu().numpy())
+        plan, ids = scheduler.plan(micro_batch)
+        if plan.retires:
+            swapping.end_visit(turn[0][0] if turn else None)
+            continue
+        with no_waiting():
+            sampled = swapping.forward(plan, torch.from_numpy(ids))
+            turn.append((micro_batch, sampled))
+            swapping.end_visit(turn[0][0])
+        steps.append((plan, torch.from_numpy(ids), sampled))
+    assert scheduler.counters.suspensions and swapping.swapping.bytes_in
+    for plan, ids, sampled in steps:
+        assert torch.equal(resident.forward(moved(plan, main, swap), ids).cpu(), sampled.cpu())
+    # The same visits again, but now the host is far ahead of the device.
+    found = []
+    for index, (plan, ids, _) in enumerate(steps):
+        if index % 40 == 0:
+            torch.cuda._sleep(50_000_000)
+        found.append(swapping.forward(plan, ids))
+        swapping.end_visit(steps[index + 1][0].micro_batch if index + 1 < len(steps) else None)
+    for again, (_, _, sampled) in zip(found, steps, strict=True):
+        assert torch.equal(again.cpu(), sampled.cpu())
+    print(
+        f"{len(steps)} visits, {scheduler.counters.suspensions} suspensions, waited {swapping.swapping.waited_s:.3f} s"
+    )

@@ -324,7 +324,7 @@ def test_plans_that_cannot_work_are_refused(ranks: int, overrides: list[str], wo
 
 def test_the_host_pool_fits_its_memory() -> None:
     on = replace(machine(2), host_memory=10**6)
-    tight = ["kvcache.main_pages=4", "kvcache.swap_pages=0"]  # of which sequences will be suspended
+    tight = ["kvcache.main_pages=4", "kvcache.swap_pages=0", "pipeline.rounds=2", "pipeline.micro_batch_size=32"]
     made = chosen(lengths(64), on, *tight)
     assert 2 ** (made.host_height - 1) * on.page_bytes * 4 <= 10**6 < 2**made.host_height * on.page_bytes * 4
 
