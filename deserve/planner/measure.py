@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import psutil
@@ -21,7 +21,7 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan
-from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes
+from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
@@ -38,9 +38,10 @@ BUS_BYTES = 64 << 20
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
 RESERVE_BYTES = 2_500_000_000
 IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
+BUSY_CYCLES = 40_000_000  # of a device's clock, about 20 ms: longer than the host takes to launch these
 
-T = TypeVar("T")
 Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
+Shape: TypeAlias = tuple[bool, Visit, int]  # whether of the long stage, the visit, rows that are sampled
 
 
 def survey(
@@ -50,6 +51,9 @@ def survey(
 
     On a CPU the ranks of a host share its memory and cores, so all of them measure at the same time.
     """
+    if device.type == "cuda":  # what an earlier job of this process has left
+        gc.collect()
+        torch.cuda.empty_cache()
     memory = usable_memory(world, device)
     host_memory = psutil.virtual_memory().available // 2 // world.local_size
     over_nccl = device.type == "cuda" and config.comm.backend != "gloo"
@@ -73,12 +77,14 @@ def survey(
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-    found = world.gather("survey", [times.to_json(), [link.latency_s, link.byte_s], memory, host_memory, graph_bytes])
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"rank {world.rank}"
+    own = [times.to_json(), [link.latency_s, link.byte_s], memory, host_memory, graph_bytes, kind]
+    found = world.gather("survey", own)
     if not found:
         return None
-    stages, links, memories, host_memories, graphs = zip(*found, strict=True)
+    stages, links, memories, host_memories, graphs, kinds = zip(*found, strict=True)
     return Machine(
-        stages=tuple(map(StageTimes.from_json, stages)),
+        stages=alike([StageTimes.from_json(stage) for stage in stages], kinds),
         links=tuple(slowed(LinkTimes(*link), config.network) for link in links),
         memory=memories,
         host_memory=min(host_memories),
@@ -87,6 +93,16 @@ def survey(
         graph_bytes=max(graphs),
         receives_on_device=over_nccl,
     )
+
+
+def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
+    """`stages`, where ranks of one of `kinds` are equally fast: as fast as the fastest of them was measured to be."""
+    visit = Work(decodes=64, decode_kv=64 * CONTEXT)
+    best: dict[str, StageTimes] = {}
+    for stage, kind in zip(stages, kinds, strict=True):
+        if kind not in best or stage.layer(visit) < best[kind].layer(visit):
+            best[kind] = stage
+    return tuple(replace(best[kind], plan=stage.plan) for stage, kind in zip(stages, kinds, strict=True))
 
 
 def usable_memory(world: World, device: torch.device) -> int:
@@ -231,6 +247,7 @@ class _Probe:
         shapes += [(False, ((1,) * size, self._context), size) for size in sizes]
         took = self._time({shape: self._action(*shape) for shape in shapes})
 
+        prompts_visit: Visit = (prompts[-1], 0)
         layer: dict[Visit, float] = {}
         rest: dict[Visit, float] = {}
         for visit in visits:
@@ -240,7 +257,11 @@ class _Probe:
         head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in visits if v[1] == self._context]
         at = tuple(map(float, sizes))
         times = StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
-        return replace(times, ahead=True, start_s=self._start_s()) if self._ahead else times
+        if not self._ahead:
+            return times
+        launch_s = self._launched[True, prompts_visit, 0] - self._launched[False, prompts_visit, 0]
+        launch_s = max(0.0, launch_s / max(1, self._layers - 1))
+        return replace(times, ahead=True, start_s=self._start_s(), launch_s=launch_s)
 
     @property
     def graph_bytes(self) -> int:
@@ -251,18 +272,33 @@ class _Probe:
     def _start_s(self) -> float:
         """How much longer a visit takes when the host waits for its end than in a row of them."""
         action = self._action(False, ((1,) * min(64, self._max_tokens), self._context), 0)
-        self._seconds(action, 1)
-        one, several = (min(self._seconds(action, times) for _ in range(4)) for times in (1, IN_A_ROW))
-        return max(0.0, one - several)
 
-    def _seconds(self, action: Callable[[], object], times: int) -> float:
-        """Seconds of `action`, when it is done so many `times` in a row."""
-        begin = time.perf_counter()
-        for _ in range(times):
+        def waited_for() -> None:
             action()
-        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return (time.perf_counter() - begin) / times
+
+        return max(0.0, _least(waited_for) - min(self._seconds(action)[0] for _ in range(3)))
+
+    def _seconds(self, action: Callable[[], object]) -> tuple[float, float]:
+        """Seconds of `action`, and those of the host.
+
+        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all.
+        """
+        if self._device.type != "cuda":
+            begin = time.perf_counter()
+            action()
+            took = time.perf_counter() - begin
+            return took, took
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)
+        begin = time.perf_counter()
+        first.record()
+        for _ in range(IN_A_ROW):
+            action()
+        last.record()
+        launched = time.perf_counter() - begin
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / IN_A_ROW, launched / IN_A_ROW
 
     def _cost(self, seconds: dict[Visit, float], at: tuple[float, ...]) -> Cost:
         """The cost of visits that took `seconds`; `at` are the counts of tokens measured."""
@@ -290,15 +326,18 @@ class _Probe:
         ids = self._ids[: plan.tokens]
         return lambda: self._short.forward(plan, ids)
 
-    def _time(self, actions: dict[T, Callable[[], object]], samples: int = 4) -> dict[T, float]:
+    def _time(self, actions: dict[Shape, Callable[[], object]], samples: int = 4) -> dict[Shape, float]:
         """Seconds of each action. All take turns, so that a moment's disturbance does not hit one of them alone."""
-        times: dict[T, list[float]] = {key: [] for key in actions}
+        times: dict[Shape, list[float]] = {key: [] for key in actions}
+        launched: dict[Shape, float] = {}
         deadline = time.monotonic() + LONGEST_S
         for taken in range(samples + 1):
             if taken >= 2 and time.monotonic() > deadline:
                 break
             for key, action in actions.items():
-                times[key].append(self._seconds(action, IN_A_ROW if self._ahead else 1))
+                took, launched[key] = self._seconds(action)
+                times[key].append(took)
+        self._launched = launched
         lows = {key: min(values[1:]) for key, values in times.items()}
         # The least of each is what differences can be taken of; the whole, though, takes as long as it usually does.
         usual = sum(statistics.median(values[1:]) for values in times.values()) / sum(lows.values())

@@ -24,7 +24,7 @@ from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
 
-SIMULATED = 4  # plans that are compared by simulation
+SIMULATED = 6  # plans that are compared by simulation
 ENOUGH_VISITS = 8000  # simulated, after which no further plan is: about half a second
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
@@ -98,13 +98,15 @@ class _Search:
         self._capacity = cache(self._pages_that_fit)
 
     def best(self) -> Plan:
-        candidates = [
-            _Candidate(partition, rounds, size, swap)
+        reach = {
+            _Candidate(partition, rounds, min(size, most), swap)
             for rounds in self._rounds()
             for size in self._sizes(rounds)
             for partition in self._partitions(size)
             for swap in self._swaps(partition, rounds, size)
-        ]
+            for most in self._most_rows(partition, rounds, swap)
+        }
+        candidates = sorted(reach, key=lambda c: (c.partition, c.rounds, c.size, c.swap))
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
         ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
@@ -159,6 +161,17 @@ class _Search:
         steps |= {size * 2**power for power in range(12) for size in (1, 3)}
         return sorted(size for size in steps if 1 <= size <= most)
 
+    def _most_rows(self, partition: tuple[int, ...], rounds: int, swap: int) -> list[int]:
+        """How many sequences a round's pages hold: of all ages, and while they are young.
+
+        With more than the latter some would always be suspended.
+        """
+        if self._config.pipeline.micro_batch_size != "auto":
+            return [self._config.pipeline.micro_batch_size]
+        pages = self._main_pages(partition, swap) / rounds + swap
+        young = 1 + (self._prompt + self._output / 8) / self._config.kvcache.page_size
+        return [max(1, int(pages / each)) for each in (self._mean_pages, young)]
+
     def _swaps(self, partition: tuple[int, ...], rounds: int, size: int) -> list[int]:
         """Numbers of swap pages worth a look: none, and what the micro-batch is short of, as far as the bus allows.
 
@@ -171,7 +184,7 @@ class _Search:
         pages = self._capacity(partition)
         main = self._main_pages(partition, 0)
         short = wanted - main / rounds
-        if rounds == 1 or short <= 0:
+        if rounds == 1 or short <= 0 or pages <= 0:
             return [0]
         machine, shares = self._machine, self._shares(partition)
         pace = self._pace(_Candidate(partition, rounds, size, 0), rows=float(size))
@@ -180,7 +193,7 @@ class _Search:
         most = min(int(turn / page_s) if page_s else pages, pages // 2)
         host = min(machine.host_memory // (machine.page_bytes * layers * rounds) for layers in shares)
         swap = min(int(short / (1 - 1 / rounds)) if main == pages else int(short), most, host)
-        return sorted({0, swap // 2, 3 * swap // 4, swap, min(5 * swap // 4, host, pages // 2)})
+        return sorted({0, swap // 2, 3 * swap // 4, swap})
 
     def _partitions(self, size: int) -> list[tuple[int, ...]]:
         """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""

@@ -42,12 +42,12 @@ def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Out
     """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
 
     Every request has the mean lengths. Of a job of many requests only some waves of `plan.concurrency` sequences are
-    simulated, and its last; those between take as long as the one before. Where prompts and answers alternate, a wave
-    is like the next; where they mix (`decode_first`), waves overlap and the second is the first usual one.
+    simulated, and its last; those between take as long as the second, which is the first usual one: waves overlap
+    where prompts and answers mix (`decode_first`) or sequences are suspended.
     """
     wave = plan.concurrency
     count = lengths.count if lengths.count is not None else 10 * wave
-    whole = 3 if plan.policy == "decode_first" else 1
+    whole = 3
     simulated = count if count <= (whole + 1) * wave else whole * wave + count % wave
     run = Simulation(plan, lengths, machine, layers, simulated)
     run.run()
@@ -55,7 +55,7 @@ def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Out
     if run.visits >= MOST_VISITS:  # so long a job goes on as it began
         between = run.now * (count / max(1, run.finished) - 1)
     elif count > simulated:
-        usual = run.finished_at(2 * wave) - run.finished_at(wave) if whole > 1 else run.finished_at(wave)
+        usual = run.finished_at(2 * wave) - run.finished_at(wave)
         between = (count - simulated) / wave * usual
     seconds = max(run.now + between, 1e-9)
     busy = tuple(run.busy_of[kind] / max(run.now, 1e-9) for kind in run.kind_of)
@@ -76,7 +76,7 @@ class Simulation:
         self.host_free = 2 ** (plan.host_height - 1) if plan.host_height else 0
         self.slots_free = plan.concurrency
         self.suspended: list[tuple[int, ...]] = []  # heap of columns, by age
-        self.admissions = self.suspensions = self.visits = 0
+        self.admissions = self.suspensions = self.visits = self.moved = 0
         self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
         self.now = 0.0
         # The ring: when each rank is free, each link's wire, and when each micro-batch's tokens are back.
@@ -121,6 +121,7 @@ class Simulation:
 
     def _visit(self, m: int) -> None:
         self.now = max(self.free[0], self.back[m])
+        self.moved = 0
         self._commit(m)
         if self._retired(m):
             return
@@ -192,7 +193,7 @@ class Simulation:
         batch[COMPUTED] += new
         batch[AWAITED] = running & (batch[COMPUTED] == batch[LENGTH])
         swapped = min(int(self.held[m]), self.plan.swap_pages) if self.plan.rounds > 1 else 0
-        return Work(decodes, decode_kv, prefills, pairs, int(batch[AWAITED].sum()), swapped)
+        return Work(decodes, decode_kv, prefills, pairs, int(batch[AWAITED].sum()), swapped, self.moved)
 
     def _admit(self, m: int, growth: int) -> bool:
         batch, plan = self.batches[m], self.plan
@@ -239,6 +240,7 @@ class Simulation:
             victim = int(victims[np.argmin(batch[COMPUTED, victims])])
             column = batch[:, victim]
             self.host_free -= self._pages(int(column[COMPUTED]))
+            self.moved += self._pages(int(column[COMPUTED]))
             self.held[m] -= column[HELD]
             self.worst[m] -= self.worst_each
             heapq.heappush(self.suspended, (int(column[AGE]), *column.tolist()))
@@ -255,6 +257,7 @@ class Simulation:
                 return
             heapq.heappop(self.suspended)
             self.host_free += self._pages(int(column[COMPUTED]))
+            self.moved += self._pages(int(column[COMPUTED]))
             column[HELD] = self._pages(int(column[LENGTH]))
             self.held[m] += column[HELD]
             self.worst[m] += self.worst_each

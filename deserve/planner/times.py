@@ -20,6 +20,7 @@ class Work(NamedTuple):
     pairs: float = 0  # prompt tokens times the KV tokens of their sequence, summed over prompts
     sampled: float = 0  # tokens that the last rank samples
     swapped: float = 0  # pages that come in from host memory
+    moved: float = 0  # pages of sequences that are suspended or resumed
 
     @property
     def tokens(self) -> float:
@@ -67,14 +68,18 @@ class StageTimes:
     page_s: float = 0.0  # bringing in one page of one layer from host memory
     ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
     start_s: float = 0.0  # from the host's decision until such a device begins
+    launch_s: float = 0.0  # the host's launches of a layer, where the visit is no CUDA graph: with prompts in it
 
     def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
         seconds = layers * self.layer(work) + self.visit(work)
         if last:
             seconds += self.head(work.sampled)
+        seconds += layers * self.page_s * work.moved
         host = self.host(work, first, last, hidden_bytes)
-        return max(seconds, host) if self.ahead else seconds + host + self.copies(work, layers)
+        if self.ahead:
+            return max(seconds, host + (layers * self.launch_s if work.prefills else 0.0))
+        return seconds + host + self.copies(work, layers)
 
     def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
         """What the host does for a visit beside its layers."""
