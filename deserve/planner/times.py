@@ -1,7 +1,7 @@
 """How long things take: the visits of a stage and the links between stages, as measured or from stated rates."""
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -40,6 +40,10 @@ class Curve:
         x0, x1, y0, y1 = self.at[right - 1], self.at[right], self.seconds[right - 1], self.seconds[right]
         return max(0.0, y0 + (y1 - y0) * (max(count, self.at[0]) - x0) / (x1 - x0))
 
+    def scaled(self, factor: float) -> "Curve":
+        """`factor` times as many seconds."""
+        return Curve(self.at, tuple(factor * seconds for seconds in self.seconds))
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -54,6 +58,10 @@ class Cost:
         seconds = self.tokens(work.tokens) + self.kv_s * work.decode_kv + self.pair_s * work.pairs
         return seconds + self.decodes(work.decodes) if work.decodes else seconds
 
+    def scaled(self, factor: float) -> "Cost":
+        """`factor` times as many seconds."""
+        return Cost(self.tokens.scaled(factor), self.decodes.scaled(factor), factor * self.kv_s, factor * self.pair_s)
+
 
 @dataclass(frozen=True)
 class StageTimes:
@@ -67,6 +75,7 @@ class StageTimes:
     page_s: float = 0.0  # bringing in one page of one layer from host memory
     ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
     start_s: float = 0.0  # from the host's decision until such a device begins
+    request_s: float = 0.0  # a request's coming and going, beside its visits; rank 0 only
 
     def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
@@ -78,7 +87,8 @@ class StageTimes:
 
     def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
         """What the host does for a visit beside its layers."""
-        seconds = self.plan(work.tokens) if first else 0.0
+        begun = work.sampled - work.decodes  # prompts that are followed by their first token
+        seconds = self.plan(work.tokens) + self.request_s * begun if first else 0.0
         return seconds if first and last else seconds + self.frames(work.tokens * hidden_bytes)
 
     def copies(self, work: Work, layers: int) -> float:
@@ -92,6 +102,12 @@ class StageTimes:
     def delay(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
         """How much later than a visit's frame arrives its work can begin, beside what keeps the rank busy."""
         return self.start_s + self.host(work, first, last, hidden_bytes) if self.ahead else 0.0
+
+    def scaled(self, factor: float) -> "StageTimes":
+        """`factor` times as many seconds of layers, output layer and sampler."""
+        return replace(
+            self, layer=self.layer.scaled(factor), visit=self.visit.scaled(factor), head=self.head.scaled(factor)
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
