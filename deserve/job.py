@@ -55,7 +55,7 @@ class Job:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
         plan = choose_plan(self._config, model, dtype, self._lengths, machine)
-        print(table(plan, model.num_layers), flush=True)
+        print(table(plan, model.num_layers, self._lengths.exact), flush=True)
         return plan
 
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:

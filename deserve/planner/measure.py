@@ -24,7 +24,7 @@ from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan
 from deserve.planner.rehearsal import Alike, Scene, rehearse
-from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes
+from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
@@ -246,6 +246,9 @@ class _Probe:
         visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]
         visits += [((1,) * size, self._context) for size in sizes]
         visits += [((1,) * far, self._long_context)]
+        half = min(64, most // 2)
+        self._mixed = ((1,) * half + (half,), self._context)
+        visits += [self._mixed] if half > 1 else []
         shapes = [(False, visit, 0) for visit in visits] + [(True, visit, 0) for visit in visits]
         shapes += [(False, ((1,) * size, self._context), size) for size in sizes]
         took = self._time({shape: self._action(*shape) for shape in shapes})
@@ -258,7 +261,8 @@ class _Probe:
             short, long = took[False, visit, 0], took[True, visit, 0]
             layer[visit] = max(0.0, (long - short) / (self._layers - 1)) if self._layers > 1 else short
             rest[visit] = max(0.0, short - layer[visit])
-        head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in visits if v[1] == self._context]
+        decodes = [((1,) * size, self._context) for size in sizes]
+        head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in decodes]
         at = tuple(map(float, sizes))
         times = StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
         return replace(times, ahead=True, start_s=self._start_s()) if self._ahead else times
@@ -317,7 +321,13 @@ class _Probe:
             seconds[(1,) * int(n), self._context] - base - kv_s * n * (self._context + 1)
             for n, base in zip(at, tokens, strict=True)
         ]
-        return Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+        cost = Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+        if self._mixed not in seconds:
+            return cost
+        new, context = self._mixed
+        half = new[-1]
+        work = Work(half, half * (context + 1), half, half * (context + half))
+        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(work)))
 
     def _action(self, long: bool, visit: Visit, sampled: int) -> Callable[[], object]:
         plan = self._entered(self._long if long else self._short, *visit)

@@ -53,14 +53,18 @@ class Cost:
     decodes: Curve = field(default_factory=Curve)
     kv_s: float = 0.0  # per KV token that a decode row reads
     pair_s: float = 0.0  # per pair of a prompt's token and a KV token
+    mixed_s: float = 0.0  # where decodes and prompts meet in a visit: they attend apart
 
     def __call__(self, work: Work) -> float:
         seconds = self.tokens(work.tokens) + self.kv_s * work.decode_kv + self.pair_s * work.pairs
+        if work.decodes and work.prefills:
+            seconds += self.mixed_s
         return seconds + self.decodes(work.decodes) if work.decodes else seconds
 
     def scaled(self, factor: float) -> "Cost":
         """`factor` times as many seconds."""
-        return Cost(self.tokens.scaled(factor), self.decodes.scaled(factor), factor * self.kv_s, factor * self.pair_s)
+        others = (factor * seconds for seconds in (self.kv_s, self.pair_s, self.mixed_s))
+        return Cost(self.tokens.scaled(factor), self.decodes.scaled(factor), *others)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class StageTimes:
             return Curve(tuple(points["at"]), tuple(points["seconds"]))
 
         def cost(parts: dict[str, Any]) -> Cost:
-            return Cost(curve(parts["tokens"]), curve(parts["decodes"]), parts["kv_s"], parts["pair_s"])
+            return Cost(**{**parts, "tokens": curve(parts["tokens"]), "decodes": curve(parts["decodes"])})
 
         parts = {name: cost(raw[name]) for name in ("layer", "visit")}
         curves = {name: curve(raw[name]) for name in ("head", "plan", "frames")}
