@@ -3,7 +3,8 @@
     python -m bench.prediction [--repeats 3] [--only tiny]
 
 Jobs on the same number of ranks share one process group. Every job is planned (measurement of the stages included)
-and run anew in each repeat; the table has the median of the ratios. Jobs during which other programs kept the
+and run anew in each repeat; the table has the median of the ratios. Jobs last some seconds, so that neither their end
+nor a moment's disturbance makes the figure. Jobs during which other programs kept the
 processors busy are repeated; where none was left alone, the least disturbed one counts, marked with an asterisk.
 """
 
@@ -29,20 +30,21 @@ COMMON = ["device=cpu", "sampling.ignore_eos=true", "sampling.temperature=0", "o
 
 # ranks, workload (count:prompt:variation), tokens of answer, other overrides
 SETTINGS: list[tuple[int, str, int, str]] = [
-    (1, "fixed256:64:0", 64, "model=tiny"),
-    (1, "fixed48:64:0", 32, ""),
-    (2, "fixed512:64:0", 64, "model=tiny"),
-    (2, "fixed512:64:0", 64, "model=tiny network.latency_ms=20"),
-    (2, "fixed512:64:0", 64, "model=tiny network.latency_ms=20 pipeline.rounds=2"),
-    (2, "fixed400:128:32", 48, "model=tiny network.latency_ms=20 pipeline.policy=decode_first"),
-    (2, "fixed96:48:16", 48, "model=tiny pipeline.policy=vanilla"),
-    (2, "fixed256:64:0", 64, "model=tiny network.latency_ms=10 network.bandwidth_mbps=20"),
+    (1, "fixed2048:64:0", 64, "model=tiny"),
+    (1, "fixed96:64:0", 48, ""),
+    (2, "fixed4096:64:0", 64, "model=tiny"),
+    (2, "fixed4096:64:0", 64, "model=tiny network.latency_ms=20"),
+    (2, "fixed1024:64:0", 64, "model=tiny network.latency_ms=20 pipeline.rounds=2"),
+    (2, "fixed3000:128:32", 48, "model=tiny network.latency_ms=20 pipeline.policy=decode_first"),
+    (2, "fixed3000:48:16", 48, "model=tiny pipeline.policy=vanilla"),
+    (2, "fixed512:64:0", 64, "model=tiny network.latency_ms=10 network.bandwidth_mbps=20"),
     (2, "fixed96:64:0", 48, ""),
     (2, "fixed96:64:0", 48, "network.latency_ms=64"),
     (2, "fixed96:64:0", 48, "network.latency_ms=32 network.bandwidth_mbps=100"),
-    (3, "fixed384:64:0", 64, "model=tiny network.latency_ms=10"),
-    (4, "fixed512:64:0", 64, "model=tiny"),
-    (4, "fixed512:64:0", 64, "model=tiny network.latency_ms=40"),
+    (3, "fixed4096:64:0", 64, "model=tiny network.latency_ms=10"),
+    (3, "fixed1024:64:0", 64, "model=tiny network.latency_ms=40 pipeline.rounds=3"),
+    (4, "fixed4096:64:0", 64, "model=tiny"),
+    (4, "fixed1024:64:0", 64, "model=tiny network.latency_ms=40"),
 ]
 
 

@@ -75,5 +75,8 @@ class TwoSlabs(SwapSlab):
     def join(self) -> None:
         pass
 
+    def warm_up(self) -> None:
+        pass
+
     def save_pages(self, pages: IntArray) -> None:
         pass

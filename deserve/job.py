@@ -1,6 +1,7 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Job:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
         plan = choose_plan(self._config, model, dtype, self._lengths, machine)
-        print(table(plan, model.num_layers), flush=True)
+        print(table(plan, model.num_layers, self._lengths.exact), flush=True)
         return plan
 
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
@@ -77,6 +78,7 @@ class Job:
             eos_ids=self._checkpoint.eos_ids,
             stopped=stop_finder(decode),
         )
+        self._counters, self._host_pool = scheduler.counters, pages.host
         ahead.wait(plan.concurrency)
         self._progress.start()
         return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline)
@@ -96,6 +98,11 @@ class Job:
             **self._progress.summary(),
             "stopped_by": stopped,
             "stages": stages,
+            "memory_pressure": {
+                **asdict(self._counters),
+                "host_pool_pages": self._host_pool.pages,
+                "most_host_pages_used": self._host_pool.pages - self._host_pool.least_free,
+            },
             "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},
             "config": as_dict(self._config),
         }

@@ -76,7 +76,7 @@ def plan(config: PlanConfig) -> str:
     begin = time.perf_counter()
     chosen = choose_plan(config, model, dtype, lengths, machine)
     took = time.perf_counter() - begin
-    return f"{table(chosen, model.num_layers)}\nplanned in {took:.1f} s"
+    return f"{table(chosen, model.num_layers, lengths.exact)}\nplanned in {took:.1f} s"
 
 
 def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype) -> StageTimes:

@@ -44,6 +44,10 @@ class Stage:
         """Bytes of device memory that the stage's CUDA graphs take."""
         return self._graphs.bytes if self._graphs is not None else 0
 
+    def touch(self) -> None:
+        """Make the KV memory real, as use would: until it is written to, all of it reads from one page of zeros."""
+        self._kv.layers.zero_()
+
     def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
         """What `forward` gave has been passed on; the swap pages of the next visit may come in behind this one."""
         self._kv.end_visit(next_micro_batch, timeline)

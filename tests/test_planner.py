@@ -73,8 +73,24 @@ def test_curve_goes_through_its_points_and_on() -> None:
 
 
 def test_times_survive_json() -> None:
-    times = StageTimes(Cost(Curve((1.0, 2.0), (3.0, 4.0)), kv_s=5.0), head=Curve((0.0, 1.0), (0.0, 2.0)))
+    times = StageTimes(
+        Cost(Curve((1.0, 2.0), (3.0, 4.0)), kv_s=5.0, mixed_s=6.0), request_s=7.0, head=Curve((0.0, 1.0), (0.0, 2.0))
+    )
     assert StageTimes.from_json(json.loads(json.dumps(times.to_json()))) == times
+
+
+def test_a_visit_of_both_kinds_pays_for_mixing_them() -> None:
+    cost = Cost(Curve((0.0, 1.0), (0.0, MS)), mixed_s=5 * MS)
+    assert cost(Work(decodes=2)) == pytest.approx(2 * MS) and cost(Work(prefills=3)) == pytest.approx(3 * MS)
+    assert cost(Work(decodes=2, prefills=3)) == pytest.approx(10 * MS)
+    assert cost.scaled(2)(Work(decodes=2, prefills=3)) == pytest.approx(20 * MS)
+
+
+def test_requests_cost_the_first_rank_when_they_begin() -> None:
+    times = StageTimes(Cost(), request_s=MS)
+    work = Work(decodes=5, prefills=64, sampled=7)  # two prompts are followed by their first tokens
+    assert times.seconds(work, 1, True, False, 1) == pytest.approx(2 * MS)
+    assert times.seconds(work, 1, False, True, 1) == 0
 
 
 def test_roofline_of_a_llama_70b_layer() -> None:
@@ -155,28 +171,29 @@ def test_sequences_are_suspended_and_come_back() -> None:
     assert outcome.seconds < 16 * 48 * LAYERS * MS
 
 
-class Alike:
-    """`count` requests of the same lengths."""
+class Requests:
+    """Requests of the lengths `sizes`: prompt and answer."""
 
-    def __init__(self, count: int, prompt: int, output: int):
-        self._left = count
-        self._request = Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=output, ignore_eos=True))
+    def __init__(self, sizes: list[tuple[int, int]]):
+        self._left = [
+            Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=output, ignore_eos=True))
+            for prompt, output in reversed(sizes)
+        ]
 
     def poll(self) -> Request | None:
-        self._left -= 1
-        return self._request if self._left >= 0 else None
+        return self._left.pop() if self._left else None
 
     @property
     def exhausted(self) -> bool:
-        return self._left <= 0
+        return not self._left
 
 
-def scheduled(made: Plan, count: int, prompt: int, output: int) -> tuple[list[tuple[int, ...]], int]:
+def scheduled(made: Plan, sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], int]:
     """What the scheduler puts into each visit (micro-batch, tokens, samples), and how often it suspends."""
     scheduler = Scheduler(
         POLICIES[made.policy],
         PageAccount(made.main_pages, made.swap_pages, made.rounds, BuddyAllocator(made.host_height)),
-        Alike(count, prompt, output),
+        Requests(sizes),
         page_size=made.page_size,
         micro_batch_size=made.micro_batch_size,
         max_batch_tokens=made.max_batch_tokens,
@@ -223,7 +240,32 @@ def test_visits_are_those_of_the_scheduler(
         made = plan(1, rounds, size, policy, **changes)
         recording = Recording(made, lengths(count, prompt, output))
         recording.run()
-        assert (recording.works, recording.suspensions) == scheduled(made, count, prompt, output)
+        assert (recording.works, recording.suspensions) == scheduled(made, [(prompt, output)] * count)
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first", "vanilla"])
+def test_visits_are_those_of_the_scheduler_for_lengths_that_differ(policy: str) -> None:
+    random = np.random.default_rng(0)
+    sizes = [(int(prompt), int(output)) for prompt, output in random.integers((4, 1), (90, 40), (40, 2))]
+    for pages, height in [(10_000, 0), (40, 12)]:
+        made = plan(1, 3, 8, policy, main_pages=pages, host_height=height, max_batch_tokens=64)
+        recording = Recording(made, mixed(sizes))
+        recording.run()
+        assert (recording.works, recording.suspensions) == scheduled(made, sizes)
+
+
+def mixed(sizes: list[tuple[int, int]]) -> Lengths:
+    prompts, outputs = zip(*sizes, strict=True)
+    count = len(sizes)
+    longest = max(map(sum, sizes))
+    return Lengths(count, sum(prompts) / count, sum(outputs) / count, longest, max(prompts), tuple(sizes))
+
+
+def test_one_long_answer_outlasts_the_others() -> None:
+    sizes = [(16, 400)] + [(16, 10)] * 15
+    outcome = simulated(plan(1, 1, 16), mixed(sizes), machine(1))
+    assert outcome.output_tokens == 400 + 15 * 10
+    assert outcome.seconds == pytest.approx(400 * LAYERS * MS, rel=0.02)
 
 
 # -- plans
@@ -333,6 +375,8 @@ def test_plan_survives_json() -> None:
     made = chosen(lengths(64), machine(2))
     assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
     assert f"{made.rounds} rounds" in table(made, LAYERS)
+    assert "max_tokens" not in table(made, LAYERS)
+    assert "as long as max_tokens allows" in table(made, LAYERS, exact=False)
 
 
 # -- measuring, and the program

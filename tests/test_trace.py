@@ -232,6 +232,9 @@ def test_metrics_and_closing_table(traced: Path) -> None:
     assert table in (traced / "stdout").read_text()
     for words in ("output tokens/s", "busy", "bound by", "predicted"):
         assert words in table
+    assert "as long as max_tokens" not in table
+    metrics["max_output_tokens"] *= 2
+    assert "for answers as long as max_tokens allows; they ended at 50 % of it" in closing_table(metrics)
 
 
 def test_what_bound_the_run() -> None:

@@ -299,6 +299,15 @@ def test_peek_spreads_over_the_file(tmp_path: Path) -> None:
     assert (lengths.count, lengths.mean_prompt, lengths.mean_output) == (1, 1, 16)
 
 
+def test_peek_knows_every_request_of_a_small_file(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "abc", "max_tokens": 5}\n{"prompt": "a", "max_tokens": 9}\n')
+    lengths = peek_lengths(configure(path), Bytes(), LIMITS)
+    assert lengths.sizes == ((3, 5), (1, 9)) and not lengths.exact
+    assert peek_lengths(configure(path, ignore_eos=True), Bytes(), LIMITS).exact
+    assert not peek_lengths(configure(path), Bytes(), LIMITS, sample=1).sizes
+
+
 def test_the_sample_file() -> None:
     path = Path(__file__).parent.parent / "bench" / "prompts.jsonl"
     items = list(open_workload(configure(path), Bytes(), Limits(256, 8192)))

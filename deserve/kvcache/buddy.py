@@ -17,7 +17,7 @@ class BuddyAllocator:
         self._free: list[set[int]] = [set() for _ in range(height)]  # by order: starts of free blocks of 2^order
         if height:
             self._free[-1].add(0)
-        self.free_pages = self.pages
+        self.free_pages = self.least_free = self.pages
 
     @property
     def all_free(self) -> bool:
@@ -32,6 +32,7 @@ class BuddyAllocator:
             runs.append(np.arange(start, start + (1 << order), dtype=np.int32))
             count -= 1 << order
             self.free_pages -= 1 << order
+        self.least_free = min(self.least_free, self.free_pages)
         return np.concatenate(runs) if runs else np.zeros(0, np.int32)
 
     def _block(self, order: int) -> tuple[int, int]:

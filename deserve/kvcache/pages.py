@@ -82,6 +82,11 @@ class KVPages:
         self.scratch_page = pages
         self.slab = SwapSlab(self.layers, main_pages, swap_pages, rounds, max_tokens)
         self._host = host_memory((layers, host_pages, *shape), dtype, device)
+        if self.layers.is_cuda and host_pages:  # compiles the kernels, which would take seconds amid the visits
+            nowhere, somewhere = (torch.full((1,), index, dtype=torch.int64, device=device) for index in (-1, 0))
+            for target, source in ((self._host, self.layers), (self.layers, self._host)):
+                copy_blocks(target, source, nowhere, somewhere, self.layers[0, 0].nbytes)
+            self.slab.warm_up()
 
     def begin_visit(self, plan: StepPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
         """Bring the swap pages of the plan's micro-batch in, and move suspended sequences out and in."""

@@ -173,6 +173,12 @@ class SwapSlab:
         else:
             self._host[self._round][:, index] = self._slab[:, index]
 
+    def warm_up(self) -> None:
+        """Compile the kernel of `save_pages`."""
+        if self._on_gpu:
+            nowhere = torch.full((1,), -1, dtype=torch.int64, device=self._slab.device)
+            copy_blocks(self._host[0], self._slab, nowhere, nowhere + 1, self._page_bytes)
+
     def await_all(self) -> None:
         """The current stream waits for the pages of all layers."""
         for layer in range(len(self._slab)):

@@ -2,9 +2,11 @@
 
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -12,7 +14,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from deserve.batch import IntArray, Request, SamplingParams, StepPlan
+from deserve.batch import Completion, IntArray, Request, SamplingParams, StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
@@ -21,16 +23,19 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan
+from deserve.planner.rehearsal import Alike, Scene, rehearse
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
+from deserve.report.results import ResultsWriter
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
-from deserve.stage import load_stage
+from deserve.stage import Stage, load_stage
 from deserve.workload import default_sampling
 
-COLD_BYTES = 48 << 20  # weights that pass through a core's cache between two visits of the same layer
+COLD_BYTES = 48 << 20  # weights or KV pages that pass through a core's cache between two visits of the same
 CONTEXT = 16  # tokens before a decode row in most measurements
 LONG_CONTEXT = 256
+ANSWER = 63  # tokens
 PINGS, PONGS = 11, 12  # message tags of the link measurement
 LONGEST_S = 1.0  # after this a stage is measured no more often than it must
 LARGE_FRAME = 1 << 20  # bytes
@@ -66,10 +71,18 @@ def survey(
         byte_s, frames = measure_nccl(world, device), Curve(seconds=frames.seconds[:1])
         link = link if world.is_last else replace(link, byte_s=byte_s)
     page_bytes = page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype)
+    planning = measure_scheduling(page_size, most) if world.rank == 0 else Curve()
+    if device.type == "cpu":
+        loop = rehearse(world, config, probe.forward, probe.scenes, link.latency_s)
+        times, planning = times.scaled(loop.slowdown), loop.planning
+        frames = replace(loop.rest, at=tuple(tokens * probe.hidden_bytes for tokens in loop.rest.at))
+        if world.size == 1:  # no frames, but a loop all the same
+            planning = replace(planning, seconds=tuple(map(sum, zip(planning.seconds, frames.seconds, strict=True))))
     times = replace(
         times,
         frames=frames,
-        plan=measure_scheduling(page_size, most) if world.rank == 0 else Curve(),
+        plan=planning,
+        request_s=measure_requests(page_size) if world.rank == 0 else 0.0,
         page_s=page_bytes * measure_bus(device),
     )
     graph_bytes = probe.graph_bytes
@@ -102,7 +115,10 @@ def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, .
     for stage, kind in zip(stages, kinds, strict=True):
         if kind not in best or stage.layer(visit) < best[kind].layer(visit):
             best[kind] = stage
-    return tuple(replace(best[kind], plan=stage.plan) for stage, kind in zip(stages, kinds, strict=True))
+    return tuple(
+        replace(best[kind], plan=stage.plan, request_s=stage.request_s)
+        for stage, kind in zip(stages, kinds, strict=True)
+    )
 
 
 def usable_memory(world: World, device: torch.device) -> int:
@@ -225,11 +241,17 @@ class _Probe:
         self._max_prompt = min(max_tokens, model.max_context)
         self._ahead = device.type == "cuda"
         pages = max(min(64, max_tokens) * self._width, max_tokens * -(-(self._context + 1) // page_size))
-        self._pages = pages
-        plan = Plan((0,), 1, max_tokens, max_tokens, max_tokens, "vanilla", page_size, pages, 0, 0)
+        if device.type == "cpu":
+            page_bytes = page_size * model.kv_bytes_per_token_per_layer(dtype)
+            pages = max(pages, -(-COLD_BYTES // page_bytes))
+        self._pages, self._slots, self._next_page, self._next_slot = pages, 4 * max_tokens + 8, 0, 0
+        plan = Plan((0,), 1, max_tokens, self._slots, max_tokens, "vanilla", page_size, pages, 0, 0)
         dummy = replace(checkpoint, weights="dummy")
         self._short = load_stage(dummy, plan, Shard(0, 1, True, True), dtype, device)
         self._long = load_stage(dummy, plan, Shard(0, self._layers, False, False), dtype, device)
+        if device.type == "cpu":
+            self._short.touch()
+            self._long.touch()
         self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
         self._sampling = sampling
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
@@ -243,9 +265,14 @@ class _Probe:
         visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]
         visits += [((1,) * size, self._context) for size in sizes]
         visits += [((1,) * far, self._long_context)]
+        half = min(64, most // 2)
+        self._mixed = ((1,) * half + (half,), self._context)
+        visits += [self._mixed] if half > 1 else []
         shapes = [(False, visit, 0) for visit in visits] + [(True, visit, 0) for visit in visits]
         shapes += [(False, ((1,) * size, self._context), size) for size in sizes]
         took = self._time({shape: self._action(*shape) for shape in shapes})
+        some = sorted({1, far, most})
+        self._alone = {size: took[True, ((1,) * size, self._context), 0] for size in some if size in sizes}
 
         prompts_visit: Visit = (prompts[-1], 0)
         layer: dict[Visit, float] = {}
@@ -254,7 +281,8 @@ class _Probe:
             short, long = took[False, visit, 0], took[True, visit, 0]
             layer[visit] = max(0.0, (long - short) / (self._layers - 1)) if self._layers > 1 else short
             rest[visit] = max(0.0, short - layer[visit])
-        head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in visits if v[1] == self._context]
+        decodes = [((1,) * size, self._context) for size in sizes]
+        head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in decodes]
         at = tuple(map(float, sizes))
         times = StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
         if not self._ahead:
@@ -262,6 +290,23 @@ class _Probe:
         launch_s = self._launched[True, prompts_visit, 0] - self._launched[False, prompts_visit, 0]
         launch_s = max(0.0, launch_s / max(1, self._layers - 1))
         return replace(times, ahead=True, start_s=self._start_s(), launch_s=launch_s)
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """Visits of decodes to rehearse, and how long `forward` took for them when `times` measured it."""
+        return [
+            Scene(self._entered(self._long, (1,) * size, self._context), self._hidden[:size].clone(), seconds)
+            for size, seconds in self._alone.items()
+        ]
+
+    def forward(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor:
+        """A visit of the longer stage. x: [T, hidden]."""
+        return self._long.forward(plan, x)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of one token's hidden state."""
+        return self._hidden.shape[1] * self._hidden.element_size()
 
     @property
     def graph_bytes(self) -> int:
@@ -315,10 +360,16 @@ class _Probe:
             seconds[(1,) * int(n), self._context] - base - kv_s * n * (self._context + 1)
             for n, base in zip(at, tokens, strict=True)
         ]
-        return Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+        cost = Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+        if self._mixed not in seconds:
+            return cost
+        new, context = self._mixed
+        half = new[-1]
+        work = Work(half, half * (context + 1), half, half * (context + half))
+        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(work)))
 
     def _action(self, long: bool, visit: Visit, sampled: int) -> Callable[[], object]:
-        plan = self._plan(*visit)
+        plan = self._entered(self._long if long else self._short, *visit)
         plan = replace(plan, sampled=plan.sampled[:sampled])
         if long:
             x = self._hidden[: plan.tokens].clone()
@@ -343,21 +394,32 @@ class _Probe:
         usual = sum(statistics.median(values[1:]) for values in times.values()) / sum(lows.values())
         return {key: low * usual for key, low in lows.items()}
 
-    def _plan(self, new_tokens: Sequence[int], context: int) -> StepPlan:
+    def _entered(self, stage: Stage, new_tokens: Sequence[int], context: int) -> StepPlan:
+        """The plan of a visit, on pages that no other was on lately. Sequences with `context` are known to `stage`."""
         rows = len(new_tokens)
         width = -(-(max(new_tokens) + context) // self._page_size)
-        slots = np.arange(rows, dtype=np.int32)
+        if self._next_slot + rows > self._slots:
+            self._next_slot = 0
+        slots = np.arange(self._next_slot, self._next_slot + rows, dtype=np.int32)
         index = np.arange(rows * width)
-        writes = np.stack([index // width, index % width, index % self._pages], 1)
-        return StepPlan(
+        pages = (self._next_page + index) % self._pages
+        self._next_slot, self._next_page = self._next_slot + rows, (self._next_page + rows * width) % self._pages
+        entry = StepPlan(
+            0,
+            page_writes=np.stack([slots[index // width], index % width, pages], 1).astype(np.int32),
+            admitted=np.array([encode_sampling(slot, self._sampling) for slot in slots.tolist()], np.int32),
+        )
+        plan = StepPlan(
             0,
             slots=slots,
             new_tokens=np.array(new_tokens, np.int32),
             context=np.full(rows, context, np.int32),
-            sampled=slots,
-            page_writes=writes.astype(np.int32),
-            admitted=np.array([encode_sampling(slot, self._sampling) for slot in range(rows)], np.int32),
+            sampled=np.arange(rows, dtype=np.int32),
         )
+        if not context:
+            return replace(plan, page_writes=entry.page_writes, admitted=entry.admitted)
+        stage.forward(entry, self._ids[:0])
+        return plan
 
 
 def _prompts(tokens: int, length: int = 64) -> tuple[int, ...]:
@@ -371,31 +433,31 @@ def _pairs(shape: Sequence[int]) -> int:
     return sum(n * n for n in shape)
 
 
-class _Endless:
-    """A source of requests that are all alike."""
-
-    exhausted = False
-    length = 64  # tokens of prompt and answer
-
-    def __init__(self) -> None:
-        self._request = Request("", np.zeros(1, np.int32), SamplingParams(max_tokens=self.length - 1))
-
-    def poll(self) -> Request:
-        return self._request
-
-
 def measure_scheduling(page_size: int, max_tokens: int) -> Curve:
     """Seconds that rank 0 spends on a visit beside its stage (taking in tokens, planning, encoding), by its rows."""
-    points = [(float(rows), _scheduling(rows, page_size)) for rows in (1, 64, min(512, max(65, max_tokens)))]
+    points = [(float(rows), _scheduling(rows, page_size, ANSWER)) for rows in (1, 64, min(512, max(65, max_tokens)))]
     return Curve(tuple(rows for rows, _ in points), tuple(seconds for _, seconds in points))
 
 
-def _scheduling(rows: int, page_size: int) -> float:
-    pages = PageAccount(rows * (_Endless.length // page_size + 2), 0, 1, BuddyAllocator(0))
+def measure_requests(page_size: int) -> float:
+    """Seconds that rank 0 spends on a request beside its visits: admission, completion, and its line of results."""
+    rows = 64
+    come_and_go = (_scheduling(rows, page_size, 1) - _scheduling(rows, page_size, ANSWER)) / rows
+    tokens = np.arange(ANSWER, dtype=np.int32)
+    answers = [Completion(Request(f"{row}", tokens), tokens, "length") for row in range(rows)]
+    with tempfile.TemporaryDirectory() as folder, ResultsWriter(Path(folder) / "results", False, "") as writer:
+        begin = time.perf_counter()
+        for answer in answers:
+            writer.completion(answer, " ".join(map(str, tokens.tolist())))
+        return max(0.0, come_and_go) + (time.perf_counter() - begin) / rows
+
+
+def _scheduling(rows: int, page_size: int, answer: int) -> float:
+    """Seconds of scheduling a visit of `rows` sequences that end after `answer` tokens."""
     scheduler = Scheduler(
         POLICIES["prefill_first"],
-        pages,
-        _Endless(),
+        PageAccount(rows * (ANSWER // page_size + 2), 0, 1, BuddyAllocator(0)),
+        Alike(1, answer),
         page_size=page_size,
         micro_batch_size=rows,
         max_batch_tokens=rows,

@@ -432,8 +432,11 @@ class _Search:
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
 
 
-def table(plan: Plan, layers: int) -> str:
-    """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect."""
+def table(plan: Plan, layers: int, exact: bool = True) -> str:
+    """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect.
+
+    Where answers may end before their `max_tokens`, they are not `exact`.
+    """
     lines = ["rank      layers  first  stage ms"]
     shares = [plan.shard(rank, layers) for rank in range(len(plan.partition))]
     for rank, share in enumerate(shares):
@@ -450,5 +453,6 @@ def table(plan: Plan, layers: int) -> str:
     pool = f"a host pool of {2 ** (plan.host_height - 1)}" if plan.host_height else "no host pool"
     lines.append(f"KV memory of {plan.main_pages} main pages of {plan.page_size} tokens, {swapping}, {pool}")
     if plan.predicted is not None:
-        lines.append(f"predicted {plan.predicted:,.1f} output tokens/s, bound by {plan.bound}: {plan.why}")
+        condition = "" if exact else " if all answers are as long as max_tokens allows (less if they end earlier)"
+        lines.append(f"predicted {plan.predicted:,.1f} output tokens/s{condition}, bound by {plan.bound}: {plan.why}")
     return "\n".join(lines)

@@ -41,25 +41,26 @@ class Outcome:
 def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Outcome:
     """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
 
-    Every request has the mean lengths. Of a job of many requests only some waves of `plan.concurrency` sequences are
-    simulated, and its last; those between take as long as the second, which is the first usual one: waves overlap
-    where prompts and answers mix (`decode_first`) or sequences are suspended.
+    Requests have the mean lengths, unless those of each are known. Of a job of many alike only some waves of
+    `plan.concurrency` sequences are simulated, and its last; those between take as long as the second, which is the
+    first usual one: waves overlap where prompts and answers mix (`decode_first`) or sequences are suspended.
     """
     wave = plan.concurrency
     count = lengths.count if lengths.count is not None else 10 * wave
     whole = 3
-    simulated = count if count <= (whole + 1) * wave else whole * wave + count % wave
+    simulated = count if count <= (whole + 1) * wave or lengths.sizes else whole * wave + count % wave
     run = Simulation(plan, lengths, machine, layers, simulated)
     run.run()
     between = 0.0
+    output = sum(answer for _, answer in lengths.sizes) or count * run.output
     if run.visits >= MOST_VISITS:  # so long a job goes on as it began
-        between = run.now * (count / max(1, run.finished) - 1)
+        between = run.now * (output / max(1, run.sampled) - 1)
     elif count > simulated:
         usual = run.finished_at(2 * wave) - run.finished_at(wave)
         between = (count - simulated) / wave * usual
     seconds = max(run.now + between, 1e-9)
     busy = tuple(run.busy_of[kind] / max(run.now, 1e-9) for kind in run.kind_of)
-    return Outcome(seconds, count * run.output, busy, run.visits, run.suspensions)
+    return Outcome(seconds, output, busy, run.visits, run.suspensions)
 
 
 class Simulation:
@@ -68,15 +69,16 @@ class Simulation:
     def __init__(self, plan: Plan, lengths: Lengths, machine: Machine, layers: int, count: int):
         self.plan, self.machine, self.waiting = plan, machine, count
         self.prompt, self.output = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
+        self.sizes = lengths.sizes
         self.policy = POLICIES[plan.policy]
         self.batches = [np.zeros((6, 0), np.int64) for _ in range(plan.rounds)]
         self.held = np.zeros(plan.rounds, np.int64)
         self.worst = np.zeros(plan.rounds, np.int64)
-        self.worst_each = self._pages(self.prompt + self.output - 1)
         self.host_free = 2 ** (plan.host_height - 1) if plan.host_height else 0
+        self.largest = 0  # pages of the largest sequence so far, at its end
         self.slots_free = plan.concurrency
         self.suspended: list[tuple[int, ...]] = []  # heap of columns, by age
-        self.admissions = self.suspensions = self.visits = self.moved = 0
+        self.admissions = self.suspensions = self.visits = self.moved = self.sampled = 0
         self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
         self.now = 0.0
         # The ring: when each rank is free, each link's wire, and when each micro-batch's tokens are back.
@@ -136,6 +138,7 @@ class Simulation:
 
     def _commit(self, m: int) -> None:
         batch = self.batches[m]
+        self.sampled += int(batch[AWAITED].sum())
         batch[LENGTH] += batch[AWAITED]
         batch[LEFT] -= batch[AWAITED]
         batch[AWAITED] = 0
@@ -144,7 +147,7 @@ class Simulation:
         if finished:
             self.eventful = True
             self.held[m] -= batch[HELD, done].sum()
-            self.worst[m] -= finished * self.worst_each
+            self.worst[m] -= self._worst(batch[:, done]).sum()
             self.batches[m] = batch[:, ~done]
             self.slots_free += finished
             self.done.append((self.done[-1][0] + finished, self.now))
@@ -158,16 +161,17 @@ class Simulation:
             batch = self.batches[m]
             missing = batch[LENGTH] - batch[COMPUTED]
             if kind is Kind.DECODE:
-                candidates = np.flatnonzero((missing == 1) & (new == 0))
+                ready = (missing == 1) & (new == 0)
+                candidates = np.flatnonzero(ready)
                 taken = candidates[:budget]
                 new[taken] = 1
                 decodes = len(taken)
                 decode_kv = int(batch[LENGTH, taken].sum())
                 budget -= decodes
-                if decodes < len(candidates):  # these come first the next time
-                    order = np.concatenate([np.flatnonzero(new == 0), np.flatnonzero(new)])
+                if decodes < len(ready):  # those that found no place come first the next time
+                    order = np.concatenate([np.flatnonzero(~ready), candidates[decodes:], taken])
                     self.batches[m], new = batch[:, order], new[order]
-                    self.eventful = True
+                self.eventful |= decodes < len(candidates)
                 continue
             begun = np.flatnonzero(missing > 1).tolist() if kind is Kind.PREFILL else range(len(new), len(new) + budget)
             for index in begun:
@@ -200,20 +204,23 @@ class Simulation:
         rows = batch.shape[1]
         if not self.waiting or self.suspended or rows >= plan.micro_batch_size or not self.slots_free:
             return False
-        now = self._pages(self.prompt) + growth
+        prompt, output = self.sizes[self.admissions] if self.sizes else (self.prompt, self.output)
+        now = self._pages(prompt) + growth
         slack = -(-2 * rows // plan.page_size)
         if now + (slack if rows else 0) > self._free(m):
             return False
-        self.worst[m] += self.worst_each
+        worst = self._pages(prompt + output - 1)
+        self.largest = max(self.largest, worst)
+        self.worst[m] += worst
         overshoot = int(np.maximum(self.worst - plan.swap_pages, 0).sum()) - plan.main_pages
-        if overshoot > 0 and overshoot + self.worst_each > self.host_free:
-            self.worst[m] -= self.worst_each
+        if overshoot > 0 and overshoot + self.largest > self.host_free:
+            self.worst[m] -= worst
             return False
         self.waiting -= 1
         self.slots_free -= 1
-        held = self._pages(self.prompt)
+        held = self._pages(prompt)
         self.held[m] += held
-        column = np.array([[self.prompt], [0], [self.output], [held], [self.admissions], [0]])
+        column = np.array([[prompt], [0], [output], [held], [self.admissions], [0]])
         self.batches[m] = np.concatenate([batch, column], 1)
         self.admissions += 1
         return True
@@ -222,6 +229,10 @@ class Simulation:
 
     def _pages(self, tokens: Any) -> Any:
         return -(-tokens // self.plan.page_size)
+
+    def _worst(self, columns: Any) -> Any:
+        """Pages of sequences at their ends."""
+        return self._pages(columns[LENGTH] + columns[LEFT] - 1)
 
     def _free(self, m: int) -> int:
         swap = self.plan.swap_pages
@@ -242,7 +253,7 @@ class Simulation:
             self.host_free -= self._pages(int(column[COMPUTED]))
             self.moved += self._pages(int(column[COMPUTED]))
             self.held[m] -= column[HELD]
-            self.worst[m] -= self.worst_each
+            self.worst[m] -= self._worst(column)
             heapq.heappush(self.suspended, (int(column[AGE]), *column.tolist()))
             self.batches[m] = np.delete(batch, victim, 1)
             self.suspensions += 1
@@ -260,7 +271,7 @@ class Simulation:
             self.moved += self._pages(int(column[COMPUTED]))
             column[HELD] = self._pages(int(column[LENGTH]))
             self.held[m] += column[HELD]
-            self.worst[m] += self.worst_each
+            self.worst[m] += self._worst(column)
             self.batches[m] = np.concatenate([self.batches[m], column[:, None]], 1)
             self.eventful = True
 
@@ -315,6 +326,7 @@ class Simulation:
         self.wire = [time + passed for time in self.wire]
         self.back = [time + passed for time in self.back]
         self.busy_of = [time + cycles * (time - then) for time, then in zip(self.busy_of, busy, strict=True)]
+        self.sampled += cycles * rows
         for batch in live:
             batch[LENGTH] += cycles
             batch[COMPUTED] += cycles

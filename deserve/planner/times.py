@@ -1,7 +1,7 @@
 """How long things take: the visits of a stage and the links between stages, as measured or from stated rates."""
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -41,6 +41,10 @@ class Curve:
         x0, x1, y0, y1 = self.at[right - 1], self.at[right], self.seconds[right - 1], self.seconds[right]
         return max(0.0, y0 + (y1 - y0) * (max(count, self.at[0]) - x0) / (x1 - x0))
 
+    def scaled(self, factor: float) -> "Curve":
+        """`factor` times as many seconds."""
+        return Curve(self.at, tuple(factor * seconds for seconds in self.seconds))
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -50,10 +54,18 @@ class Cost:
     decodes: Curve = field(default_factory=Curve)
     kv_s: float = 0.0  # per KV token that a decode row reads
     pair_s: float = 0.0  # per pair of a prompt's token and a KV token
+    mixed_s: float = 0.0  # where decodes and prompts meet in a visit: they attend apart
 
     def __call__(self, work: Work) -> float:
         seconds = self.tokens(work.tokens) + self.kv_s * work.decode_kv + self.pair_s * work.pairs
+        if work.decodes and work.prefills:
+            seconds += self.mixed_s
         return seconds + self.decodes(work.decodes) if work.decodes else seconds
+
+    def scaled(self, factor: float) -> "Cost":
+        """`factor` times as many seconds."""
+        others = (factor * seconds for seconds in (self.kv_s, self.pair_s, self.mixed_s))
+        return Cost(self.tokens.scaled(factor), self.decodes.scaled(factor), *others)
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class StageTimes:
     ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
     start_s: float = 0.0  # from the host's decision until such a device begins
     launch_s: float = 0.0  # the host's launches of a layer, where the visit is no CUDA graph: with prompts in it
+    request_s: float = 0.0  # a request's coming and going, beside its visits; rank 0 only
 
     def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
@@ -83,7 +96,8 @@ class StageTimes:
 
     def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
         """What the host does for a visit beside its layers."""
-        seconds = self.plan(work.tokens) if first else 0.0
+        begun = work.sampled - work.decodes  # prompts that are followed by their first token
+        seconds = self.plan(work.tokens) + self.request_s * begun if first else 0.0
         return seconds if first and last else seconds + self.frames(work.tokens * hidden_bytes)
 
     def copies(self, work: Work, layers: int) -> float:
@@ -98,6 +112,12 @@ class StageTimes:
         """How much later than a visit's frame arrives its work can begin, beside what keeps the rank busy."""
         return self.start_s + self.host(work, first, last, hidden_bytes) if self.ahead else 0.0
 
+    def scaled(self, factor: float) -> "StageTimes":
+        """`factor` times as many seconds of layers, output layer and sampler."""
+        return replace(
+            self, layer=self.layer.scaled(factor), visit=self.visit.scaled(factor), head=self.head.scaled(factor)
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -107,7 +127,7 @@ class StageTimes:
             return Curve(tuple(points["at"]), tuple(points["seconds"]))
 
         def cost(parts: dict[str, Any]) -> Cost:
-            return Cost(curve(parts["tokens"]), curve(parts["decodes"]), parts["kv_s"], parts["pair_s"])
+            return Cost(**{**parts, "tokens": curve(parts["tokens"]), "decodes": curve(parts["decodes"])})
 
         parts = {name: cost(raw[name]) for name in ("layer", "visit")}
         curves = {name: curve(raw[name]) for name in ("head", "plan", "frames")}

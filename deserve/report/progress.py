@@ -66,6 +66,7 @@ class Progress:
             self._counts += counts
             if completion is not None:
                 self._counts["output_tokens"] += len(completion.tokens)
+                self._counts["max_output_tokens"] += completion.request.sampling.max_tokens
             if now - self._begin >= self._warmup_s:
                 self._warm += counts
 
@@ -77,14 +78,15 @@ class Progress:
     def summary(self) -> dict[str, Any]:
         """The counts as `metrics.json` carries them.
 
-        `output_tokens` are those of answered requests. After the warm-up what counts is when a token was sampled and a
-        request answered, whenever it began.
+        `output_tokens` are those of answered requests, `max_output_tokens` what these allowed. After the warm-up what
+        counts is when a token was sampled and a request answered, whenever it began.
         """
         elapsed = max(self.elapsed_s, 1e-9)
         seconds = range(int(elapsed) + 1)
         histories = {"output_tokens": self._sampled, "input_tokens": self._read, "requests": self._finished}
         return {
             **_rates(self._counts, elapsed),
+            "max_output_tokens": self._counts["max_output_tokens"],
             "warmup_s": self._warmup_s,
             "after_warmup": _rates(self._warm, max(elapsed - self._warmup_s, 1e-9)),
             "history": {name: [count[second] for second in seconds] for name, count in histories.items()},

@@ -29,14 +29,23 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"{rank:<6}  {_percent(stage['busy'])}  {_percent(stage['bubble'])}         {_percent(waits)}    "
             f"{_percent(plans)}   {_percent(sends)}  {stage['visits']:7,}  {swapped}"
         )
+    pressure = metrics["memory_pressure"]
+    if pressure["suspensions"]:
+        lines.append(
+            f"memory ran short: {pressure['suspensions']:,} times a sequence was suspended to the host pool, "
+            f"{pressure['most_host_pages_used']:,} of whose {pressure['host_pool_pages']:,} pages were used at most"
+        )
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]
     lines.append(f"bound by {bound(stages, plan['bound'])}")
     if predicted and metrics["output_tokens_per_s"]:
-        off = 100 * (metrics["output_tokens_per_s"] / predicted - 1)
-        lines.append(
-            f"measured {metrics['output_tokens_per_s']:,.1f} output tokens/s, predicted {predicted:,.1f} ({off:+.0f} %)"
-        )
+        measured = metrics["output_tokens_per_s"]
+        off = 100 * (measured / predicted - 1)
+        line = f"measured {measured:,.1f} output tokens/s, predicted {predicted:,.1f} ({off:+.0f} %)"
+        length = metrics["output_tokens"] / max(1, metrics["max_output_tokens"])
+        if length < 1:
+            line += f" for answers as long as max_tokens allows; they ended at {_percent(length).strip()} of it"
+        lines.append(line)
     return "\n".join(lines)
 
 

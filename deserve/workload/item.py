@@ -43,6 +43,8 @@ class Lengths:
 
     `mean_output` is the mean of what the requests allow (`max_tokens`), `max_total` the largest prompt plus
     `max_tokens`. All but a synthetic workload's are taken from a sample, so a later request may be longer.
+    `sizes` holds prompt and `max_tokens` of every request, where the sample is the whole. `exact`: no answer can end
+    before its `max_tokens`.
     """
 
     count: int | None
@@ -50,3 +52,5 @@ class Lengths:
     mean_output: float
     max_total: int
     max_prompt: int
+    sizes: tuple[tuple[int, int], ...] = ()
+    exact: bool = True

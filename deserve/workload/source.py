@@ -1,6 +1,7 @@
 """`workload.source`: what it names, opened, and the lengths of what lies in it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
@@ -59,8 +60,10 @@ def peek_lengths(
     else:
         fixed = Fixed.parse(source)
         fixed.check_fits(limits, defaults.max_tokens)
-        return fixed.lengths(defaults.max_tokens, limit)
-    sizes = [(len(item.prompt), item.sampling.max_tokens) for item in items if isinstance(item, Request)]
+        return replace(fixed.lengths(defaults.max_tokens, limit), exact=runs_full(defaults))
+    requests = [item for item in items if isinstance(item, Request)]
+    sizes = [(len(request.prompt), request.sampling.max_tokens) for request in requests]
+    whole = bool(sizes) and len(sizes) == count
     sizes = sizes or [(1, min(defaults.max_tokens, limits.max_context - 1))]
     prompts, outputs = zip(*sizes, strict=True)
     return Lengths(
@@ -69,7 +72,14 @@ def peek_lengths(
         mean_output=sum(outputs) / len(sizes),
         max_total=max(map(sum, sizes)),
         max_prompt=max(prompts),
+        sizes=tuple(sizes) if whole else (),
+        exact=all(runs_full(request.sampling) for request in requests),
     )
+
+
+def runs_full(sampling: SamplingParams) -> bool:
+    """Whether nothing ends an answer before `max_tokens`."""
+    return sampling.ignore_eos and not sampling.stop
 
 
 def data_paths(config: Config) -> list[Path]:
