@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from deserve.batch import StepPlan
+from deserve.errors import UserError
 from deserve.kvcache.pages import KVPages, PageTable
 from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Backend, Rows
@@ -13,7 +14,7 @@ from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedDecode, graph_batches
 from deserve.model.sampler import Sampler
-from deserve.model.weights import Shard, dummy_shard, load_shard
+from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
 from deserve.planner.plan import Plan
 from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import to_device
@@ -89,7 +90,34 @@ class Stage:
 
 
 def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
-    """The stage of `shard`: its weights read or made, its pages set up. Raises UserError for an unusable checkpoint."""
+    """The stage of `shard`: its weights read or made, its pages set up.
+
+    Raises UserError for an unusable checkpoint, and with the arithmetic where memory does not suffice.
+    """
+    try:
+        return _load_stage(checkpoint, plan, shard, dtype, device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(_needs(checkpoint.config, plan, shard, dtype, device)) from error
+
+
+def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
+    """What a stage takes of which memory, for who ran out of it."""
+    layers = shard.last - shard.first
+    page_bytes = plan.page_size * config.kv_bytes_per_token_per_layer(dtype) * layers
+    host = plan.rounds * plan.swap_pages + (2 ** (plan.host_height - 1) if plan.host_height else 0)
+    pages = plan.main_pages + plan.swap_pages
+    weights_gb, pages_gb, host_gb = (
+        nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
+    )
+    has = f" of the {torch.cuda.mem_get_info(device)[1] / 1e9:.1f} GB of the GPU" if device.type == "cuda" else ""
+    return (
+        f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and {pages} KV pages "
+        f"{pages_gb:.1f} GB{has}, and {host} pages in host memory {host_gb:.1f} GB. Lower kvcache.gpu_memory_gb, "
+        "kvcache.swap_pages or kvcache.buddy_height, or start more ranks"
+    )
+
+
+def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
     config = checkpoint.config
     if checkpoint.weights == "dummy" or checkpoint.folder is None:
         weights = dummy_shard(config, shard, device, dtype)

@@ -10,8 +10,11 @@ from checkpoints import make_checkpoint
 from launch import python, torchrun
 from safetensors.torch import load_file, save_file
 
+from deserve.config import load_config
 from deserve.errors import UserError
-from deserve.planner.plan import parse_partition
+from deserve.model.checkpoint import resolve
+from deserve.planner.plan import Plan, parse_partition
+from deserve.stage import load_stage
 
 SECONDS = 60  # two ranks, started and ended, on a busy machine
 
@@ -152,3 +155,14 @@ def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: 
     assert answers(tmp_path / "out") == {"fits": "length", "answer": refused, "prompt": refused, "also fits": "length"}
     results = (tmp_path / "out" / "results.jsonl").read_text()
     assert "need room for 65 tokens" in results and "4 pages of 16 tokens hold 64" in results
+
+
+def test_out_of_memory_says_what_needs_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("deserve.stage.dummy_shard", too_much)
+    checkpoint = resolve(load_config(["model=tiny"]).model)
+    layout = Plan((0,), 3, 4, 12, 64, "prefill_first", 16, 100, 20, 5)
+    with pytest.raises(UserError, match=r"4 layers.*120 KV pages.*76 pages in host memory.*kvcache\.gpu_memory_gb"):
+        load_stage(checkpoint, layout, layout.shard(0, 4), torch.float32, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """What the swap slab decides without a device: which pages travel, and how long a visit waited for them."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def test_runs_cover_the_pages_and_no_wide_gap(pages: set[int], gap: int) -> None
     covered = [page for start, stop in runs for page in range(start, stop)]
     assert pages <= set(covered) and covered == sorted(set(covered))
     assert all(start in pages and stop - 1 in pages for start, stop in runs)
-    assert all(second - first >= gap for (_, first), (second, _) in zip(runs, runs[1:], strict=False))
+    assert all(second - first >= gap for (_, first), (second, _) in pairwise(runs))
     missing = [page for page in covered if page not in pages]
     assert not any(set(range(page, page + gap)) <= set(missing) for page in missing)
 
