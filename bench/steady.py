@@ -46,11 +46,11 @@ def started(seconds: float, profile: tuple[float, Path] | None) -> Iterator[None
         for timer in timers:
             timer.start()
 
-    Progress.start = start  # type: ignore[method-assign]
+    Progress.start = start
     try:
         yield
     finally:
-        Progress.start = begin  # type: ignore[method-assign]
+        Progress.start = begin
         for timer in timers:
             timer.cancel()
 

@@ -42,7 +42,7 @@ def main() -> None:
                 overrides.append("kvcache.swap_pages=0")
             if system == "published":
                 overrides += world.share(f"{latency}/published", published(found[-1]["plan"]) if found else None)
-            deserve.kvcache.pages.SwapSlab = TwoSlabs if system == "published" else SwapSlab  # type: ignore[misc]
+            deserve.kvcache.pages.SwapSlab = TwoSlabs if system == "published" else SwapSlab
             cell = measure(world, f"{latency} ms, {system}", overrides, options)
             if cell is not None:
                 found.append(cell)

@@ -61,7 +61,7 @@ class NetworkSection:
 class CommSection:
     """How ranks reach each other."""
 
-    backend: str = "auto"  # nccl between GPUs; gloo: through pinned memory, over any network
+    backend: str = "auto"  # nccl between GPUs of a host, gloo between hosts; or one of them for all
     timeout_s: float = 60.0  # a rank silent for longer is given up
 
 

@@ -38,7 +38,7 @@ class At:
 
 
 def visit(begin: float, loaded: list[float], end: float) -> Any:
-    return _Visit(At(begin), [At(ms) for ms in loaded], At(end))  # type: ignore[arg-type]
+    return _Visit(At(begin), [At(ms) for ms in loaded], At(end))
 
 
 @pytest.mark.parametrize(

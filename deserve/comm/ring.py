@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from deserve.batch import StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
@@ -35,9 +36,9 @@ class Links:
 def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device: torch.device) -> Links:
     """The links of this rank. `hidden_bytes`: bytes of one token's hidden state, which lies on `device`.
 
-    Plans and sampled tokens are the hosts' and go over Gloo; hidden states of GPUs go over NCCL, unless
-    `comm.backend=gloo` has them pass through pinned memory. What leaves a rank shares one simulated wire, as it would
-    share a real one.
+    Plans and sampled tokens are the hosts' and go over Gloo. Hidden states of GPUs go over NCCL where both ranks are on
+    one host (`comm.backend=nccl`: everywhere, `gloo`: nowhere), elsewhere over Gloo by way of pinned memory. What
+    leaves a rank shares one simulated wire, as it would share a real one.
     """
     if world.size == 1:
         loop = Loopback()
@@ -52,23 +53,21 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     most_hidden = plan.max_batch_tokens * hidden_bytes
     hidden_in: Receiver | None = None
     output: Sender
-    if device.type == "cuda" and config.comm.backend != "gloo":
-        edges = world.nccl_edges()
-        # Senders and receivers meet when they are made: on every edge the one that was made first waits for the other.
-        if not last:
-            notices = GlooSender(after, HIDDEN, depth, wire)
-            output = NcclSender(after, edges[world.rank], notices, device)
-        if not first:
-            noticed = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
-            hidden_in = NcclReceiver(before, edges[before], noticed, most_hidden, plan.rounds, device)
-    else:
-        if not last:
-            output = _from(device, GlooSender(after, HIDDEN, depth, wire))
-        if not first:
-            pinned = device.type == "cuda"
-            hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=plan.rounds, pinned=pinned)
+    edges = nccl_edges(world, config, device)
+    edge_in, edge_out = edges[before], edges[world.rank]
+    # NCCL's ends meet when they are made: whichever of an edge is made first waits for the other.
     if last:
         output = _from(device, GlooSender(after, TOKENS, depth, wire))
+    elif edge_out is not None:
+        output = NcclSender(after, edge_out, GlooSender(after, HIDDEN, depth, wire), device)
+    else:
+        output = _from(device, GlooSender(after, HIDDEN, depth, wire))
+    if not first and edge_in is not None:
+        notices = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
+        hidden_in = NcclReceiver(before, edge_in, notices, most_hidden, plan.rounds, device)
+    elif not first:
+        pinned = device.type == "cuda"
+        hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=plan.rounds, pinned=pinned)
     return Links(
         plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=plan.rounds),
         plans_out=None if last else GlooSender(after, PLANS, depth, wire),
@@ -76,6 +75,13 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
         output=output,
         tokens_in=GlooReceiver(before, TOKENS, 4 * plan.max_batch_tokens) if first else None,
     )
+
+
+def nccl_edges(world: World, config: Config, device: torch.device) -> list[dist.ProcessGroup | None]:
+    """By rank, the group of the NCCL link to the next one; None where there is no such link. Every rank calls it."""
+    if device.type != "cuda" or config.comm.backend == "gloo":
+        return [None] * world.size
+    return world.nccl_edges(everywhere=config.comm.backend == "nccl")
 
 
 def _from(device: torch.device, sender: Sender) -> Sender:

@@ -54,7 +54,7 @@ class World:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
-        self._edges: list[dist.ProcessGroup] = []
+        self._edges: dict[bool, list[dist.ProcessGroup | None]] = {}
         self._jobs = 0
         self._names: dist.Store = self._store
 
@@ -160,20 +160,23 @@ class World:
                             f"{facts.get(key)!r} here; start all ranks with the same program, model and overrides"
                         )
 
-    def nccl_edges(self) -> list[dist.ProcessGroup]:
-        """By rank, the NCCL group that the rank shares with the next one; the last shares none. Every rank calls it.
+    def nccl_edges(self, everywhere: bool) -> list[dist.ProcessGroup | None]:
+        """By rank, the NCCL group that the rank shares with the next one. Every rank calls it.
 
-        A group of its own for each: operations of one group wait for each other, and in a ring a receive that waits
-        would hold up the send behind it.
+        None for the last rank, and unless `everywhere` between hosts. A group of its own for each: operations of one
+        group wait for each other, and in a ring a receive that waits would hold up the send behind it.
         """
-        if not self._edges:
+        if everywhere not in self._edges:
+            hosts = self.share("hosts", self.gather("hosts", os.environ.get("GROUP_RANK")))
             options = dist.ProcessGroupNCCL.Options()
             options.config.max_ctas = 4  # megabytes a visit need no more of the device's processors
-            self._edges = [
+            self._edges[everywhere] = [
                 dist.new_group([rank, rank + 1], timeout=NO_TIMEOUT, backend="nccl", pg_options=options)
+                if everywhere or hosts[rank] == hosts[rank + 1]
+                else None
                 for rank in range(self.size - 1)
-            ]
-        return self._edges
+            ] + [None]
+        return self._edges[everywhere]
 
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from deserve.batch import Completion, IntArray, Request, SamplingParams, StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
+from deserve.comm.ring import nccl_edges
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
 from deserve.kvcache.buddy import BuddyAllocator
@@ -40,6 +41,7 @@ PINGS, PONGS = 11, 12  # message tags of the link measurement
 LONGEST_S = 1.0  # after this a stage is measured no more often than it must
 LARGE_FRAME = 1 << 20  # bytes
 BUS_BYTES = 64 << 20
+TRANSFERS = 4  # of a link or the bus; the quickest counts
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
 RESERVE_BYTES = 2_500_000_000
 IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
@@ -61,15 +63,16 @@ def survey(
         torch.cuda.empty_cache()
     memory = usable_memory(world, device)
     host_memory = psutil.virtual_memory().available // 2 // world.local_size
-    over_nccl = device.type == "cuda" and config.comm.backend != "gloo"
+    edges = nccl_edges(world, config, device)
     page_size, most = config.kvcache.page_size, config.pipeline.max_batch_tokens
     probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
     world.share("survey/go", bool(world.gather("survey/ready", None)))  # all start at once
     times = probe.times()
     link, frames = measure_link(world)
-    if over_nccl and world.size > 1:
-        byte_s, frames = measure_nccl(world, device), Curve(seconds=frames.seconds[:1])
-        link = link if world.is_last else replace(link, byte_s=byte_s)
+    if any(edges):
+        byte_s = measure_nccl(world, edges, device)
+        if edges[world.rank] is not None:
+            link, frames = replace(link, byte_s=byte_s), Curve(seconds=frames.seconds[:1])
     page_bytes = page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype)
     planning = measure_scheduling(page_size, most) if world.rank == 0 else Curve()
     if device.type == "cpu":
@@ -104,7 +107,7 @@ def survey(
         hidden_bytes=checkpoint.config.hidden_size * dtype.itemsize,
         page_bytes=page_bytes,
         graph_bytes=max(graphs),
-        receives_on_device=over_nccl,
+        receives_on_device=any(edges),
     )
 
 
@@ -168,9 +171,8 @@ def measure_link(world: World) -> tuple[LinkTimes, Curve]:
     return LinkTimes(small_s / 2, byte_s), Curve((0.0, float(LARGE_FRAME)), (small_cpu, max(small_cpu, large_cpu)))
 
 
-def measure_nccl(world: World, device: torch.device) -> float:
-    """Seconds per byte of the NCCL link to the next rank, or for the last rank to the one before."""
-    edges = world.nccl_edges()
+def measure_nccl(world: World, edges: list[dist.ProcessGroup | None], device: torch.device) -> float:
+    """Seconds per byte of the NCCL link to the next rank; 0 where there is none. `edges`: see `World.nccl_edges`."""
     payload = torch.zeros(16 * LARGE_FRAME, dtype=torch.uint8, device=device)
 
     def took(move: Callable[..., dist.Work | None], peer: int, edge: dist.ProcessGroup) -> float:
@@ -181,12 +183,12 @@ def measure_nccl(world: World, device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    seconds: list[float] = []
-    if world.rank:
-        seconds = [took(dist.irecv, world.rank - 1, edges[world.rank - 1]) for _ in range(4)]
-    if not world.is_last:
-        seconds = [took(dist.isend, world.rank + 1, edges[world.rank]) for _ in range(4)]
-    return min(seconds) / len(payload)
+    if world.rank and (edge := edges[world.rank - 1]) is not None:
+        for _ in range(TRANSFERS):
+            took(dist.irecv, world.rank - 1, edge)
+    if (edge := edges[world.rank]) is None:
+        return 0.0
+    return min(took(dist.isend, world.rank + 1, edge) for _ in range(TRANSFERS)) / len(payload)
 
 
 def measure_bus(device: torch.device) -> float:
@@ -209,7 +211,7 @@ def measure_bus(device: torch.device) -> float:
 def _least(action: Callable[[], object]) -> float:
     """Seconds of `action`, the least of a few."""
     times = []
-    for _ in range(4):
+    for _ in range(TRANSFERS):
         begin = time.perf_counter()
         action()
         times.append(time.perf_counter() - begin)
