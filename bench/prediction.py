@@ -39,6 +39,7 @@ SETTINGS: list[tuple[int, str, int, str]] = [
     (2, "fixed3000:48:16", 48, "model=tiny pipeline.policy=vanilla"),
     (2, "fixed512:64:0", 64, "model=tiny network.latency_ms=10 network.bandwidth_mbps=20"),
     (2, "fixed96:64:0", 48, ""),
+    (2, "fixed96:48:16", 48, "pipeline.policy=vanilla"),
     (2, "fixed96:64:0", 48, "network.latency_ms=64"),
     (2, "fixed96:64:0", 48, "network.latency_ms=32 network.bandwidth_mbps=100"),
     (3, "fixed4096:64:0", 64, "model=tiny network.latency_ms=10"),

@@ -4,9 +4,10 @@
 
 `DIR/wan` makes network namespaces that are joined by a relay with a set one-way delay: `wan up -n N --delay-ms D`,
 `wan exec I -- COMMAND`, `wan set --delay-ms D`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is a
-torchrun of its own, on one core (three ranks share two). The simulation differs in the network only: loopback and
-`network.latency_ms`, with the plan of the real run before it. Real and simulated runs alternate; the medians of
-`--repeat` runs are compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails
+torchrun of its own, on one core (three ranks share two). The simulation differs in the delay only: it has the plan of
+the real run before it and `network.latency_ms`, and goes through the same relay at no delay, as the relay works on the
+ranks' cores; with `--loopback` it has no relay. Real and simulated runs alternate; the medians of `--repeat` runs are
+compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails
 or gives other answers than the first one.
 """
 
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--delays", nargs="+", type=float, default=[0, 16, 64], help="one way, ms")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--loopback", action="store_true", help="simulate without namespaces and relay")
     parser.add_argument("--timeout-s", type=float, default=600, help="of one run")
     parser.add_argument("--out", type=Path, default=Path("outputs/wan"))
     parser.add_argument("overrides", nargs="*", help="for all runs, such as model.dtype=bfloat16")
@@ -59,7 +61,6 @@ def main() -> int:
                 continue
             with testbed(options.testbed, ranks) as wan:
                 for delay in options.delays:
-                    subprocess.run([wan, "set", "--delay-ms", f"{delay:g}"], check=True, stdout=subprocess.DEVNULL)
                     row = {"model": model, "ranks": ranks, "delay_ms": delay}
                     rows.append(row | compare(options, wan, model, ranks, delay, truths))
                     print(json.dumps(rows[-1]), flush=True)
@@ -80,13 +81,17 @@ def compare(
             folder = options.out / f"{model}-{ranks}x{delay:g}ms-{kind}-{turn}"
             shutil.rmtree(folder, ignore_errors=True)
             job = [*JOBS[model], *COMMON, *options.overrides, f"output.dir={folder}"]
+            relayed = [[str(wan), "exec", str(rank), "--"] for rank in range(ranks)]
+            set_delay(wan, delay if kind == "real" else 0)
             if kind == "real":
-                prefixes = [[str(wan), "exec", str(rank), "--"] for rank in range(ranks)]
-                run(job, prefixes, "10.77.0.1", folder, options.timeout_s)
+                run(job, relayed, "10.77.0.1", folder, options.timeout_s)
             else:
                 job = [word for word in job if not word.startswith("pipeline.micro_batch_size=")]
                 job += [f"network.latency_ms={delay:g}", *layout(runs["real"][-1]["plan"])]
-                run(job, [[]] * ranks, "127.0.0.1", folder, options.timeout_s)
+                if options.loopback:
+                    run(job, [[]] * ranks, "127.0.0.1", folder, options.timeout_s)
+                else:
+                    run(job, relayed, "10.77.0.1", folder, options.timeout_s)
             found.append(json.loads((folder / "metrics.json").read_text()))
             texts = answers(folder)
             other += sum(text != truths.setdefault(model, texts).get(name) for name, text in texts.items())
@@ -158,6 +163,10 @@ def testbed(folder: Path, hosts: int) -> Iterator[Path]:
         yield wan
     finally:
         subprocess.run([wan, "down"], check=True, stdout=subprocess.DEVNULL)
+
+
+def set_delay(wan: Path, delay_ms: float) -> None:
+    subprocess.run([wan, "set", "--delay-ms", f"{delay_ms:g}"], check=True, stdout=subprocess.DEVNULL)
 
 
 def answers(folder: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
+from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
@@ -55,6 +56,7 @@ class Job:
     def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
+        self._machine = machine
         plan = choose_plan(self._config, model, dtype, self._lengths, machine)
         print(table(plan, model.num_layers, self._lengths.exact), flush=True)
         return plan
@@ -103,12 +105,32 @@ class Job:
                 "host_pool_pages": self._host_pool.pages,
                 "most_host_pages_used": self._host_pool.pages - self._host_pool.least_free,
             },
-            "plan": {**plan.to_json(), "predicted_output_tokens_per_s": plan.predicted},
+            "plan": {
+                **plan.to_json(),
+                "predicted_output_tokens_per_s": plan.predicted,
+                "predicted_for_these_answers": None if self._lengths.exact else self._hindsight(plan),
+            },
             "config": as_dict(self._config),
         }
         write_metrics(self._folder / "metrics.json", metrics)
         print(closing_table(metrics))
         print(f"results in {self._writer.path}", flush=True)
+
+    def _hindsight(self, plan: Plan) -> float | None:
+        """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
+        sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
+        if not sizes:
+            return None
+        count = int(self._progress.summary()["requests"])
+        prompts, answers = zip(*sizes, strict=True)
+        lengths = replace(
+            self._lengths,
+            count=count,
+            mean_prompt=sum(prompts) / len(sizes),
+            mean_output=sum(answers) / len(sizes),
+            sizes=sizes if len(sizes) == count else (),
+        )
+        return simulate(plan, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
 
 
 def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArray], str | None]:

@@ -233,8 +233,11 @@ def test_metrics_and_closing_table(traced: Path) -> None:
     for words in ("output tokens/s", "busy", "bound by", "predicted"):
         assert words in table
     assert "as long as max_tokens" not in table
+    assert metrics["plan"]["predicted_for_these_answers"] is None
     metrics["max_output_tokens"] *= 2
-    assert "for answers as long as max_tokens allows; they ended at 50 % of it" in closing_table(metrics)
+    metrics["plan"]["predicted_for_these_answers"] = 12.3
+    words = "for answers as long as max_tokens allows; they ended at 50 % of it, for which it would have been 12.3"
+    assert words in closing_table(metrics)
 
 
 def test_what_bound_the_run() -> None:

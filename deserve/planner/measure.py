@@ -261,7 +261,8 @@ class _Probe:
     def times(self) -> StageTimes:
         """Time visits that differ in one thing at a time, and tell from them what each thing costs."""
         most = self._max_tokens
-        sizes = sorted({size for size in (1, 16, 64, 256) if size < most} | {most})
+        # Two rows may cost far more than one: products of matrices, no longer with a vector.
+        sizes = sorted({size for size in (1, 2, 16, 64, 256) if size < most} | {most})
         far = min(64, most)
         prompts = [_prompts(size) for size in sizes]
         visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]

@@ -13,6 +13,7 @@ from deserve.batch import Completion
 LOG_EVERY_S = 10.0
 SHOW_EVERY_S = 0.5  # on a terminal
 RECENT_S = 5  # what "now" means
+KEPT = 256  # requests whose lengths are remembered one by one
 
 
 class Progress:
@@ -27,6 +28,7 @@ class Progress:
         self._read: Counter[int] = Counter()  # tokens of prompts that were answered
         self._counts: Counter[str] = Counter()
         self._warm: Counter[str] = Counter()  # as far as the warm-up is over
+        self.answered: list[tuple[int, int, int]] = []  # line, prompt and answer (tokens) of the first requests
         self._lock = threading.Lock()
         self._bar: Any = None
 
@@ -67,6 +69,9 @@ class Progress:
             if completion is not None:
                 self._counts["output_tokens"] += len(completion.tokens)
                 self._counts["max_output_tokens"] += completion.request.sampling.max_tokens
+                if len(self.answered) < KEPT:
+                    request = completion.request
+                    self.answered.append((request.line, len(request.prompt), len(completion.tokens)))
             if now - self._begin >= self._warmup_s:
                 self._warm += counts
 

@@ -45,6 +45,8 @@ def closing_table(metrics: dict[str, Any]) -> str:
         length = metrics["output_tokens"] / max(1, metrics["max_output_tokens"])
         if length < 1:
             line += f" for answers as long as max_tokens allows; they ended at {_percent(length).strip()} of it"
+            if plan["predicted_for_these_answers"]:
+                line += f", for which it would have been {plan['predicted_for_these_answers']:,.1f}"
         lines.append(line)
     return "\n".join(lines)
 
