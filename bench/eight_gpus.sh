@@ -10,6 +10,6 @@ for latency in ${LATENCIES:-0 16 32 64 256}; do
     cells+=(--cell "planned, $latency ms: network.latency_ms=$latency $trace")
 done
 cells+=(--cell "planned, all memory, 64 ms: network.latency_ms=64 kvcache.gpu_memory_gb=null")
-exec "${PYTHON:-python}" -m bench.steady --ranks "${RANKS:-8}" --seconds "${CELL_S:-30}" --window "${WINDOW_S:-12}" \
+exec "${PYTHON:-python}" -m bench.steady --ranks "${RANKS:-8}" --seconds "${CELL_S:-60}" --window "${WINDOW_S:-15}" \
     --output "$folder" "${cells[@]}" \
     model=llama-3-70b model.weights=dummy kvcache.gpu_memory_gb=4 workload.source=fixed8000:512:0 "$@"

@@ -44,12 +44,13 @@ class TwoSlabs(SwapSlab):
             return
         if self._round >= 0:
             self._out.wait_stream(torch.cuda.current_stream())
+            self._out.wait_event(self._loaded)
             with torch.cuda.stream(self._out):
                 for there, here in zip(self._host[self._round], self._slabs[self._side], strict=True):
                     there.copy_(here, non_blocking=True)
                 self._emptied[self._side].record()
             self.bytes_out += self._slabs[0][0].nbytes * len(self._slabs[0])
-        if next_round is not None:
+        if next_round is not None and next_round != self._round:
             self._bring(next_round, timeline)
 
     def _bring(self, round_: int, timeline: Timeline) -> None:

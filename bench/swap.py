@@ -4,7 +4,7 @@
         kvcache.gpu_memory_gb=8.4 workload.source=fixed2000:512:0
 
 All cells come from one process group; see bench/steady.py for how a cell is measured. The published scheme gets the
-rounds and swap pages of the planned one, and its second slab out of its main pages. On a CPU it is left out.
+rounds and swap pages of the planned one before it, and its second slab out of its main pages. On a CPU it is left out.
 """
 
 import torch
@@ -33,7 +33,7 @@ def main() -> None:
     world, cells = World(), []
     systems = options.systems.split(",")
     if not torch.cuda.is_available():
-        systems.remove("published")
+        systems = [system for system in systems if system != "published"]
     for latency in options.latencies:
         found: list[Cell] = []
         for system in systems:

@@ -42,7 +42,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("model"):
         checkpoint = resolve(config.model)
         dtype = model_dtype(config.model, checkpoint.config)
-    world.require_same(facts(config, checkpoint))
+    world.require_same({"the kind of device": device.type, **facts(config, checkpoint)})
     job = None
     with world.step("workload"):
         if world.rank == 0:

@@ -405,3 +405,55 @@ def test_plan_program_needs_no_machine() -> None:
         [*command, "stage.tflops=0"], cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 2 and "stage.tflops=0" in wrong.stderr
+
+
+# -- swapping
+
+
+def far_and_short(page_ms: float) -> Machine:
+    """Two devices far apart, with a bus that brings in a page of a layer in `page_ms`."""
+    on = machine(2, latency_ms=100)
+    times = replace(on.stages[0], page_s=page_ms * MS, ahead=True)
+    return replace(on, stages=(times, times), host_memory=10**9)
+
+
+SHORT = "kvcache.gpu_memory_gb=0.0005"  # 122 pages of 16 tokens: 61 sequences of 32
+
+
+def test_short_memory_is_swapped_as_far_as_the_bus_allows() -> None:
+    requests, free = lengths(4096), far_and_short(0.0)
+    without = chosen(requests, free, SHORT, "kvcache.swap_pages=0")
+    assert without.bound == "KV memory"
+    planned = [chosen(requests, far_and_short(page_ms), SHORT) for page_ms in (0.001, 0.1, 1.0)]
+    assert all(plan.swap_pages for plan in planned)
+    rates = [plan.predicted or 0.0 for plan in planned]
+    assert rates[0] > rates[1] > rates[2] >= (without.predicted or 0.0)
+    slow = planned[2]
+    turn = max(slow.stage_s[0], (2 * (slow.stage_s[0] + 0.1)) / slow.rounds)
+    assert slow.swap_pages * 4 * 1.0 * MS <= 1.01 * turn
+
+
+def test_suspensions_and_swapped_pages_take_their_time() -> None:
+    requests = lengths(256)
+    made = plan(2, 4, 16, swap_pages=20, main_pages=60, host_height=10)
+    rates = [simulated(made, requests, far_and_short(page_ms)).tokens_per_s for page_ms in (0.0, 1.0, 10.0)]
+    assert rates[0] > rates[1] > rates[2]
+
+
+def test_main_pages_set_by_hand_leave_the_rest_to_the_slab() -> None:
+    made = chosen(lengths(4096), far_and_short(0.001), SHORT, "kvcache.main_pages=100")
+    assert made.main_pages == 100 and 0 < made.swap_pages <= 22
+
+
+def test_swap_pages_must_fit_host_memory() -> None:
+    on = replace(far_and_short(0.001), host_memory=10**6)
+    with pytest.raises(UserError, match=r"kvcache.swap_pages=60 of \d+ rounds take .* of host memory"):
+        chosen(lengths(4096), on, SHORT, "kvcache.swap_pages=60", "pipeline.rounds=20")
+
+
+def test_frames_that_arrive_on_a_device_take_memory_from_its_pages() -> None:
+    near = replace(far_and_short(0.0), memory=(4 * 10**7,) * 2)
+    far = replace(near, receives_on_device=True, hidden_bytes=1000)
+    by_hand = ["pipeline.rounds=50", "pipeline.micro_batch_size=64", "kvcache.swap_pages=0"]
+    pages = [chosen(lengths(10**5), on, *by_hand).main_pages for on in (near, far)]
+    assert 0 < pages[1] < pages[0]

@@ -72,6 +72,7 @@ class GlooReceiver(Receiver):
         self._size = HEADER_BYTES + max_bytes
         self._posted: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._spare: list[torch.Tensor] = []
+        self._taken: torch.Tensor | None = None  # the buffer of the last frame
         for _ in range(ahead):
             self.expect()
 
@@ -89,13 +90,18 @@ class GlooReceiver(Receiver):
         return payload
 
     def take(self) -> tuple[torch.Tensor, int]:
-        """The next frame's payload, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once)."""
+        """The next frame's payload, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once).
+
+        The payload is valid until the next call.
+        """
         work, buffer = self._posted.popleft()
+        if self._taken is not None:  # whoever expects further frames may be another thread
+            self._spare.append(self._taken)
+        self._taken = buffer
         try:
             work.wait(PATIENCE)
         except RuntimeError as error:
             raise LinkError(f"link from rank {self._peer} is lost: {cause(error)}") from error
-        self._spare.append(buffer)
         return unframe(buffer)
 
 

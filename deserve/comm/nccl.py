@@ -49,8 +49,7 @@ class NcclSender(Sender):
         if self._error is not None:
             raise self._error
         self._notices.close()
-        self._stream.synchronize()
-        self._under_way.clear()
+        self._under_way.clear()  # the last frames, of micro-batches that retire, are empty: all others have arrived
 
     def _run(self) -> None:
         torch.cuda.set_device(self._device)

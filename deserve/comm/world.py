@@ -168,14 +168,9 @@ class World:
         """
         if everywhere not in self._edges:
             hosts = self.share("hosts", self.gather("hosts", os.environ.get("GROUP_RANK")))
-            options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = 4  # megabytes a visit need no more of the device's processors
-            self._edges[everywhere] = [
-                dist.new_group([rank, rank + 1], timeout=NO_TIMEOUT, backend="nccl", pg_options=options)
-                if everywhere or hosts[rank] == hosts[rank + 1]
-                else None
-                for rank in range(self.size - 1)
-            ] + [None]
+            near = [everywhere or hosts[rank] == hosts[rank + 1] for rank in range(self.size - 1)]
+            edges = [nccl_group([rank, rank + 1]) if local else None for rank, local in enumerate(near)]
+            self._edges[everywhere] = [*edges, None]
         return self._edges[everywhere]
 
     def announce_stop(self) -> None:
@@ -213,6 +208,14 @@ class World:
             self._pulse.leave()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def nccl_group(ranks: list[int]) -> dist.ProcessGroup:
+    """A new NCCL group of `ranks`. Every rank calls it."""
+    options = dist.ProcessGroupNCCL.Options()  # of its own: the group notes its name and ranks in it
+    options._timeout = NO_TIMEOUT
+    options.config.max_ctas = 4  # megabytes a visit need no more of the device's processors
+    return dist.new_group(ranks, timeout=NO_TIMEOUT, backend="nccl", pg_options=options)
 
 
 def set_interface(several_hosts: bool) -> None:

@@ -13,7 +13,10 @@ def host_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     """
     if device.type != "cuda" or 0 in shape:
         return torch.zeros(shape, dtype=dtype)
-    tensor = torch.empty(shape, dtype=dtype)
+    try:
+        tensor = torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
     tensor.view(torch.uint8).zero_()  # by all threads: locking would touch the pages one by one
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)

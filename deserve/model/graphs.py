@@ -49,6 +49,11 @@ class GraphedDecode:
             self._input = torch.zeros(largest, dtype=torch.int32, device=layers.device)
         else:
             self._input = torch.zeros(largest, decoder.config.hidden_size, dtype=layers.dtype, device=layers.device)
+        head = decoder.weights.head
+        # One for all graphs: each would keep logits of its own.
+        self._logits = None
+        if head is not None:
+            self._logits = torch.empty(largest, decoder.config.vocab_size, dtype=layers.dtype, device=layers.device)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(layers.device)[0]
         pool = torch.cuda.graph_pool_handle()
@@ -82,7 +87,7 @@ class GraphedDecode:
         if self._decoder.weights.embedding is not None:
             x = self._decoder.embed(x)
         x = self._decoder.forward(x, self._layers, self._slab)
-        return x if self._decoder.weights.head is None else self._decoder.logits(x)
+        return x if self._logits is None else self._logits[:batch].copy_(self._decoder.logits(x))
 
     def _capture(self, batch: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, list[int]]:
         nobody = Rows(_ints(0), _ints(0), _ints(0, 0))

@@ -71,8 +71,10 @@ def survey(
     link, frames = measure_link(world)
     if any(edges):
         byte_s = measure_nccl(world, edges, device)
-        if edges[world.rank] is not None:
-            link, frames = replace(link, byte_s=byte_s), Curve(seconds=frames.seconds[:1])
+        link = replace(link, byte_s=byte_s) if edges[world.rank] is not None else link
+        comes, goes = (edges[world.rank - 1], world.rank > 0), (edges[world.rank], not world.is_last)
+        if all(edge is not None for edge, exists in (comes, goes) if exists):  # no hidden states pass through the host
+            frames = Curve(seconds=frames.seconds[:1])
     page_bytes = page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype)
     planning = measure_scheduling(page_size, most) if world.rank == 0 else Curve()
     if device.type == "cpu":
@@ -119,7 +121,7 @@ def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, .
         if kind not in best or stage.layer(visit) < best[kind].layer(visit):
             best[kind] = stage
     return tuple(
-        replace(best[kind], plan=stage.plan, request_s=stage.request_s)
+        replace(best[kind], plan=stage.plan, request_s=stage.request_s, frames=stage.frames, page_s=stage.page_s)
         for stage, kind in zip(stages, kinds, strict=True)
     )
 
@@ -313,9 +315,8 @@ class _Probe:
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes of device memory that the graphs of one layer take."""
-        more = max(0, self._long.graph_bytes - self._short.graph_bytes)
-        return more // max(1, self._layers - 1)
+        """Bytes of device memory that the graphs of one layer take; a little of it is not the layers'."""
+        return self._long.graph_bytes // self._layers
 
     def _start_s(self) -> float:
         """How much longer a visit takes when the host waits for its end than in a row of them."""

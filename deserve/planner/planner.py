@@ -107,6 +107,8 @@ class _Search:
             for most in self._most_rows(partition, rounds, swap)
         }
         candidates = sorted(reach, key=lambda c: (c.partition, c.rounds, c.size, c.swap))
+        if not candidates:
+            raise UserError(self._too_much_swapped())
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
         ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
@@ -155,11 +157,21 @@ class _Search:
         most = min(share, pipeline.max_batch_tokens)
         swap = self._config.kvcache.swap_pages
         by_hand = 0 if swap == "auto" else swap
-        held = self._main_pages(self._even(), by_hand) / rounds + by_hand
+        held = self._main_pages(self._even(), rounds, by_hand) / rounds + by_hand
         steps = {most, int(held / self._sequence_pages), int(held / self._mean_pages)}
         steps |= {share // waves for waves in (2, 3, 4)}
         steps |= {size * 2**power for power in range(12) for size in (1, 3)}
         return sorted(size for size in steps if 1 <= size <= most)
+
+    def _too_much_swapped(self) -> str:
+        """Why no plan has as many swap pages as are set by hand."""
+        swap, rounds = self._config.kvcache.swap_pages, min(self._rounds())
+        layers = max(self._shares(self._even()))
+        gigabytes = rounds * swap * self._machine.page_bytes * layers / GB
+        return (
+            f"kvcache.swap_pages={swap} of {rounds} rounds take {gigabytes:.3f} GB of host memory for {layers} layers, "
+            f"but a rank has {self._machine.host_memory / GB:.3f} GB: set fewer"
+        )
 
     def _most_rows(self, partition: tuple[int, ...], rounds: int, swap: int) -> list[int]:
         """How many sequences a round's pages hold: of all ages, and while they are young.
@@ -168,7 +180,7 @@ class _Search:
         """
         if self._config.pipeline.micro_batch_size != "auto":
             return [self._config.pipeline.micro_batch_size]
-        pages = self._main_pages(partition, swap) / rounds + swap
+        pages = self._main_pages(partition, rounds, swap) / rounds + swap
         young = 1 + (self._prompt + self._output / 8) / self._config.kvcache.page_size
         return [max(1, int(pages / each)) for each in (self._mean_pages, young)]
 
@@ -177,22 +189,24 @@ class _Search:
 
         The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
         """
-        by_hand = self._config.kvcache.swap_pages
-        if by_hand != "auto":
-            return [by_hand]
+        machine, shares, kv = self._machine, self._shares(partition), self._config.kvcache
+        host = min(machine.host_memory // (machine.page_bytes * layers * rounds) for layers in shares)
+        if kv.swap_pages != "auto":
+            return [kv.swap_pages] if kv.swap_pages <= host or rounds == 1 else []
         wanted = min(size, -(-self._count // rounds)) * self._mean_pages
-        pages = self._capacity(partition)
-        main = self._main_pages(partition, 0)
+        pages = self._capacity(partition, rounds)
+        main = self._main_pages(partition, rounds, 0)
         short = wanted - main / rounds
         if rounds == 1 or short <= 0 or pages <= 0:
             return [0]
-        machine, shares = self._machine, self._shares(partition)
         pace = self._pace(_Candidate(partition, rounds, size, 0), rows=float(size))
         turn = max(pace.busiest, pace.trip / rounds)
         page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
-        most = min(int(turn / page_s) if page_s else pages, pages // 2)
-        host = min(machine.host_memory // (machine.page_bytes * layers * rounds) for layers in shares)
-        swap = min(int(short / (1 - 1 / rounds)) if main == pages else int(short), most, host)
+        most = min(int(turn / page_s) if page_s else pages, host)
+        if kv.main_pages == "auto":
+            swap = min(int(short / (1 - 1 / rounds)), most, pages // 2)
+        else:
+            swap = max(0, min(int(short), most, pages - kv.main_pages))
         return sorted({0, swap // 2, 3 * swap // 4, swap})
 
     def _partitions(self, size: int) -> list[tuple[int, ...]]:
@@ -207,11 +221,13 @@ class _Search:
             return machine.stages[rank].seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
 
         def scarcity(rank: int, layers: int) -> float:
-            pages = self._pages_of(rank, layers)
+            pages = self._pages_of(rank, layers, self._machine.ranks)
             return 1 / pages if pages > 0 else float(layers)
 
         splits = {self._spread(seconds), self._spread(scarcity)}
-        return sorted(split for split in splits if self._capacity(split) >= self._sequence_pages) or [self._even()]
+        return sorted(
+            split for split in splits if self._capacity(split, self._machine.ranks) >= self._sequence_pages
+        ) or [self._even()]
 
     def _spread(self, cost: Callable[[int, int], float]) -> tuple[int, ...]:
         """Give out layers one by one, each to the rank that it costs least to have one more."""
@@ -234,26 +250,28 @@ class _Search:
         """Layers of each rank."""
         return [end - first for first, end in zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
 
-    def _kv_bytes(self, rank: int, layers: int) -> float:
-        """What `rank` has left for pages once it holds the weights of `layers` layers."""
+    def _kv_bytes(self, rank: int, layers: int, rounds: int) -> float:
+        """What `rank` has left for pages beside the weights of `layers` layers and the frames of all rounds."""
         ends = (rank == 0) + (rank == self._machine.ranks - 1)
         if self._machine.ranks == 1 and self._model.tied_embeddings:
             ends = 1
         left = self._machine.memory[rank] - ends * self._embedding_bytes
         left -= layers * (self._layer_bytes + self._machine.graph_bytes)
+        if self._machine.receives_on_device and rank:
+            left -= (rounds + 1) * self._config.pipeline.max_batch_tokens * self._machine.hidden_bytes
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
-    def _pages_of(self, rank: int, layers: int) -> int:
-        return int(self._kv_bytes(rank, layers) // (self._machine.page_bytes * layers))
+    def _pages_of(self, rank: int, layers: int, rounds: int) -> int:
+        return int(self._kv_bytes(rank, layers, rounds) // (self._machine.page_bytes * layers))
 
-    def _pages_that_fit(self, partition: tuple[int, ...]) -> int:
+    def _pages_that_fit(self, partition: tuple[int, ...], rounds: int) -> int:
         """Pages under this split: those of the rank that can hold the fewest."""
-        return min(self._pages_of(rank, layers) for rank, layers in enumerate(self._shares(partition)))
+        return min(self._pages_of(rank, layers, rounds) for rank, layers in enumerate(self._shares(partition)))
 
-    def _main_pages(self, partition: tuple[int, ...], swap: int) -> int:
+    def _main_pages(self, partition: tuple[int, ...], rounds: int, swap: int) -> int:
         """Main pages beside a slab of `swap`: what is left, or what is set by hand."""
-        left = max(0, self._capacity(partition) - swap)
+        left = max(0, self._capacity(partition, rounds) - swap)
         by_hand = self._config.kvcache.main_pages
         return left if by_hand == "auto" else min(left, by_hand)
 
@@ -261,11 +279,12 @@ class _Search:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
         pipeline, kv = self._config.pipeline, self._config.kvcache
         shares = self._shares(candidate.partition)
-        pages = [self._pages_of(rank, layers) for rank, layers in enumerate(shares)]
+        pages = [self._pages_of(rank, layers, candidate.rounds) for rank, layers in enumerate(shares)]
         rank = min(range(len(pages)), key=pages.__getitem__)
+        free = max(0.0, self._kv_bytes(rank, shares[rank], candidate.rounds))
         has = (
-            f"rank {rank} has {max(0.0, self._kv_bytes(rank, shares[rank])) / GB:.3f} GB for the KV cache of its "
-            f"{shares[rank]} layers, which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
+            f"rank {rank} has {free / GB:.3f} GB for the KV cache of its {shares[rank]} layers, "
+            f"which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
         )
         cap = "" if kv.gpu_memory_gb is None else f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
         swap = candidate.swap
@@ -279,7 +298,7 @@ class _Search:
         # than all of the sample must not fail for want of memory that is there.
         wanted = concurrency * self._longest + -(-2 * candidate.size // kv.page_size) + 1
         wanted = max(wanted, -(-self._model.max_context // kv.page_size))
-        main = min(min(pages) - self._buffer_pages(candidate) - swap, wanted)
+        main = min(pages[rank] - swap, wanted)
         main = main if kv.main_pages == "auto" else kv.main_pages
         if main + swap < self._sequence_pages:
             what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"
@@ -306,15 +325,6 @@ class _Search:
             swap_pages=swap,
             host_height=height,
         )
-
-    def _buffer_pages(self, candidate: _Candidate) -> int:
-        """Pages whose memory the frames take that arrive on a device: of every round, and one."""
-        machine = self._machine
-        if not machine.receives_on_device or machine.ranks == 1 or self._config.kvcache.gpu_memory_gb is not None:
-            return 0
-        frame = self._config.pipeline.max_batch_tokens * machine.hidden_bytes
-        layers = min(self._shares(candidate.partition))
-        return -(-(candidate.rounds + 1) * frame // (machine.page_bytes * layers))
 
     # -- the arithmetic
 
@@ -349,8 +359,8 @@ class _Search:
         """
         pipeline, machine = self._config.pipeline, self._machine
         count = self._count * (2 if doubled == REQUESTS else 1)
-        main = self._main_pages(candidate.partition, candidate.swap)
-        main += self._capacity(candidate.partition) if doubled == MEMORY else 0
+        main = self._main_pages(candidate.partition, candidate.rounds, candidate.swap)
+        main += self._capacity(candidate.partition, candidate.rounds) if doubled == MEMORY else 0
         pages = main / candidate.rounds + candidate.swap
         if rows is None:
             rows = min(candidate.size, pages / self._mean_pages, self._limit / candidate.rounds)

@@ -104,10 +104,6 @@ class StageTimes:
         """Bringing in the visit's swap pages."""
         return layers * self.page_s * work.swapped
 
-    def occupied(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
-        """How long one visit keeps the rank from the next one."""
-        return max(self.seconds(work, layers, first, last, hidden_bytes), self.copies(work, layers))
-
     def delay(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
         """How much later than a visit's frame arrives its work can begin, beside what keeps the rank busy."""
         return self.start_s + self.host(work, first, last, hidden_bytes) if self.ahead else 0.0
