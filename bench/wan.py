@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 JOBS = {
-    # Visits of some milliseconds, beside which the relay's own work on the same cores is small.
+    # Visits of many milliseconds for their bytes, beside which the relay's own work on the same cores is small.
     "tiny": [
         "model=tiny",
-        "model.architecture.num_hidden_layers=12",
+        "model.architecture.num_hidden_layers=24",
         "pipeline.micro_batch_size=128",
-        "workload.source=fixed12800:16:0",
+        "workload.source=fixed8000:16:0",
         "sampling.max_tokens=32",
     ],
     "smollm2-135m": ["model=smollm2-135m", "workload.source=fixed640:64:0", "sampling.max_tokens=64"],
@@ -75,6 +75,7 @@ def compare(
 ) -> dict[str, Any]:
     """Real and simulated runs of one model, number of ranks and delay."""
     runs: dict[str, list[dict[str, Any]]] = {"real": [], "simulated": []}
+    relay: dict[str, list[float]] = {"real": [], "simulated": []}
     other = 0
     for turn in range(options.repeat):
         for kind, found in runs.items():
@@ -83,6 +84,7 @@ def compare(
             job = [*JOBS[model], *COMMON, *options.overrides, f"output.dir={folder}"]
             relayed = [[str(wan), "exec", str(rank), "--"] for rank in range(ranks)]
             set_delay(wan, delay if kind == "real" else 0)
+            before = relay_seconds(wan)
             if kind == "real":
                 run(job, relayed, "10.77.0.1", folder, options.timeout_s)
             else:
@@ -93,6 +95,7 @@ def compare(
                 else:
                     run(job, relayed, "10.77.0.1", folder, options.timeout_s)
             found.append(json.loads((folder / "metrics.json").read_text()))
+            relay[kind].append((relay_seconds(wan) - before) / found[-1]["elapsed_s"])
             texts = answers(folder)
             other += sum(text != truths.setdefault(model, texts).get(name) for name, text in texts.items())
     rates = {kind: [metrics["output_tokens_per_s"] for metrics in found] for kind, found in runs.items()}
@@ -102,6 +105,7 @@ def compare(
         "simulated": round(medians["simulated"], 1),
         "real_runs": [round(rate, 1) for rate in rates["real"]],
         "simulated_runs": [round(rate, 1) for rate in rates["simulated"]],
+        "relay_cores": {kind: round(statistics.median(shares), 3) for kind, shares in relay.items()},
         "rounds": [metrics["plan"]["rounds"] for metrics in runs["real"]],
         "partitions": [metrics["plan"]["partition"] for metrics in runs["real"]],
         "predicted_real": round(statistics.median(m["plan"]["predicted_output_tokens_per_s"] for m in runs["real"]), 1),
@@ -169,14 +173,20 @@ def set_delay(wan: Path, delay_ms: float) -> None:
     subprocess.run([wan, "set", "--delay-ms", f"{delay_ms:g}"], check=True, stdout=subprocess.DEVNULL)
 
 
+def relay_seconds(wan: Path) -> float:
+    """Processor seconds that the relay has taken so far."""
+    done = subprocess.run([wan, "stat"], check=True, capture_output=True, text=True)
+    return float(done.stdout.rsplit("relay_cpu_s_since_up", 1)[1])
+
+
 def answers(folder: Path) -> dict[str, str]:
     entries = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return {entry["custom_id"]: entry["response"]["body"]["choices"][0]["text"] for entry in entries}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| model | ranks | one way | real link | simulated | real / simulated | of 0 ms, real | other answers |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    names = "model | ranks | one way | real link | simulated | real / simulated | of 0 ms, real | other answers"
+    lines = [f"| {names} | cores of the relay, real, simulated |", "| --- " * 9 + "|"]
     for row in rows:
         same = [other for other in rows if (other["model"], other["ranks"]) == (row["model"], row["ranks"])]
         base = min(same, key=lambda other: other["delay_ms"])
@@ -184,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['model']} | {row['ranks']} | {row['delay_ms']:g} ms | {row['real']:,.0f} tok/s | "
             f"{row['simulated']:,.0f} tok/s | {rates[0]:.2f} | {rates[1]:.2f} | "
-            f"{row['other_answers']} |"
+            f"{row['other_answers']} | {row['relay_cores']['real']:.2f}, {row['relay_cores']['simulated']:.2f} |"
         )
     return "\n".join(lines)
 
