@@ -115,7 +115,8 @@ class Job:
         sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
         if not sizes:
             return None
-        count = int(self._progress.summary()["requests"])
+        counts = self._progress.summary()
+        count = counts["requests"] - counts["errors"]
         prompts, answers = zip(*sizes, strict=True)
         lengths = replace(
             self._lengths,

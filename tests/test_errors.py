@@ -135,6 +135,8 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     }
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (9, 7, 10)
+    assert metrics["max_output_tokens"] == 10 and metrics["plan"]["predicted_for_these_answers"] > 0
+    assert "if all answers are as long as max_tokens allows" in done.stdout
 
 
 def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
