@@ -118,7 +118,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
         json.dumps(good | {"custom_id": "negative", "max_tokens": -1}),
         json.dumps(good | {"custom_id": "first"}),
         json.dumps({"custom_id": "foreign", "prompt": [320]}),
-        json.dumps(good | {"custom_id": "last", "max_tokens": 2}),
+        json.dumps(good | {"custom_id": "last", "max_tokens": 2, "stop": ["never"]}),
     ]
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
