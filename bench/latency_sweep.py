@@ -38,7 +38,7 @@ def work(options: argparse.Namespace) -> list[Cell]:
         before: Cell | None = None
         for latency in options.latencies:
             name = f"{system.replace(' ', '-')}-{latency:g}ms"
-            requests = world.share(f"{name}/requests", requests_for(before, options))
+            requests = world.share(f"{name}/requests", requests_for(before, latency, options))
             folder = options.output / name
             only = ["kvcache.swap_pages=0", f"pipeline.rounds={world.size}"] if system == PIPELINE_ONLY else []
             words = [
@@ -64,12 +64,16 @@ def work(options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def requests_for(before: Cell | None, options: argparse.Namespace) -> int:
+def requests_for(before: Cell | None, latency: float, options: argparse.Namespace) -> int:
     """How many requests the next cell of a system is to answer. `before` is the one at the latency below."""
     if before is None:
         return int(options.requests)
-    enough = before["output_tokens_per_s"] * options.cell_s / options.answer
-    return round(min(options.requests, max(enough, 2 * in_flight(before, options))))
+    rate = before["output_tokens_per_s"]
+    enough = rate * options.cell_s / options.answer
+    needed = in_flight(before, options)
+    if before["system"] == PLANNED:  # at the same rate, a longer trip has more of them under way
+        needed += rate * len(before["stages"]) * (latency - before["latency_ms"]) / 1e3
+    return round(min(options.requests, max(enough, 2 * needed)))
 
 
 def in_flight(cell: Cell, options: argparse.Namespace) -> float:
