@@ -89,6 +89,9 @@ class GlooReceiver(Receiver):
         self.held_s = hold_until(deliver_at) if deliver_at else 0.0
         return payload
 
+    def close(self) -> None:
+        """Nothing to stop: a receive is posted for expected frames only, and all of them have come."""
+
     def take(self) -> tuple[torch.Tensor, int]:
         """The next frame's payload, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once).
 

@@ -39,7 +39,8 @@ class Receiver(ABC):
     def receive(self) -> torch.Tensor:
         """Wait for the next expected frame; its payload as uint8 [bytes], valid until the next `expect`."""
 
-    def close(self) -> None:  # noqa: B027
+    @abstractmethod
+    def close(self) -> None:
         """Nothing more is expected."""
 
 
