@@ -142,6 +142,7 @@ def main() -> int:
     except UserError as error:
         return complain(error, True, 1)
     if world.stop_announced:
+        world.leave()  # threads that still listen at exit would abort the process
         return STOPPED
     try:
         status = run(config, world)
