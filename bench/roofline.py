@@ -34,7 +34,7 @@ from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import GraphedDecode, graph_batches
+from deserve.model.graphs import Graphs, capture
 from deserve.model.weights import Shard, dummy_shard
 from deserve.planner.plan import Plan
 from deserve.stage import make_backend
@@ -110,9 +110,9 @@ class Stack:
         plan = Plan((0,), 1, count, count, most, "vanilla", PAGE, pages, 0, 0)
         weights = dummy_shard(config, Shard(0, layers, False, False), device, dtype)
         self.decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
-        self.graphs: GraphedDecode | None = None
+        self.graphs: Graphs | None = None
         if self.decoder.backend.captures:
-            self.graphs = GraphedDecode(self.decoder, self.kv, pages, graph_batches(count))
+            self.graphs = capture(self.decoder, self.kv, pages, count, most, None)
 
     def rows(self, visit: Visit) -> Rows:
         new, context = [1] * visit.decodes, [visit.context - 1] * visit.decodes
@@ -147,15 +147,11 @@ class Stack:
         alone = graph_ms(lambda: self.products(x, attended, activated), self.device, repeats) / self.layers
         floor = alone + kv_ms
 
-        graphs = self.graphs if self.graphs is not None and self.graphs.fits(rows) else None
-        how = "eager" if graphs is None else "graph"
-
-        def run() -> None:
-            if graphs is None:
-                self.eager(rows, x)
-            else:
-                graphs.replay(rows, x)
-
+        how, run = "eager", lambda: self.eager(rows, x)
+        if self.graphs is not None and self.graphs.decode.fits(rows):
+            how, run = "graph", lambda: self.graphs.decode.replay(rows, x)
+        elif self.graphs is not None and self.graphs.layers.fits(rows):
+            how, run = "graphs", lambda: self.graphs.layers.replay(rows, x)
         whole = device_ms(run, self.device, repeats)
         host = host_ms(run, self.device, repeats) if self.device.type == "cuda" else whole  # a CPU is its own host
         took = whole / self.layers

@@ -12,7 +12,7 @@ from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import GraphedDecode, graph_batches
+from deserve.model.graphs import Graphs, capture
 from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
 from deserve.planner.plan import Plan
@@ -23,9 +23,7 @@ from deserve.staging import to_device
 class Stage:
     """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
 
-    def __init__(
-        self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device, graphs: GraphedDecode | None = None
-    ):
+    def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device, graphs: Graphs | None = None):
         self.dtype = kv.layers.dtype
         self._decoder = decoder
         self._kv = kv
@@ -69,16 +67,19 @@ class Stage:
         pages = self._kv.slab.resident(self._table.rows(plan.slots, width))
         rows = Rows(plan.new_tokens, plan.context, pages)
         x = to_device(x, self._device)
-        if self._graphs is not None and self._graphs.fits(rows):
-            y = self._graphs.replay(rows, x)
+        if self._graphs is not None and self._graphs.decode.fits(rows):
+            y = self._graphs.decode.replay(rows, x)
             if self._decoder.weights.head is None:
                 return y
             logits = y if len(plan.sampled) == plan.rows else y.index_select(0, to_device(plan.sampled, self._device))
         else:
-            self._decoder.backend.begin_visit(rows)
             if self._decoder.weights.embedding is not None:
                 x = self._decoder.embed(x)
-            y = self._decoder.forward(x, self._kv.layers, self._slab)
+            if self._graphs is not None and self._graphs.layers.fits(rows):
+                y = self._graphs.layers.replay(rows, x)
+            else:
+                self._decoder.backend.begin_visit(rows)
+                y = self._decoder.forward(x, self._kv.layers, self._slab)
             if self._decoder.weights.head is None:
                 return y
             if not len(plan.sampled):
@@ -135,14 +136,19 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
         head_dim=config.head_dim,
         dtype=dtype,
         device=device,
-        max_tokens=max(plan.max_batch_tokens, plan.micro_batch_size),
+        max_tokens=most_tokens(plan),
     )
     decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
     graphs = None
     if decoder.backend.captures:
         slab = kv.slab if kv.slab.active else None
-        graphs = GraphedDecode(decoder, kv.layers, kv.scratch_page, graph_batches(plan.micro_batch_size), slab)
+        graphs = capture(decoder, kv.layers, kv.scratch_page, plan.micro_batch_size, most_tokens(plan), slab)
     return Stage(decoder, kv, plan.concurrency, device, graphs)
+
+
+def most_tokens(plan: Plan) -> int:
+    """Of a visit: the policy's budget does not hold back sequences that decode."""
+    return max(plan.max_batch_tokens, plan.micro_batch_size)
 
 
 def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -159,8 +165,7 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 device,
                 config.max_context,
                 page_size=plan.page_size,
-                max_rows=plan.micro_batch_size,
-                max_tokens=plan.max_batch_tokens,
-                max_pages=plan.main_pages + plan.swap_pages + plan.micro_batch_size,  # a row that pads reads one
+                max_tokens=most_tokens(plan),
+                max_pages=plan.main_pages + plan.swap_pages + most_tokens(plan),  # a token that pads reads one at most
             )
     return TorchBackend(config, dtype, device, config.max_context)

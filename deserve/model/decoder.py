@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Backend
 from deserve.model.config import ModelConfig
-from deserve.model.weights import LayerWeights, ShardWeights
+from deserve.model.weights import ShardWeights
 
 
 class Decoder:
@@ -35,40 +35,65 @@ class Decoder:
 
         Each layer waits for its pages of `slab`, and gives them up when it has attended. Works in x's memory.
         """
-        residual = x
-        branch: torch.Tensor | None = None  # what the layer before has yet to add
-        for index, layer in enumerate(self.weights.layers):
-            h = self._norm(branch, residual, layer.input_norm)
-            if slab is not None:
-                slab.await_layer(index)
-            h = self._attention(h, layer, pages[index])
-            if slab is not None:
-                slab.leave_layer(index, len(x))
-            h = self.backend.add_rms_norm(h, residual, layer.post_norm)
-            branch = self._mlp(h, layer)
+        branch = None
+        for index in range(len(self.weights.layers)):
+            q = self.before_attention(index, x, branch, pages[index], slab)
+            branch = self.after_attention(index, x, self.backend.attend(pages[index], q), slab)
         if slab is not None:
             slab.join()
+        return self.merge(x, branch)
+
+    def before_attention(
+        self,
+        index: int,
+        residual: torch.Tensor,
+        branch: torch.Tensor | None,
+        pages: torch.Tensor,
+        slab: SwapSlab | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Layer `index` up to its attention: adds `branch` [T, hidden] to `residual`, appends to the layer's `pages`.
+
+        Returns the queries [T, heads, head_dim]; they lie in `out` [T, qkv] if it is given, as the first heads of it.
+        """
+        config, layer = self.config, self.weights.layers[index]
+        if branch is None:
+            h = self.backend.rms_norm(residual, layer.input_norm)
+        else:
+            h = self.backend.add_rms_norm(branch, residual, layer.input_norm)
+        if out is None:
+            qkv = self.backend.linear(h, layer.qkv, layer.qkv_bias)
+        else:
+            qkv = self.backend.linear_into(out, h, layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(len(h), -1, config.head_dim)
+        first, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+        q = first
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self.backend.rms_norm(q, layer.q_norm), self.backend.rms_norm(k, layer.k_norm)
+        q, k = self.backend.rotate(q, k)
+        if slab is not None:
+            slab.await_layer(index)
+        self.backend.append(pages, k, v)
+        return q if out is None or q.data_ptr() == first.data_ptr() else first.copy_(q)
+
+    def after_attention(
+        self, index: int, residual: torch.Tensor, attended: torch.Tensor, slab: SwapSlab | None
+    ) -> torch.Tensor:
+        """The rest of layer `index`, from `attended` [T, heads * head_dim] on; its output [T, hidden] is yet to be
+        added to `residual`."""
+        layer = self.weights.layers[index]
+        if slab is not None:
+            slab.leave_layer(index, len(attended))
+        h = self.backend.linear(attended, layer.output, layer.output_bias)
+        h = self.backend.add_rms_norm(h, residual, layer.post_norm)
+        h = self.backend.silu_and_mul(self.backend.linear(h, layer.gate_up, layer.gate_up_bias))
+        return self.backend.linear(h, layer.down, layer.down_bias)
+
+    def merge(self, residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states after the last layer, in the memory of `residual`."""
         return residual if branch is None else residual.add_(branch)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [n, hidden] after the last layer to logits [n, vocab]."""
         assert self.weights.final_norm is not None and self.weights.head is not None
         return self.backend.linear(self.backend.rms_norm(x, self.weights.final_norm), self.weights.head)
-
-    def _norm(self, branch: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if branch is None:
-            return self.backend.rms_norm(residual, weight)
-        return self.backend.add_rms_norm(branch, residual, weight)
-
-    def _attention(self, h: torch.Tensor, layer: LayerWeights, pages: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        qkv = self.backend.linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, config.head_dim)
-        q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self.backend.rms_norm(q, layer.q_norm), self.backend.rms_norm(k, layer.k_norm)
-        q, k = self.backend.rotate(q, k)
-        return self.backend.linear(self.backend.attend(pages, q, k, v), layer.output, layer.output_bias)
-
-    def _mlp(self, h: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
-        h = self.backend.silu_and_mul(self.backend.linear(h, layer.gate_up, layer.gate_up_bias))
-        return self.backend.linear(h, layer.down, layer.down_bias)

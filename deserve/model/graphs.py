@@ -1,7 +1,14 @@
-"""Decode visits as CUDA graphs: a whole stage's kernels in one launch."""
+"""Visits as CUDA graphs, so that launching their kernels does not keep the host busy.
+
+Decode visits are one graph each. In other visits attention is launched in the usual way, since how it is divided among
+thread blocks depends on the lengths, and what lies between one layer's attention and the next one's is a graph.
+"""
 
 import bisect
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,16 +18,58 @@ from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Rows
 from deserve.model.decoder import Decoder
 
-MOST_ROWS = 256  # of a graph; a visit of more takes longer on the device than its launches do on the host
+MOST_ROWS = 256  # of a graph of a whole visit; the launches of a larger one hide behind its kernels
+MOST_TOKENS = 1024  # of graphs between attentions, likewise
 
 
 def graph_batches(max_rows: int) -> list[int]:
-    """The numbers of rows for which graphs are made, where visits have up to `max_rows`.
+    """The numbers of rows for which decode visits are captured, where visits have up to `max_rows`.
 
     A visit is padded to the next of them. 35 graphs of 8 layers are captured in 0.2 s and take 60 MB with the shape of
     Llama-3-8B, 180 MB with that of Llama-3-70B.
     """
     return sorted({min(batch, max_rows) for batch in (1, 2, 4, *range(8, MOST_ROWS + 1, 8))})
+
+
+def graph_tokens(max_tokens: int) -> list[int]:
+    """The numbers of tokens for which layers are captured, where visits have up to `max_tokens`.
+
+    Steps of 64, from 512 on of 128: the products work in tiles of that order.
+    """
+    steps = (16, 32, *range(64, 512, 64), *range(512, MOST_TOKENS + 1, 128))
+    return sorted({min(tokens, max_tokens) for tokens in steps})
+
+
+class Replayable(Protocol):
+    """Work that was recorded once."""
+
+    def replay(self) -> None: ...
+
+
+class GraphPool:
+    """Captures CUDA graphs on `device`, all of them in one pool of memory."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        torch.cuda.empty_cache()
+        self._free = torch.cuda.mem_get_info(device)[0]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Replayable, torch.Tensor]:
+        """`work` as a graph, and the tensor to which a replay writes what it returns.
+
+        It must have run before, as kernels cannot be loaded while capturing. Its other memory goes to the next graph.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = work()
+        return graph, output
+
+    def taken(self) -> int:
+        """Bytes of device memory that went to the graphs, and to anything else since this was constructed."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return self._free - torch.cuda.mem_get_info(self._device)[0]
 
 
 class GraphedDecode:
@@ -29,7 +78,7 @@ class GraphedDecode:
     Input are token ids [n] where the decoder embeds, else hidden states [n, hidden]; output are logits [n, vocab]
     where it has the output layer, else hidden states. `layers` are the pages of all layers; rows that pad a batch
     write into `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap pages beside the
-    layers. All graphs share one memory pool. `bytes` is the device memory that they take.
+    layers.
     """
 
     @torch.inference_mode()
@@ -39,6 +88,7 @@ class GraphedDecode:
         layers: torch.Tensor,
         scratch_page: int,
         batches: list[int],
+        pool: GraphPool,
         slab: SwapSlab | None = None,
     ):
         self._decoder, self._layers, self._slab = decoder, layers, slab
@@ -54,14 +104,8 @@ class GraphedDecode:
         self._logits = None
         if head is not None:
             self._logits = torch.empty(largest, decoder.config.vocab_size, dtype=layers.dtype, device=layers.device)
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(layers.device)[0]
-        pool = torch.cuda.graph_pool_handle()
         # Largest first: what it allocates serves all others.
         self._graphs = {batch: self._capture(batch, pool) for batch in reversed(self._batches)}
-        torch.cuda.synchronize(layers.device)
-        torch.cuda.empty_cache()
-        self.bytes = free - torch.cuda.mem_get_info(layers.device)[0]
 
     def fits(self, rows: Rows) -> bool:
         """Whether `rows` are decode rows alone, and no more than the largest graph takes."""
@@ -74,7 +118,7 @@ class GraphedDecode:
         batch = self._batches[bisect.bisect_left(self._batches, count)]
         graph, output, plan = self._graphs[batch]
         # The graph's launch parameters were fixed when it was captured: others would read past their arrays.
-        if self._decoder.backend.begin_graph_visit(self._padded(rows, batch)) != plan:
+        if self._decoder.backend.begin_graph_visit(padded(rows, batch - count, self._scratch_page)) != plan:
             raise RuntimeError(f"the plan of {batch} decode rows is not the one that their graph was captured with")
         self._input[:count].copy_(x, non_blocking=True)
         if count < batch:
@@ -89,28 +133,121 @@ class GraphedDecode:
         x = self._decoder.forward(x, self._layers, self._slab)
         return x if self._logits is None else self._logits[:batch].copy_(self._decoder.logits(x))
 
-    def _capture(self, batch: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, list[int]]:
-        nobody = Rows(_ints(0), _ints(0), _ints(0, 0))
-        plan = self._decoder.backend.begin_graph_visit(self._padded(nobody, batch))
-        self._run(batch)  # loads kernels, which cannot be done while capturing
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            output = self._run(batch)
-        return graph, output, plan
+    def _capture(self, batch: int, pool: GraphPool) -> tuple[Replayable, torch.Tensor, list[int]]:
+        plan = self._decoder.backend.begin_graph_visit(padded(NOBODY, batch, self._scratch_page))
+        self._run(batch)
+        return *pool.capture(lambda: self._run(batch)), plan
 
-    def _padded(self, rows: Rows, batch: int) -> Rows:
-        """`rows` and as many rows of one token on the scratch page as make up `batch`."""
-        padding = batch - len(rows.new_tokens)
-        if not padding:
-            return rows
-        pages = np.full((batch, max(1, rows.pages.shape[1])), self._scratch_page, np.int32)
-        pages[: len(rows.pages), : rows.pages.shape[1]] = rows.pages
-        return Rows(
-            np.concatenate([rows.new_tokens, np.ones(padding, np.int32)]),
-            np.concatenate([rows.context, _ints(padding)]),
-            pages,
-        )
+
+class GraphedLayers:
+    """The layers of a stage for any visit of up to `tokens[-1]` tokens, attention launched between CUDA graphs.
+
+    For each number of tokens in `tokens`, a visit is padded to the next of them, there is a graph from the stage's
+    input to the first layer's attention, from each layer's to the next one's, and from the last one's to the output.
+    The other arguments are those of GraphedDecode.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        decoder: Decoder,
+        layers: torch.Tensor,
+        scratch_page: int,
+        tokens: list[int],
+        pool: GraphPool,
+        slab: SwapSlab | None = None,
+    ):
+        self._decoder, self._layers, self._slab = decoder, layers, slab
+        self._scratch_page = scratch_page
+        self._tokens = sorted(tokens)
+        # What passes from graph to graph, beside what attention gives.
+        config, largest = decoder.config, self._tokens[-1]
+        self._hidden = torch.zeros(largest, config.hidden_size, dtype=layers.dtype, device=layers.device)
+        self._qkv = torch.zeros(largest, config.q_size + 2 * config.kv_size, dtype=layers.dtype, device=layers.device)
+        self._graphs = {count: self._capture(count, pool) for count in reversed(self._tokens)}
+
+    def fits(self, rows: Rows) -> bool:
+        """Whether `rows` have no more tokens than the largest graphs take."""
+        return int(rows.new_tokens.sum()) <= self._tokens[-1]
+
+    @torch.inference_mode()
+    def replay(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        """The visit of `rows`, which fit. x: hidden states [T, hidden]; returns them after the last layer."""
+        count = len(x)
+        tokens = self._tokens[bisect.bisect_left(self._tokens, count)]
+        self._decoder.backend.begin_visit(padded(rows, tokens - count, self._scratch_page, self._layers.shape[3]))
+        self._hidden[:count].copy_(x, non_blocking=True)
+        if count < tokens:
+            self._hidden[count:tokens].zero_()
+        self._alternate(tokens, [graph.replay for graph in self._graphs[tokens]])
+        return self._hidden[:count].clone()  # the next visit is computed there
+
+    def _alternate(self, tokens: int, parts: Sequence[Callable[[], object]]) -> torch.Tensor:
+        """Run `parts` with each layer's attention between two of them. Returns where attention leaves its results."""
+        config, attended = self._decoder.config, self._hidden
+        queries = self._qkv[:tokens].view(tokens, -1, config.head_dim)[:, : config.num_heads]
+        parts[0]()
+        for pages, part in zip(self._layers, parts[1:], strict=True):
+            attended = self._decoder.backend.attend(pages, queries)
+            part()
+        return attended
+
+    def _capture(self, tokens: int, pool: GraphPool) -> list[Replayable]:
+        self._decoder.backend.begin_visit(padded(NOBODY, tokens, self._scratch_page))
+        attended = self._hidden.new_zeros(tokens, self._decoder.config.q_size)
+        layers = range(len(self._layers) + 1)
+        attended = self._alternate(tokens, [partial(self._part, index, tokens, attended) for index in layers])
+        return [pool.capture(partial(self._part, index, tokens, attended))[0] for index in layers]
+
+    def _part(self, index: int, tokens: int, attended: torch.Tensor) -> torch.Tensor:
+        """From attention of the layer before `index`, which gave `attended` [T, q_size], to that of layer `index`."""
+        decoder, slab, residual, branch = self._decoder, self._slab, self._hidden[:tokens], None
+        if index > 0:
+            branch = decoder.after_attention(index - 1, residual, attended, slab)
+        if index == len(self._layers):
+            output = decoder.merge(residual, branch)
+        else:
+            qkv = self._qkv[:tokens]
+            output = decoder.before_attention(index, residual, branch, self._layers[index], slab, out=qkv)
+        if index > 0 and slab is not None:
+            slab.join()  # a graph ends with all that it began
+        return output
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a stage, and the bytes of device memory that they take."""
+
+    decode: GraphedDecode
+    layers: GraphedLayers
+    bytes: int
+
+
+def capture(
+    decoder: Decoder, layers: torch.Tensor, scratch_page: int, max_rows: int, max_tokens: int, slab: SwapSlab | None
+) -> Graphs:
+    """The graphs of a stage whose visits have up to `max_rows` rows of up to `max_tokens` tokens."""
+    pool = GraphPool(layers.device)
+    decode = GraphedDecode(decoder, layers, scratch_page, graph_batches(max_rows), pool, slab)
+    others = GraphedLayers(decoder, layers, scratch_page, graph_tokens(max_tokens), pool, slab)
+    return Graphs(decode, others, pool.taken())
+
+
+def padded(rows: Rows, padding: int, scratch_page: int, page_size: int = 1) -> Rows:
+    """`rows` and `padding` further tokens on the scratch page: rows of one where all others are, else one row."""
+    if not padding:
+        return rows
+    ones = bool((rows.new_tokens == 1).all())
+    new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
+    count, width = rows.pages.shape
+    width = max(width, 1 if ones else -(-padding // page_size))
+    pages = np.full((count + len(new), width), scratch_page, np.int32)
+    pages[:count, : rows.pages.shape[1]] = rows.pages
+    return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
 
 
 def _ints(*shape: int) -> IntArray:
     return np.zeros(shape, np.int32)
+
+
+NOBODY = Rows(_ints(0), _ints(0), _ints(0, 0))

@@ -80,7 +80,7 @@ class StageTimes:
     page_s: float = 0.0  # bringing in one page of one layer from host memory
     ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
     start_s: float = 0.0  # from the host's decision until such a device begins
-    launch_s: float = 0.0  # the host's launches of a layer, where the visit is no CUDA graph: with prompts in it
+    launch_s: float = 0.0  # the host's launches of a layer, where the visit is not one CUDA graph: with prompts in it
     request_s: float = 0.0  # a request's coming and going, beside its visits; rank 0 only
 
     def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:

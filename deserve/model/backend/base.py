@@ -25,7 +25,7 @@ class Rows:
 class Backend(ABC):
     """Kernels over tokens of many sequences laid end to end, T tokens in all."""
 
-    captures = False  # whether decode visits can be CUDA graphs, by way of `begin_graph_visit`
+    captures = False  # whether CUDA graphs can record its calls: all of a decode visit, of others all but `attend`
 
     @abstractmethod
     def begin_visit(self, rows: Rows) -> None:
@@ -46,6 +46,12 @@ class Backend(ABC):
         """x [T, in] times a packed `weight` [out, in], plus `bias` [out]: [T, out]."""
         return F.linear(x, weight, bias)
 
+    def linear_into(
+        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The same in the memory of `out`, of a backend that `captures`."""
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm over the last dimension of x [..., n]."""
@@ -63,9 +69,13 @@ class Backend(ABC):
         """Rotary embedding of q [T, heads, head_dim] and k [T, kv_heads, head_dim] at the visit's positions."""
 
     @abstractmethod
-    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write k and v [T, kv_heads, head_dim] into a layer's `pages`, then causal attention of q over them.
+    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [T, kv_heads, head_dim] to a layer's `pages` [pages, 2, page_size, kv_heads, head_dim]."""
 
-        pages: [pages, 2, page_size, kv_heads, head_dim]; q: [T, heads, head_dim]. Returns [T, heads * head_dim],
-        maybe in memory that the next call overwrites.
+    @abstractmethod
+    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Causal attention of q [T, heads, head_dim] over a layer's `pages`, to which the visit's tokens are appended.
+
+        Returns [T, heads * head_dim], maybe in memory that the next call overwrites; where the backend `captures`, in
+        the same memory every time.
         """

@@ -157,7 +157,7 @@ class FlashInferBackend(Backend):
     visit of a small model takes the host longer than the device. The norms are then the compiled ones everywhere:
     the wrappers take another set, in CuTe, where nvidia-cutlass-dsl is installed.
 
-    A visit may have `max_rows` rows of `max_tokens` tokens in all, whose contexts lie in `max_pages` pages.
+    A visit may have `max_tokens` tokens, and as many rows; their contexts lie in `max_pages` pages.
     `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
     """
 
@@ -170,7 +170,6 @@ class FlashInferBackend(Backend):
         device: torch.device,
         max_length: int,
         page_size: int,
-        max_rows: int,
         max_tokens: int,
         max_pages: int,
         prefill: str = "auto",
@@ -203,22 +202,21 @@ class FlashInferBackend(Backend):
         self._rotary = get_rope_module().apply_rope_pos_ids_cos_sin_cache
         self._append = get_page_module().append_paged_kv_cache
 
-        max_tokens = max(max_tokens, max_rows)  # rows that pad a graph's batch are tokens too
         self._attended = torch.empty(max_tokens, config.q_size, dtype=dtype, device=device)
         self._activated = torch.empty(max_tokens, config.intermediate_size, dtype=dtype, device=device)
         capacity = {
             "positions": max_tokens,
             "row_of_token": max_tokens,
-            "indptr": max_rows + 1,
-            "last_page": max_rows,
-            "prefill_queries": max_rows + 1,
+            "indptr": max_tokens + 1,
+            "last_page": max_tokens,
+            "prefill_queries": max_tokens + 1,
             "pages": max_pages,  # last, for only those in use are copied
         }
         ends = np.cumsum(list(capacity.values())).tolist()
         self._offsets = dict(zip(capacity, [0, *ends], strict=False))
         self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the arrays named in `capacity`
-        self._count = np.arange(max_rows + 1, dtype=np.int32)
-        self._device_count = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._count = np.arange(max_tokens + 1, dtype=np.int32)
+        self._device_count = torch.arange(max_tokens + 1, dtype=torch.int32, device=device)
         self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
 
     def begin_visit(self, rows: Rows) -> None:
@@ -311,10 +309,13 @@ class FlashInferBackend(Backend):
         self._rotary(q, k, q, k, self._table, self._visit.positions, False)  # in place; halves, not interleaved pairs
         return q, k
 
-    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        visit = self._visit
+        self._append(k, v, visit.row_of_token, visit.positions, *pages.unbind(1), *visit.table, NHD)
+
+    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         visit = self._visit
         keys, values = pages.unbind(1)
-        self._append(k, v, visit.row_of_token, visit.positions, keys, values, *visit.table, NHD)
         for call in visit.calls:
             part = q if call.tokens is None else q[call.tokens]
             call.run(*call.before, part, keys, values, *call.after)

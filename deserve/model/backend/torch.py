@@ -87,14 +87,16 @@ class TorchBackend(Backend):
         # sin's first half is negated, so rolling by half a head stands for HF's rotate_half.
         return torch.addcmul(x * self._visit_cos, x.roll(x.shape[-1] // 2, -1), self._visit_sin)
 
-    def attend(self, pages: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if not self._page_size:
             self._address(pages.shape[2])
-        tokens, heads, head_dim = q.shape
-        kv_heads = k.shape[1]
-        slots = pages.view(-1, kv_heads, head_dim)  # one row per (page, k or v, offset)
+        slots = pages.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
         slots.index_copy_(0, self._key_slots, k)
         slots.index_copy_(0, self._value_slots, v)
+
+    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        tokens, heads, head_dim = q.shape
+        kv_heads = pages.shape[3]
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         for bucket in self._buckets:
