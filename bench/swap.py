@@ -32,6 +32,8 @@ def main() -> None:
     launched("bench.swap", options.ranks)
     world, cells = World(), []
     systems = options.systems.split(",")
+    if "published" in systems and "planned" not in systems[: systems.index("published")]:
+        options_parser.error("--systems: published takes over the plan of planned, which must come before it")
     if not torch.cuda.is_available():
         systems = [system for system in systems if system != "published"]
     for latency in options.latencies:

@@ -67,7 +67,7 @@ def plan(config: PlanConfig) -> str:
     ranks = config.ranks
     machine = Machine(
         stages=(times,) * ranks,
-        links=(slowed(LinkTimes(), config.network),) * ranks,
+        links=(slowed(LinkTimes(), config.network) if ranks > 1 else LinkTimes(),) * ranks,
         memory=(int(memory),) * ranks,
         host_memory=int(config.host_memory_gb * GB),
         hidden_bytes=model.hidden_size * dtype.itemsize,

@@ -12,6 +12,7 @@ from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.network import Wire
 from deserve.comm.world import World
 
+SHARED = 20_000_000
 LATENCY_MS = 32
 TRIES = 12
 
@@ -106,6 +107,9 @@ def in_order(world: World) -> dict[str, Any]:
 if __name__ == "__main__":
     world = World()
     found = ping_pong(world) | burst(world) | large(world) | in_order(world)
+    found[f"shared_{world.rank}"] = len(
+        world.share("long text", "x" * SHARED)
+    )  # more than the store takes in one value
     everything = world.gather("found", found)
     if world.rank == 0:
         first, second = everything

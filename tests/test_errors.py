@@ -107,6 +107,15 @@ def answers(output: Path) -> dict[str, str]:
     return found
 
 
+def test_an_empty_file_is_a_job_without_requests(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out"
+    source.touch()
+    done = torchrun(2, "-m", "deserve.run", "model=tiny", f"workload.source={source}", f"output.dir={output}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "results.jsonl").read_text() == ""
+    assert json.loads((output / "metrics.json").read_text())["requests"] == 0
+
+
 def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     good = {"prompt": [1, 2, 3], "ignore_eos": True}
     lines = [

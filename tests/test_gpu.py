@@ -1,14 +1,18 @@
 """The GPU kernels against plain PyTorch in float32: values, graphs, and that no visit makes the host wait."""
 
+import json
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import make_checkpoint
+from launch import torchrun
 
 from deserve.batch import Request, SamplingParams, StepPlan
 from deserve.kvcache.buddy import BuddyAllocator
@@ -535,3 +539,41 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
     print(
         f"{len(steps)} visits, {scheduler.counters.suspensions} suspensions, waited {swapping.swapping.waited_s:.3f} s"
     )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
+    """Over NCCL and over Gloo, resident and swapping, with latency and without: every token is the same."""
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    make_checkpoint(tmp_path / "model", std=0.05, hidden_size=512, intermediate_size=1024, **heads)
+    rng = np.random.default_rng(0)
+    with (tmp_path / "in.jsonl").open("w") as file:
+        for index in range(60):
+            prompt = rng.integers(320, size=int(rng.integers(1, 200))).tolist()
+            file.write(json.dumps({"custom_id": str(index), "prompt": prompt, "ignore_eos": True}) + "\n")
+    common = ["model=tiny", "model.weights=auto", "model.dtype=bfloat16", f"model.path={tmp_path / 'model'}"]
+    common += [f"workload.source={tmp_path / 'in.jsonl'}", "sampling.max_tokens=40", "device=cuda"]
+    # The same visits everywhere: other shapes of products would round otherwise.
+    common += ["pipeline.rounds=3", "pipeline.micro_batch_size=20", "pipeline.max_batch_tokens=256"]
+    resident, swapping = (["kvcache.main_pages=1100", "kvcache.swap_pages=0"], ["kvcache.main_pages=20"])
+    swapping += ["kvcache.swap_pages=340"]
+    layouts = {
+        "alone": (1, resident),
+        "nccl": (2, resident),
+        "gloo": (2, [*resident, "comm.backend=gloo"]),
+        "latency": (2, [*resident, "network.latency_ms=3"]),
+        "swapping": (2, swapping),
+    }
+    answers = {}
+    for ranks in (1, 2):
+        jobs = {name: overrides for name, (count, overrides) in layouts.items() if count == ranks}
+        words = [[*common, *overrides, f"output.dir={tmp_path / name}"] for name, overrides in jobs.items()]
+        (tmp_path / "jobs.json").write_text(json.dumps(words))
+        done = torchrun(ranks, Path(__file__).with_name("job_worker.py"), tmp_path / "jobs.json")
+        assert done.returncode == 0, done.stderr[-4000:]
+        for name in jobs:
+            lines = map(json.loads, (tmp_path / name / "results.jsonl").read_text().splitlines())
+            answers[name] = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+    expected = answers.pop("alone")
+    assert len(expected) == 60 and len(set(expected.values())) > 50
+    assert not {name for name, given in answers.items() if given != expected}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from launch import torchrun
-from link_worker import LATENCY_MS
+from link_worker import LATENCY_MS, SHARED
 
 from deserve.comm.link import Loopback, frame, unframe
 from deserve.comm.network import Wire
@@ -47,6 +47,10 @@ def test_frames_arrive_whole_and_in_order_and_close_leaves_none(found: dict[str,
     for rank in (0, 1):
         assert found[f"whole_and_in_order_{rank}"]
         assert found[f"pending_{rank}"] == 0
+
+
+def test_large_values_are_shared(found: dict[str, Any]) -> None:
+    assert found["shared_0"] == found["shared_1"] == SHARED
 
 
 def test_messages_queue_for_the_bandwidth() -> None:

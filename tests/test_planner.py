@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import deserve.plan
 from deserve.batch import Request, SamplingParams
 from deserve.comm.world import World
 from deserve.config import Config, load_config
@@ -21,6 +24,7 @@ from deserve.errors import UserError
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import resolve
 from deserve.planner.measure import survey
+from deserve.planner.memory import available_memory, left_by_control_groups
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
@@ -390,6 +394,47 @@ def test_a_stage_is_measured() -> None:
     seconds = found.stages[0].seconds(Work(64, 64 * 20, 0, 0, 64), 4, True, True, found.hidden_bytes)
     assert 1e-5 < seconds < 10
     assert found.latency_s == 0
+
+
+def test_a_single_rank_has_no_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for latency in (0, 64):
+        words = ["model=tiny", "ranks=1", "workload.source=fixed100:64:0", f"network.latency_ms={latency}"]
+        monkeypatch.setattr(sys, "argv", ["plan", *words])
+        assert deserve.plan.main() == 0
+        printed.append(capsys.readouterr().out.rpartition("planned in")[0])
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        (
+            "0::/job/step",
+            {"job/memory.max": "1000", "job/memory.current": "300", "job/memory.stat": "inactive_file 50"},
+            750,
+        ),
+        ("0::/job", {"job/memory.max": "max", "job/memory.stat": "anon 3"}, math.inf),
+        (
+            "4:cpu,memory:/job\n0::/",
+            {
+                "memory/job/memory.limit_in_bytes": "500",
+                "memory/job/memory.usage_in_bytes": "700",
+                "memory/job/memory.stat": "cache 9\ntotal_inactive_file 1",
+            },
+            0,
+        ),
+        ("3:cpuset:/\n", {}, math.inf),
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, groups: str, files: dict[str, str], left: float) -> None:
+    (tmp_path / "self").write_text(groups)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert left_by_control_groups(tmp_path / "self", tmp_path) == left
+    assert left_by_control_groups(tmp_path / "none", tmp_path) == math.inf
+    assert 0 < available_memory() <= psutil.virtual_memory().total
 
 
 def test_plan_program_needs_no_machine() -> None:

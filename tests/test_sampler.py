@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deserve.batch import SamplingParams
-from deserve.model.sampler import Sampler, argmax, draw, encode_sampling, uniforms
+from deserve.model.sampler import DRAWN, Sampler, argmax, draw, encode_sampling, uniforms
 
 VOCAB = 50
 DRAWS = 40_000
@@ -124,3 +124,19 @@ def test_what_a_row_gets_does_not_depend_on_its_company() -> None:
         assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [
             int(logits[row].argmax())
         ]
+
+
+def test_many_rows_are_drawn_as_few_are() -> None:
+    rows = 2 * DRAWN + 5
+    logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
+    slots = np.random.default_rng(0).permutation(rows).astype(np.int32)
+    sampler = Sampler(rows, torch.device("cpu"))
+    some = [
+        SamplingParams(temperature=float(slot % 3 > 0), top_p=0.9, top_k=slot % 7, seed=slot) for slot in range(rows)
+    ]
+    sampler.admit(np.array([encode_sampling(slot, sampling) for slot, sampling in enumerate(some)], np.int32))
+    together = sampler.sample(logits, slots, slots)
+    parts = [slice(begin, begin + 10) for begin in range(0, rows, 10)]
+    apart = torch.cat([sampler.sample(logits[part], slots[part], slots[part]) for part in parts])
+    assert together.dtype == torch.int32 and torch.equal(together, apart)
+    assert not torch.equal(together, logits.argmax(-1).int())

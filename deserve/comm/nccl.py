@@ -20,6 +20,7 @@ from deserve.comm.network import hold_until
 from deserve.errors import LinkError
 
 WARM_UP_BYTES = 1 << 20
+ALIGNED_BYTES = 256
 
 
 class NcclSender(Sender):
@@ -99,7 +100,9 @@ class NcclReceiver(Receiver):
     ):
         self._peer, self._group, self._notices, self._device = peer, group, notices, device
         self._stream = torch.cuda.Stream(device)
-        self._buffers = deque(torch.empty(max_bytes, dtype=torch.uint8, device=device) for _ in range(ahead + 1))
+        # In one piece, since PyTorch rounds up what it allocates; kernels want their vectors aligned.
+        size = -(-max_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
+        self._buffers = deque(torch.empty(ahead + 1, size, dtype=torch.uint8, device=device).unbind())
         self._expected: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._arrived: queue.SimpleQueue[_Arrival | LinkError] = queue.SimpleQueue()
         self._post(torch.empty(WARM_UP_BYTES, dtype=torch.uint8, device=device)).synchronize()

@@ -1,5 +1,6 @@
 """The simulated network: when a message that leaves now would arrive over a slow link."""
 
+import threading
 import time
 
 
@@ -14,11 +15,13 @@ class Wire:
         self._latency_ns = round(latency_ms * 1e6)
         self._ns_per_byte = 0.0 if bandwidth_mbps is None else 8e3 / bandwidth_mbps
         self._free_at = 0
+        self._lock = threading.Lock()  # plans and hidden states leave a rank by threads of their own
 
     def deliver_at(self, nbytes: int) -> int:
         """The CLOCK_MONOTONIC time (ns) at which a message of `nbytes` that is sent now has arrived."""
-        self._free_at = max(self._free_at, time.monotonic_ns()) + round(nbytes * self._ns_per_byte)
-        return self._free_at + self._latency_ns
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic_ns()) + round(nbytes * self._ns_per_byte)
+            return self._free_at + self._latency_ns
 
 
 def hold_until(deadline_ns: int) -> float:

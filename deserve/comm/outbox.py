@@ -17,6 +17,7 @@ class Outbox(Sender):
 
     def __init__(self, sender: Sender):
         self._sender = sender
+        self._device = torch.cuda.current_device()
         self._queue: queue.Queue[tuple[torch.cuda.Event, torch.Tensor] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
@@ -39,6 +40,7 @@ class Outbox(Sender):
         self._sender.close()
 
     def _run(self) -> None:
+        torch.cuda.set_device(self._device)  # of this thread: it would take memory of the first GPU otherwise
         try:
             while (entry := self._queue.get()) is not None:
                 copied, staged = entry

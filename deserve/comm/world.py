@@ -21,6 +21,7 @@ from deserve.errors import UserError
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
+PIECE_BYTES = 4 << 20  # the store takes no value of more than 8 MiB, and a long trace is larger
 LAST_WORD_S = 3.0  # for the store to say whether somebody else has reported the failure
 NO_TIMEOUT = timedelta(days=365)  # it is the pulse that notices a dead rank
 START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
@@ -114,11 +115,16 @@ class World:
 
     def publish(self, key: str, value: Any) -> None:
         """Make `value` (anything JSON can hold) readable by all ranks under `key`."""
-        self._names.set(key, json.dumps(value))
+        text = json.dumps(value)
+        pieces = [text[begin : begin + PIECE_BYTES] for begin in range(0, len(text), PIECE_BYTES)]
+        for index, piece in enumerate(pieces):
+            self._names.set(f"{key}/piece{index}", piece)
+        self._names.set(key, str(len(pieces)))  # last: whoever waits for `key` finds all of them
 
     def read(self, key: str) -> Any:
         """What some rank publishes under `key`; waits until it has."""
-        return json.loads(self._names.get(key))
+        count = int(self._names.get(key))
+        return json.loads(b"".join(self._names.get(f"{key}/piece{index}") for index in range(count)))
 
     def share(self, key: str, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""

@@ -217,9 +217,9 @@ class SwapSlab:
                 for start, stop in runs:
                     self._slab[layer, start:stop].copy_(self._host[self._round, layer, start:stop], non_blocking=True)
                 if self._on_gpu:
-                    self._loaded[layer].record()
                     timed = torch.cuda.Event(enable_timing=True)
-                    timed.record()
+                    timed.record()  # first: a visit that has waited for the other has this one behind it
+                    self._loaded[layer].record()
                     self._last_loads[layer] = timed
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -23,6 +22,7 @@ from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
+from deserve.planner.memory import available_memory
 from deserve.planner.plan import Plan
 from deserve.planner.rehearsal import Alike, Scene, rehearse
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
@@ -63,7 +63,7 @@ def survey(
         gc.collect()
         torch.cuda.empty_cache()
     memory = usable_memory(world, device)
-    host_memory = psutil.virtual_memory().available // 2 // world.local_size
+    host_memory = available_memory() // 2 // world.local_size
     edges = nccl_edges(world, config, device)
     page_size, most = config.kvcache.page_size, config.pipeline.max_batch_tokens
     probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
@@ -104,7 +104,7 @@ def survey(
     stages, links, memories, host_memories, graphs, kinds = zip(*found, strict=True)
     return Machine(
         stages=alike([StageTimes.from_json(stage) for stage in stages], kinds),
-        links=tuple(slowed(LinkTimes(*link), config.network) for link in links),
+        links=tuple(slowed(LinkTimes(*link), config.network) for link in links) if world.size > 1 else (LinkTimes(),),
         memory=memories,
         host_memory=min(host_memories),
         hidden_bytes=checkpoint.config.hidden_size * dtype.itemsize,
@@ -131,7 +131,7 @@ def usable_memory(world: World, device: torch.device) -> int:
     """Bytes that this rank may fill with weights and KV pages: what is free, less room for everything else."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] - RESERVE_BYTES
-    return psutil.virtual_memory().available // 2 // world.local_size
+    return available_memory() // 2 // world.local_size
 
 
 def slowed(link: LinkTimes, network: NetworkSection) -> LinkTimes:

@@ -88,7 +88,7 @@ class _Search:
         self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
         self._limit = 10**9 if config.workload.concurrency == "auto" else config.workload.concurrency
-        self._count = lengths.count if lengths.count is not None else ENDLESS
+        self._count = ENDLESS if lengths.count is None else max(1, lengths.count)
         # Sequences of all ages together hold less than each will at its end.
         self._mean_pages = max(1.0, (self._prompt + self._output / 2) / config.kvcache.page_size)
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
