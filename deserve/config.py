@@ -34,8 +34,8 @@ class PipelineSection:
     rounds: Any = "auto"  # micro-batches in flight
     partition: Any = "auto"  # or a list of first layers, one per rank: [emb, 20, 40, 60]
     micro_batch_size: Any = "auto"  # sequences in one micro-batch
-    policy: str = "prefill_first"
-    max_batch_tokens: int = 512  # token budget of one visit
+    policy: str = "auto"
+    max_batch_tokens: Any = "auto"  # token budget of one visit
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _at_least(key: str, value: float | None, minimum: float, exclusive: bool = F
 
 
 def _check(config: Config) -> None:
-    _one_of("pipeline.policy", config.pipeline.policy, POLICIES)
+    _one_of("pipeline.policy", config.pipeline.policy, ("auto", *POLICIES))
     _one_of("model.weights", config.model.weights, ("auto", "dummy"))
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
@@ -210,7 +210,7 @@ def _check(config: Config) -> None:
     _auto_or_int("kvcache.main_pages", config.kvcache.main_pages, 1)
     _auto_or_int("kvcache.swap_pages", config.kvcache.swap_pages, 0)
     _auto_or_int("workload.concurrency", config.workload.concurrency, 1)
-    _at_least("pipeline.max_batch_tokens", config.pipeline.max_batch_tokens, 1)
+    _auto_or_int("pipeline.max_batch_tokens", config.pipeline.max_batch_tokens, 1)
     _at_least("kvcache.page_size", config.kvcache.page_size, 1)
     _at_least("kvcache.buddy_height", config.kvcache.buddy_height, 0)
     _at_least("kvcache.gpu_memory_gb", config.kvcache.gpu_memory_gb, 0, exclusive=True)

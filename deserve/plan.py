@@ -18,6 +18,7 @@ from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.measure import slowed, survey
+from deserve.planner.plan import token_budget
 from deserve.planner.planner import GB, choose_plan, table
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
 from deserve.run import set_up_device
@@ -83,7 +84,7 @@ def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype) -> 
     """One rank as `stage.*` states it."""
     stage = config.stage
     layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
-    most_tokens = config.pipeline.max_batch_tokens
+    most_tokens = token_budget(config.pipeline.max_batch_tokens)
     page_bytes = config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
     page_s = page_bytes / (stage.bus_gbs * GB)
     return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens, page_s)

@@ -338,6 +338,37 @@ def test_what_is_set_by_hand_stays() -> None:
     assert made.partition == (0, 1)
 
 
+def on_two_gpus(latency_ms: float, *overrides: str, exact: bool = True) -> Plan:
+    """The plan for Llama-3-70B on two GPUs of 138 GB."""
+    words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
+    config = load_config(words)
+    model = resolve(config.model).config
+    page_bytes = 16 * model.kv_bytes_per_token_per_layer(torch.bfloat16)
+    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512, page_s=page_bytes / 50e9)
+    link = LinkTimes(latency_ms * MS, 0.0)
+    gpus = Machine((times,) * 2, (link,) * 2, (138 * 10**9,) * 2, 64 * 10**9, 2 * model.hidden_size, page_bytes)
+    requests = replace(lengths(20000, 512, 256), exact=exact)
+    return choose_plan(config, model, torch.bfloat16, requests, gpus)
+
+
+def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
+    near, far = on_two_gpus(0), on_two_gpus(64)
+    assert far.policy == "decode_first" and far.max_batch_tokens < 512
+    assert far.predicted is not None and near.predicted is not None and far.predicted > 0.93 * near.predicted
+    for other in ("pipeline.policy=prefill_first", "pipeline.max_batch_tokens=512"):
+        assert far.predicted > 1.1 * (on_two_gpus(64, other).predicted or 0)
+
+
+def test_answers_that_may_end_early_keep_the_token_budget() -> None:
+    assert on_two_gpus(64, exact=False).max_batch_tokens == 512
+
+
+def test_policy_and_token_budget_by_hand_stay() -> None:
+    made = on_two_gpus(64, "pipeline.policy=vanilla", "pipeline.max_batch_tokens=300")
+    assert (made.policy, made.max_batch_tokens) == ("vanilla", 300)
+    assert on_two_gpus(64, "pipeline.policy=prefill_first").policy == "prefill_first"
+
+
 @pytest.mark.parametrize(
     ("requests", "on", "overrides", "bound"),
     [

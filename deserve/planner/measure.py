@@ -23,7 +23,7 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.memory import available_memory
-from deserve.planner.plan import Plan
+from deserve.planner.plan import Plan, token_budget
 from deserve.planner.rehearsal import Alike, Scene, rehearse
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.report.results import ResultsWriter
@@ -65,7 +65,7 @@ def survey(
     memory = usable_memory(world, device)
     host_memory = available_memory() // 2 // world.local_size
     edges = nccl_edges(world, config, device)
-    page_size, most = config.kvcache.page_size, config.pipeline.max_batch_tokens
+    page_size, most = config.kvcache.page_size, token_budget(config.pipeline.max_batch_tokens)
     probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
     world.share("survey/go", bool(world.gather("survey/ready", None)))  # all start at once
     times = probe.times()

@@ -6,6 +6,8 @@ from typing import Any
 from deserve.errors import UserError
 from deserve.model.weights import Shard
 
+MOST_TOKENS = 512  # of a visit, unless stated otherwise
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,6 +44,11 @@ class Plan:
     @staticmethod
     def from_json(raw: dict[str, Any]) -> "Plan":
         return Plan(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
+
+
+def token_budget(stated: Any) -> int:
+    """`pipeline.max_batch_tokens`, or the most that is planned where it is `auto`."""
+    return MOST_TOKENS if stated == "auto" else int(stated)
 
 
 def parse_partition(value: Any, ranks: int, layers: int) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ those is taken.
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -19,16 +20,19 @@ from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
-from deserve.planner.plan import Plan, parse_partition
+from deserve.planner.plan import Plan, parse_partition, token_budget
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
 
-SIMULATED = 6  # plans that are compared by simulation
+SIMULATED = 4  # plans of each policy that are compared by simulation
 ENOUGH_VISITS = 8000  # simulated, after which no further plan is: about half a second
+PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
+SHARES = (1.0, 0.9, 0.8, 0.7)  # of the tokens of a visit in a steady state, tried as its budget
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
+WORTH = 0.05  # what another policy or a smaller token budget must promise more, as predictions are not more exact
 GB = 1e9
 
 # Where two resources bind alike, the first named is the one to do something about.
@@ -54,10 +58,20 @@ def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths:
 
 @dataclass(frozen=True)
 class _Candidate:
+    policy: str
     partition: tuple[int, ...]
     rounds: int
     size: int  # sequences in a micro-batch
     swap: int = 0  # pages of each round
+
+
+class _Found(NamedTuple):
+    """What a simulation says of a plan."""
+
+    candidate: _Candidate
+    plan: Plan
+    tokens_per_s: float
+    visits: int
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class _Search:
         self._count = ENDLESS if lengths.count is None else max(1, lengths.count)
         # Sequences of all ages together hold less than each will at its end.
         self._mean_pages = max(1.0, (self._prompt + self._output / 2) / config.kvcache.page_size)
+        self._budget = token_budget(config.pipeline.max_batch_tokens)
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
         self._alike = cache(self._kinds_of)
         forward = [link.byte_s for link in machine.links[:-1]] or [0.0]
@@ -98,38 +113,66 @@ class _Search:
         self._capacity = cache(self._pages_that_fit)
 
     def best(self) -> Plan:
+        policy = self._config.pipeline.policy
+        policies = PLANNED_POLICIES if policy == "auto" else (policy,)
         reach = {
-            _Candidate(partition, rounds, min(size, most), swap)
+            _Candidate(policy, partition, rounds, min(size, most), swap)
+            for policy in policies
             for rounds in self._rounds()
             for size in self._sizes(rounds)
             for partition in self._partitions(size)
-            for swap in self._swaps(partition, rounds, size)
+            for swap in self._swaps(policy, partition, rounds, size)
             for most in self._most_rows(partition, rounds, swap)
         }
-        candidates = sorted(reach, key=lambda c: (c.partition, c.rounds, c.size, c.swap))
+        candidates = sorted(reach, key=lambda c: (c.policy, c.partition, c.rounds, c.size, c.swap))
         if not candidates:
             raise UserError(self._too_much_swapped())
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
         ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
-        plans, rates, visits = [], [], 0
-        for candidate in ranked[:SIMULATED]:
-            plans.append(self._plan(candidate))
-            outcome = simulate(plans[-1], self._lengths, self._machine, self._model.num_layers)
-            rates.append(outcome.tokens_per_s)
-            visits += outcome.visits
-            if visits > ENOUGH_VISITS:
-                break
-        good = [index for index, rate in enumerate(rates) if rate >= (1 - EQUAL) * max(rates)]
-        chosen = min(good, key=lambda index: (plans[index].rounds, -rates[index]))
+        rivals: list[_Found] = []
+        for policy in policies:
+            first = [candidate for candidate in ranked if candidate.policy == policy][:SIMULATED]
+            best = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in first))
+            paced = self._simulated(self._paced(best))
+            rivals += [best, _chosen(paced)] if paced else [best]
+        candidate, plan, rate, _ = rivals[0]
+        for rival in rivals[1:]:
+            if rival.tokens_per_s > (1 + WORTH) * rate:
+                candidate, plan, rate, _ = rival
         bound = self._bound(candidates)
         return replace(
-            plans[chosen],
-            predicted=rates[chosen],
+            plan,
+            predicted=rate,
             bound=bound,
-            why=self._why(bound, ranked[chosen], plans[chosen]),
-            stage_s=self._stages(plans[chosen].partition, self._decode(self._pace(ranked[chosen]).rows)),
+            why=self._why(bound, candidate, plan),
+            stage_s=self._stages(plan.partition, self._decode(self._pace(candidate).rows)),
         )
+
+    def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]]) -> list[_Found]:
+        """What a simulation says of `plans`, as far as they can be simulated in a short time."""
+        found: list[_Found] = []
+        for candidate, plan in plans:
+            outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers)
+            found.append(_Found(candidate, plan, outcome.tokens_per_s, outcome.visits))
+            if sum(each.visits for each in found) > ENOUGH_VISITS:
+                break
+        return found
+
+    def _paced(self, found: _Found) -> Iterator[tuple[_Candidate, Plan]]:
+        """`found` with smaller token budgets, under which prompts come no faster than answers end.
+
+        Sequences that begin together end together: with a larger budget visits full of prompts and visits of answers
+        alone would alternate for ever, and each kind leaves something idle that the other would use.
+        """
+        if self._config.pipeline.max_batch_tokens != "auto" or found.plan.policy != "decode_first":
+            return
+        if not self._lengths.exact:  # answers that end early ask for more prompts
+            return
+        steady = self._pace(found.candidate).rows * (self._prompt + self._output) / self._output
+        for tokens in dict.fromkeys(round(share * steady) for share in SHARES):
+            if found.plan.micro_batch_size <= tokens < found.plan.max_batch_tokens:
+                yield found.candidate, replace(found.plan, max_batch_tokens=tokens)
 
     # -- what is in reach
 
@@ -154,7 +197,7 @@ class _Search:
         if pipeline.micro_batch_size != "auto":
             return [pipeline.micro_batch_size]
         share = -(-min(self._count, self._limit) // rounds)
-        most = min(share, pipeline.max_batch_tokens)
+        most = min(share, self._budget)
         swap = self._config.kvcache.swap_pages
         by_hand = 0 if swap == "auto" else swap
         held = self._main_pages(self._even(), rounds, by_hand) / rounds + by_hand
@@ -184,7 +227,7 @@ class _Search:
         young = 1 + (self._prompt + self._output / 8) / self._config.kvcache.page_size
         return [max(1, int(pages / each)) for each in (self._mean_pages, young)]
 
-    def _swaps(self, partition: tuple[int, ...], rounds: int, size: int) -> list[int]:
+    def _swaps(self, policy: str, partition: tuple[int, ...], rounds: int, size: int) -> list[int]:
         """Numbers of swap pages worth a look: none, and what the micro-batch is short of, as far as the bus allows.
 
         The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
@@ -199,7 +242,7 @@ class _Search:
         short = wanted - main / rounds
         if rounds == 1 or short <= 0 or pages <= 0:
             return [0]
-        pace = self._pace(_Candidate(partition, rounds, size, 0), rows=float(size))
+        pace = self._pace(_Candidate(policy, partition, rounds, size), rows=float(size))
         turn = max(pace.busiest, pace.trip / rounds)
         page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
         most = min(int(turn / page_s) if page_s else pages, host)
@@ -258,7 +301,7 @@ class _Search:
         left = self._machine.memory[rank] - ends * self._embedding_bytes
         left -= layers * (self._layer_bytes + self._machine.graph_bytes)
         if self._machine.receives_on_device and rank:
-            left -= (rounds + 1) * self._config.pipeline.max_batch_tokens * self._machine.hidden_bytes
+            left -= (rounds + 1) * self._budget * self._machine.hidden_bytes
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
@@ -277,7 +320,7 @@ class _Search:
 
     def _plan(self, candidate: _Candidate) -> Plan:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
-        pipeline, kv = self._config.pipeline, self._config.kvcache
+        kv = self._config.kvcache
         shares = self._shares(candidate.partition)
         pages = [self._pages_of(rank, layers, candidate.rounds) for rank, layers in enumerate(shares)]
         rank = min(range(len(pages)), key=pages.__getitem__)
@@ -318,8 +361,8 @@ class _Search:
             rounds=candidate.rounds,
             micro_batch_size=candidate.size,
             concurrency=concurrency,
-            max_batch_tokens=pipeline.max_batch_tokens,
-            policy=pipeline.policy,
+            max_batch_tokens=self._budget,
+            policy=candidate.policy,
             page_size=kv.page_size,
             main_pages=main,
             swap_pages=swap,
@@ -357,7 +400,7 @@ class _Search:
         A wave fills the micro-batches with prompts, then takes them through their answers. Policies differ in how
         they mix the two: `decode_first` spreads prompts over the answers of others, the others do one, then the other.
         """
-        pipeline, machine = self._config.pipeline, self._machine
+        machine, policy, budget = self._machine, candidate.policy, self._budget
         count = self._count * (2 if doubled == REQUESTS else 1)
         main = self._main_pages(candidate.partition, candidate.rounds, candidate.swap)
         main += self._capacity(candidate.partition, candidate.rounds) if doubled == MEMORY else 0
@@ -369,15 +412,14 @@ class _Search:
         rows = min(rows, count / candidate.rounds)
         rounds = candidate.rounds * min(1.0, rows)  # those that have a sequence at all
         rows = max(1.0, rows)
-        budget = pipeline.max_batch_tokens
         prompts, answers = rows * self._prompt, rows * (self._output - 1)
         context = self._prompt + self._output / 2
-        if pipeline.policy == "decode_first" and waves > 1:
+        if policy == "decode_first" and waves > 1:
             visits = max(self._output, (prompts + answers) / budget)
             n, p = answers / visits, prompts / visits
             kinds = [(visits, Work(n, n * context, p, p * self._prompt, rows / visits + n))]
         else:
-            fills = max(1.0, prompts / (min(budget, self._prompt) if pipeline.policy == "vanilla" else budget))
+            fills = max(1.0, prompts / (min(budget, self._prompt) if policy == "vanilla" else budget))
             p = prompts / fills
             n = min(rows, budget)
             kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget), rows / fills))]
@@ -442,6 +484,13 @@ class _Search:
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
 
 
+def _chosen(found: list[_Found]) -> _Found:
+    """The best; of those that are as good as it, the one with the fewest rounds."""
+    most = max(each.tokens_per_s for each in found)
+    good = [each for each in found if each.tokens_per_s >= (1 - EQUAL) * most]
+    return min(good, key=lambda each: (each.plan.rounds, -each.tokens_per_s))
+
+
 def table(plan: Plan, layers: int, exact: bool = True) -> str:
     """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect.
 
@@ -457,7 +506,8 @@ def table(plan: Plan, layers: int, exact: bool = True) -> str:
         spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
         lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
     lines.append(
-        f"{plan.rounds} rounds of {plan.micro_batch_size} sequences, {plan.concurrency} in flight, policy {plan.policy}"
+        f"{plan.rounds} rounds of {plan.micro_batch_size} sequences, {plan.concurrency} in flight, "
+        f"up to {plan.max_batch_tokens} tokens a visit, policy {plan.policy}"
     )
     swapping = f"{plan.swap_pages} swap pages for each round" if plan.swap_pages else "no swapping"
     pool = f"a host pool of {2 ** (plan.host_height - 1)}" if plan.host_height else "no host pool"
