@@ -30,9 +30,10 @@ ENOUGH_VISITS = 8000  # simulated, after which no further plan is: about half a 
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
+CROWDS = (1.25, 1.6)  # times the sequences that pages hold
 SHARES = (1.0, 0.9, 0.8, 0.7)  # of the tokens of a visit in a steady state, tried as its budget
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
-WORTH = 0.05  # what another policy or a smaller token budget must promise more, as predictions are not more exact
+WORTH = 0.05  # what a bolder plan must promise more, as predictions are not more exact
 GB = 1e9
 
 # Where two resources bind alike, the first named is the one to do something about.
@@ -130,16 +131,15 @@ class _Search:
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
         ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
-        rivals: list[_Found] = []
+        best: _Found | None = None
         for policy in policies:
             first = [candidate for candidate in ranked if candidate.policy == policy][:SIMULATED]
-            best = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in first))
-            paced = self._simulated(self._paced(best))
-            rivals += [best, _chosen(paced)] if paced else [best]
-        candidate, plan, rate, _ = rivals[0]
-        for rival in rivals[1:]:
-            if rival.tokens_per_s > (1 + WORTH) * rate:
-                candidate, plan, rate, _ = rival
+            of_policy = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in first))
+            for bolder in (self._crowded, self._paced):
+                of_policy = _better(of_policy, self._simulated(bolder(of_policy)))
+            best = of_policy if best is None else _better(best, [of_policy])
+        assert best is not None
+        candidate, plan, rate, _ = best
         bound = self._bound(candidates)
         return replace(
             plan,
@@ -158,6 +158,19 @@ class _Search:
             if sum(each.visits for each in found) > ENOUGH_VISITS:
                 break
         return found
+
+    def _crowded(self, found: _Found) -> Iterator[tuple[_Candidate, Plan]]:
+        """`found` with more sequences than its pages hold of all ages, so that some are suspended now and then.
+
+        Sequences that began together are young together: their pages hold more of them then, and fewer later on.
+        """
+        if self._config.pipeline.micro_batch_size != "auto":
+            return
+        most = min(self._budget, -(-min(self._count, self._limit) // found.candidate.rounds))
+        for size in dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS):
+            if size > found.candidate.size:
+                candidate = replace(found.candidate, size=size)
+                yield candidate, self._plan(candidate)
 
     def _paced(self, found: _Found) -> Iterator[tuple[_Candidate, Plan]]:
         """`found` with smaller token budgets, under which prompts come no faster than answers end.
@@ -482,6 +495,12 @@ class _Search:
             fit = (plan.main_pages + rounds * plan.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
+
+
+def _better(best: _Found, found: list[_Found]) -> _Found:
+    """`best`, or the best of `found` if that promises enough more."""
+    rival = _chosen([best, *found])
+    return rival if rival.tokens_per_s > (1 + WORTH) * best.tokens_per_s else best
 
 
 def _chosen(found: list[_Found]) -> _Found:
