@@ -140,7 +140,7 @@ class _Search:
             best = of_policy if best is None else _better(best, [of_policy])
         assert best is not None
         candidate, plan, rate, _ = best
-        bound = self._bound(candidates)
+        bound = self._bound([other for other in candidates if other.policy == candidate.policy])
         return replace(
             plan,
             predicted=rate,
