@@ -356,7 +356,7 @@ def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
     assert far.policy == "decode_first" and far.max_batch_tokens < 512
     assert far.predicted is not None and near.predicted is not None and far.predicted > 0.93 * near.predicted
     for other in ("pipeline.policy=prefill_first", "pipeline.max_batch_tokens=512"):
-        assert far.predicted > 1.1 * (on_two_gpus(64, other).predicted or 0)
+        assert far.predicted > 1.05 * (on_two_gpus(64, other).predicted or 0)  # or it would not have been taken
 
 
 def test_answers_that_may_end_early_keep_the_token_budget() -> None:
