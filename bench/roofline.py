@@ -34,7 +34,7 @@ from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Graphs, capture
+from deserve.model.graphs import Captured, Graphs, capture
 from deserve.model.weights import Shard, dummy_shard
 from deserve.planner.plan import Plan
 from deserve.stage import make_backend
@@ -112,7 +112,7 @@ class Stack:
         self.decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
         self.graphs: Graphs | None = None
         if self.decoder.backend.captures:
-            self.graphs = capture(self.decoder, self.kv, pages, count, most, None)
+            self.graphs = capture(Captured(self.decoder, self.kv, pages), count, most)
 
     def rows(self, visit: Visit) -> Rows:
         new, context = [1] * visit.decodes, [visit.context - 1] * visit.decodes

@@ -17,7 +17,7 @@ from deserve.errors import UserError
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
-from deserve.planner.measure import slowed, survey
+from deserve.planner.measure import over, survey
 from deserve.planner.plan import token_budget
 from deserve.planner.planner import GB, choose_plan, table
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
@@ -68,7 +68,7 @@ def plan(config: PlanConfig) -> str:
     ranks = config.ranks
     machine = Machine(
         stages=(times,) * ranks,
-        links=(slowed(LinkTimes(), config.network) if ranks > 1 else LinkTimes(),) * ranks,
+        links=over([LinkTimes()] * ranks, config.network),
         memory=(int(memory),) * ranks,
         host_memory=int(config.host_memory_gb * GB),
         hidden_bytes=model.hidden_size * dtype.itemsize,

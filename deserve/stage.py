@@ -12,7 +12,7 @@ from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Graphs, capture
+from deserve.model.graphs import Captured, Graphs, capture
 from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
 from deserve.planner.plan import Plan
@@ -136,19 +136,14 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
         head_dim=config.head_dim,
         dtype=dtype,
         device=device,
-        max_tokens=most_tokens(plan),
+        max_tokens=plan.max_batch_tokens,
     )
     decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
     graphs = None
     if decoder.backend.captures:
-        slab = kv.slab if kv.slab.active else None
-        graphs = capture(decoder, kv.layers, kv.scratch_page, plan.micro_batch_size, most_tokens(plan), slab)
+        captured = Captured(decoder, kv.layers, kv.scratch_page, kv.slab if kv.slab.active else None)
+        graphs = capture(captured, plan.micro_batch_size, plan.max_batch_tokens)
     return Stage(decoder, kv, plan.concurrency, device, graphs)
-
-
-def most_tokens(plan: Plan) -> int:
-    """Of a visit: the policy's budget does not hold back sequences that decode."""
-    return max(plan.max_batch_tokens, plan.micro_batch_size)
 
 
 def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Backend:
@@ -165,7 +160,9 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 device,
                 config.max_context,
                 page_size=plan.page_size,
-                max_tokens=most_tokens(plan),
-                max_pages=plan.main_pages + plan.swap_pages + most_tokens(plan),  # a token that pads reads one at most
+                max_tokens=plan.max_batch_tokens,
+                max_pages=plan.main_pages
+                + plan.swap_pages
+                + plan.max_batch_tokens,  # a token that pads reads one at most
             )
     return TorchBackend(config, dtype, device, config.max_context)

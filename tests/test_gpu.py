@@ -21,7 +21,7 @@ from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import GraphedDecode, GraphedLayers, GraphPool
+from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, GraphPool
 from deserve.model.sampler import Sampler, encode_sampling
 from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard
 from deserve.planner.plan import Plan
@@ -101,7 +101,7 @@ class Runner:
         self.layers.fill_(100.0)  # what sequences before left in the pages must not be seen
         rng = np.random.default_rng(0)
         self.table = rng.permutation(MAX_ROWS * self.width).astype(np.int32).reshape(MAX_ROWS, self.width)
-        self.scratch = MAX_ROWS * self.width
+        self.captured = Captured(self.decoder, self.layers, MAX_ROWS * self.width)
         self.context = np.zeros(MAX_ROWS, np.int32)
 
     def rows(self, sequences: list[int], new: list[int]) -> Rows:
@@ -291,7 +291,7 @@ def generate(runner: Runner, sequences: list[int], steps: int, graphs: Any = Non
 def graphed():
     runner = make_runner(LLAMA_8B, torch.bfloat16)
     pool = GraphPool(DEVICE)
-    graphs = GraphedDecode(runner.decoder, runner.layers, runner.scratch, [1, 2, 4, 8, 24, 32, 40, 64], pool)
+    graphs = GraphedDecode(runner.captured, [1, 2, 4, 8, 24, 32, 40, 64], pool)
     print(f"8 graphs of {LAYERS} layers take {pool.taken() / 2**20:.0f} MB")
     assert not graphs.fits(Rows(np.array([1, 2], np.int32), np.zeros(2, np.int32), np.zeros((2, 1), np.int32)))
     return runner, graphs
@@ -339,7 +339,7 @@ def test_graphs_between_attentions_agree_with_float32(config, dtype):
     reference = make_reference(config, runner)
     pool = GraphPool(DEVICE)
     counts = [8, 16, 64, 128, 256, 384, 640]
-    graphs = GraphedLayers(runner.decoder, runner.layers, runner.scratch, counts, pool)
+    graphs = GraphedLayers(runner.captured, counts, pool)
     print(f"{len(counts)} times {LAYERS + 1} graphs take {pool.taken() / 2**20:.0f} MB")
     for seed, (name, sequences, new) in enumerate(VISITS):
         tokens = tokens_of(sum(new), seed)
@@ -541,7 +541,9 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
     )
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU; on CPUs test_pipeline.py has this"
+)
 def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
     """Over NCCL and over Gloo, resident and swapping, with latency and without: every token is the same."""
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}

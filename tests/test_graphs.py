@@ -11,7 +11,7 @@ from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import GraphedLayers, graph_batches, graph_tokens, padded
+from deserve.model.graphs import Captured, GraphedLayers, graph_batches, graph_tokens
 from deserve.model.weights import Shard, dummy_shard
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_visits_cut_at_their_attentions_are_the_same(options):
     config = model_config(**options)
     whole, cut = Sequences(config, TorchBackend), Sequences(config, FixedBackend)
     parts: Any = Parts()
-    graphs = GraphedLayers(cut.decoder, cut.pages, SEQUENCES * WIDTH, graph_tokens(128), parts)
+    graphs = GraphedLayers(Captured(cut.decoder, cut.pages, SEQUENCES * WIDTH), graph_tokens(128), parts)
     generator = torch.Generator().manual_seed(0)
     for sequences, new in VISITS:
         x = torch.randn(sum(new), config.hidden_size, generator=generator)
@@ -115,12 +115,14 @@ def test_steps():
 
 
 def test_padding_lies_on_the_scratch_page():
+    cut = Sequences(model_config(), FixedBackend)
+    captured = Captured(cut.decoder, cut.pages, scratch_page=7)
     rows = Rows(np.array([1, 1], np.int32), np.array([5, 9], np.int32), np.array([[3], [4]], np.int32))
-    ones = padded(rows, 2, 7, PAGE)
+    ones = captured.padded(rows, 2)
     assert ones.new_tokens.tolist() == [1, 1, 1, 1] and ones.context.tolist() == [5, 9, 0, 0]
     assert ones.pages.tolist() == [[3], [4], [7], [7]]
     rows = Rows(np.array([1, 2], np.int32), np.array([5, 9], np.int32), np.array([[3], [4]], np.int32))
-    one = padded(rows, 17, 7, PAGE)
+    one = captured.padded(rows, 17)
     assert one.new_tokens.tolist() == [1, 2, 17] and one.context.tolist() == [5, 9, 0]
     assert one.pages.tolist() == [[3, 7], [4, 7], [7, 7]]
-    assert padded(rows, 0, 7, PAGE) is rows
+    assert captured.padded(rows, 0) is rows

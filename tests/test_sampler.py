@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from deserve.batch import SamplingParams
-from deserve.model.sampler import DRAWN, Sampler, argmax, draw, encode_sampling, uniforms
+from deserve.model.sampler import Sampler, argmax, draw, encode_sampling, uniforms
 
 VOCAB = 50
 DRAWS = 40_000
@@ -126,8 +126,9 @@ def test_what_a_row_gets_does_not_depend_on_its_company() -> None:
         ]
 
 
-def test_many_rows_are_drawn_as_few_are() -> None:
-    rows = 2 * DRAWN + 5
+def test_many_rows_are_drawn_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deserve.model.sampler.DRAWN_BYTES", 4 * 64 * 50)
+    rows = 133
     logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
     slots = np.random.default_rng(0).permutation(rows).astype(np.int32)
     sampler = Sampler(rows, torch.device("cpu"))

@@ -72,38 +72,51 @@ class GraphPool:
         return self._free - torch.cuda.mem_get_info(self._device)[0]
 
 
+@dataclass(frozen=True)
+class Captured:
+    """What graphs are made of: a stage's `decoder` and the pages of its `layers`.
+
+    Tokens that pad a visit go to `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap
+    pages beside the layers.
+    """
+
+    decoder: Decoder
+    layers: torch.Tensor
+    scratch_page: int
+    slab: SwapSlab | None = None
+
+    def padded(self, rows: Rows, padding: int) -> Rows:
+        """`rows` and `padding` further tokens: rows of one where all others are, else one row."""
+        if not padding:
+            return rows
+        ones = bool((rows.new_tokens == 1).all())
+        new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
+        count, width = rows.pages.shape
+        width = max(width, 1 if ones else -(-padding // self.layers.shape[3]))
+        pages = np.full((count + len(new), width), self.scratch_page, np.int32)
+        pages[:count, : rows.pages.shape[1]] = rows.pages
+        return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
+
+
 class GraphedDecode:
     """A CUDA graph for each number of decode rows in `batches`, from the stage's input to its output.
 
     Input are token ids [n] where the decoder embeds, else hidden states [n, hidden]; output are logits [n, vocab]
-    where it has the output layer, else hidden states. `layers` are the pages of all layers; rows that pad a batch
-    write into `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap pages beside the
-    layers.
+    where it has the output layer, else hidden states.
     """
 
     @torch.inference_mode()
-    def __init__(
-        self,
-        decoder: Decoder,
-        layers: torch.Tensor,
-        scratch_page: int,
-        batches: list[int],
-        pool: GraphPool,
-        slab: SwapSlab | None = None,
-    ):
-        self._decoder, self._layers, self._slab = decoder, layers, slab
-        self._scratch_page = scratch_page
+    def __init__(self, captured: Captured, batches: list[int], pool: GraphPool):
+        self._captured, self._decoder = captured, captured.decoder
         self._batches = sorted(batches)
-        largest = self._batches[-1]
+        decoder, layers, largest = captured.decoder, captured.layers, self._batches[-1]
         if decoder.weights.embedding is not None:
             self._input = torch.zeros(largest, dtype=torch.int32, device=layers.device)
         else:
-            self._input = torch.zeros(largest, decoder.config.hidden_size, dtype=layers.dtype, device=layers.device)
-        head = decoder.weights.head
-        # One for all graphs: each would keep logits of its own.
+            self._input = layers.new_zeros(largest, decoder.config.hidden_size)
         self._logits = None
-        if head is not None:
-            self._logits = torch.empty(largest, decoder.config.vocab_size, dtype=layers.dtype, device=layers.device)
+        if decoder.weights.head is not None:  # one for all graphs: each would keep logits of its own
+            self._logits = layers.new_empty(largest, decoder.config.vocab_size)
         # Largest first: what it allocates serves all others.
         self._graphs = {batch: self._capture(batch, pool) for batch in reversed(self._batches)}
 
@@ -118,7 +131,7 @@ class GraphedDecode:
         batch = self._batches[bisect.bisect_left(self._batches, count)]
         graph, output, plan = self._graphs[batch]
         # The graph's launch parameters were fixed when it was captured: others would read past their arrays.
-        if self._decoder.backend.begin_graph_visit(padded(rows, batch - count, self._scratch_page)) != plan:
+        if self._decoder.backend.begin_graph_visit(self._captured.padded(rows, batch - count)) != plan:
             raise RuntimeError(f"the plan of {batch} decode rows is not the one that their graph was captured with")
         self._input[:count].copy_(x, non_blocking=True)
         if count < batch:
@@ -130,11 +143,11 @@ class GraphedDecode:
         x = self._input[:batch]
         if self._decoder.weights.embedding is not None:
             x = self._decoder.embed(x)
-        x = self._decoder.forward(x, self._layers, self._slab)
+        x = self._decoder.forward(x, self._captured.layers, self._captured.slab)
         return x if self._logits is None else self._logits[:batch].copy_(self._decoder.logits(x))
 
     def _capture(self, batch: int, pool: GraphPool) -> tuple[Replayable, torch.Tensor, list[int]]:
-        plan = self._decoder.backend.begin_graph_visit(padded(NOBODY, batch, self._scratch_page))
+        plan = self._decoder.backend.begin_graph_visit(self._captured.padded(NOBODY, batch))
         self._run(batch)
         return *pool.capture(lambda: self._run(batch)), plan
 
@@ -144,26 +157,16 @@ class GraphedLayers:
 
     For each number of tokens in `tokens`, a visit is padded to the next of them, there is a graph from the stage's
     input to the first layer's attention, from each layer's to the next one's, and from the last one's to the output.
-    The other arguments are those of GraphedDecode.
     """
 
     @torch.inference_mode()
-    def __init__(
-        self,
-        decoder: Decoder,
-        layers: torch.Tensor,
-        scratch_page: int,
-        tokens: list[int],
-        pool: GraphPool,
-        slab: SwapSlab | None = None,
-    ):
-        self._decoder, self._layers, self._slab = decoder, layers, slab
-        self._scratch_page = scratch_page
+    def __init__(self, captured: Captured, tokens: list[int], pool: GraphPool):
+        self._captured, self._decoder, self._layers = captured, captured.decoder, captured.layers
         self._tokens = sorted(tokens)
         # What passes from graph to graph, beside what attention gives.
-        config, largest = decoder.config, self._tokens[-1]
-        self._hidden = torch.zeros(largest, config.hidden_size, dtype=layers.dtype, device=layers.device)
-        self._qkv = torch.zeros(largest, config.q_size + 2 * config.kv_size, dtype=layers.dtype, device=layers.device)
+        config, largest = self._decoder.config, self._tokens[-1]
+        self._hidden = self._layers.new_zeros(largest, config.hidden_size)
+        self._qkv = self._layers.new_zeros(largest, config.q_size + 2 * config.kv_size)
         self._graphs = {count: self._capture(count, pool) for count in reversed(self._tokens)}
 
     def fits(self, rows: Rows) -> bool:
@@ -175,7 +178,7 @@ class GraphedLayers:
         """The visit of `rows`, which fit. x: hidden states [T, hidden]; returns them after the last layer."""
         count = len(x)
         tokens = self._tokens[bisect.bisect_left(self._tokens, count)]
-        self._decoder.backend.begin_visit(padded(rows, tokens - count, self._scratch_page, self._layers.shape[3]))
+        self._decoder.backend.begin_visit(self._captured.padded(rows, tokens - count))
         self._hidden[:count].copy_(x, non_blocking=True)
         if count < tokens:
             self._hidden[count:tokens].zero_()
@@ -193,7 +196,7 @@ class GraphedLayers:
         return attended
 
     def _capture(self, tokens: int, pool: GraphPool) -> list[Replayable]:
-        self._decoder.backend.begin_visit(padded(NOBODY, tokens, self._scratch_page))
+        self._decoder.backend.begin_visit(self._captured.padded(NOBODY, tokens))
         attended = self._hidden.new_zeros(tokens, self._decoder.config.q_size)
         layers = range(len(self._layers) + 1)
         attended = self._alternate(tokens, [partial(self._part, index, tokens, attended) for index in layers])
@@ -201,7 +204,7 @@ class GraphedLayers:
 
     def _part(self, index: int, tokens: int, attended: torch.Tensor) -> torch.Tensor:
         """From attention of the layer before `index`, which gave `attended` [T, q_size], to that of layer `index`."""
-        decoder, slab, residual, branch = self._decoder, self._slab, self._hidden[:tokens], None
+        decoder, slab, residual, branch = self._decoder, self._captured.slab, self._hidden[:tokens], None
         if index > 0:
             branch = decoder.after_attention(index - 1, residual, attended, slab)
         if index == len(self._layers):
@@ -223,27 +226,12 @@ class Graphs:
     bytes: int
 
 
-def capture(
-    decoder: Decoder, layers: torch.Tensor, scratch_page: int, max_rows: int, max_tokens: int, slab: SwapSlab | None
-) -> Graphs:
-    """The graphs of a stage whose visits have up to `max_rows` rows of up to `max_tokens` tokens."""
-    pool = GraphPool(layers.device)
-    decode = GraphedDecode(decoder, layers, scratch_page, graph_batches(max_rows), pool, slab)
-    others = GraphedLayers(decoder, layers, scratch_page, graph_tokens(max_tokens), pool, slab)
+def capture(captured: Captured, max_rows: int, max_tokens: int) -> Graphs:
+    """The graphs of a stage whose visits have up to `max_rows` rows, and up to `max_tokens` tokens in all."""
+    pool = GraphPool(captured.layers.device)
+    decode = GraphedDecode(captured, graph_batches(min(max_rows, max_tokens)), pool)
+    others = GraphedLayers(captured, graph_tokens(max_tokens), pool)
     return Graphs(decode, others, pool.taken())
-
-
-def padded(rows: Rows, padding: int, scratch_page: int, page_size: int = 1) -> Rows:
-    """`rows` and `padding` further tokens on the scratch page: rows of one where all others are, else one row."""
-    if not padding:
-        return rows
-    ones = bool((rows.new_tokens == 1).all())
-    new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
-    count, width = rows.pages.shape
-    width = max(width, 1 if ones else -(-padding // page_size))
-    pages = np.full((count + len(new), width), scratch_page, np.int32)
-    pages[:count, : rows.pages.shape[1]] = rows.pages
-    return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
 
 
 def _ints(*shape: int) -> IntArray:

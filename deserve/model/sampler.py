@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from deserve.batch import IntArray, SamplingParams
 from deserve.staging import to_device
 
-DRAWN = 64  # rows at a time: a row of 128,000 logits takes 5 MB to sort and add up
+DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
 
 _GOLDEN, _MIX1, _MIX2 = (
     np.uint64(0x9E3779B97F4A7C15),
@@ -71,9 +71,10 @@ class Sampler:
         settings = (self._temperature[slots], self._top_p[slots], self._top_k[slots])
         values = [to_device(v, self._device) for v in (*settings, uniforms(self._seed[slots], positions))]
         rows = to_device(chance, self._device)
+        few = max(1, DRAWN_BYTES // (4 * logits.shape[1]))
         drawn = [
             draw(logits.index_select(0, some).float(), *its)
-            for some, *its in zip(*(value.split(DRAWN) for value in (rows, *values)), strict=True)
+            for some, *its in zip(*(value.split(few) for value in (rows, *values)), strict=True)
         ]
         return greedy.index_copy(0, rows, torch.cat(drawn).to(torch.int32))
 

@@ -104,7 +104,7 @@ def survey(
     stages, links, memories, host_memories, graphs, kinds = zip(*found, strict=True)
     return Machine(
         stages=alike([StageTimes.from_json(stage) for stage in stages], kinds),
-        links=tuple(slowed(LinkTimes(*link), config.network) for link in links) if world.size > 1 else (LinkTimes(),),
+        links=over([LinkTimes(*link) for link in links], config.network),
         memory=memories,
         host_memory=min(host_memories),
         hidden_bytes=checkpoint.config.hidden_size * dtype.itemsize,
@@ -134,10 +134,13 @@ def usable_memory(world: World, device: torch.device) -> int:
     return available_memory() // 2 // world.local_size
 
 
-def slowed(link: LinkTimes, network: NetworkSection) -> LinkTimes:
-    """`link` with the simulated network on top."""
+def over(links: Sequence[LinkTimes], network: NetworkSection) -> tuple[LinkTimes, ...]:
+    """A ring's `links` with the simulated network on top; a ring of one has none to simulate."""
+    if len(links) == 1:
+        return tuple(links)
     byte_s = 0.0 if network.bandwidth_mbps is None else 8e-6 / network.bandwidth_mbps
-    return LinkTimes(link.latency_s + network.latency_ms / 1e3, max(link.byte_s, byte_s))
+    latency_s = network.latency_ms / 1e3
+    return tuple(LinkTimes(link.latency_s + latency_s, max(link.byte_s, byte_s)) for link in links)
 
 
 def measure_link(world: World) -> tuple[LinkTimes, Curve]:

@@ -131,15 +131,8 @@ class _Search:
         paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
         most = max(paces.values())
         ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
-        best: _Found | None = None
-        for policy in policies:
-            first = [candidate for candidate in ranked if candidate.policy == policy][:SIMULATED]
-            of_policy = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in first))
-            for bolder in (self._crowded, self._paced):
-                of_policy = _better(of_policy, self._simulated(bolder(of_policy)))
-            best = of_policy if best is None else _better(best, [of_policy])
-        assert best is not None
-        candidate, plan, rate, _ = best
+        best, *others = (self._best([c for c in ranked if c.policy == policy]) for policy in policies)
+        candidate, plan, rate, _ = _better(best, others)
         bound = self._bound([other for other in candidates if other.policy == candidate.policy])
         return replace(
             plan,
@@ -148,6 +141,13 @@ class _Search:
             why=self._why(bound, candidate, plan),
             stage_s=self._stages(plan.partition, self._decode(self._pace(candidate).rows)),
         )
+
+    def _best(self, ranked: list[_Candidate]) -> _Found:
+        """The best of the first of `ranked` by simulation, or what is bolder and better."""
+        best = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in ranked[:SIMULATED]))
+        for bolder in (self._crowded, self._paced):
+            best = _better(best, self._simulated(bolder(best)))
+        return best
 
     def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]]) -> list[_Found]:
         """What a simulation says of `plans`, as far as they can be simulated in a short time."""
@@ -166,7 +166,7 @@ class _Search:
         """
         if self._config.pipeline.micro_batch_size != "auto":
             return
-        most = min(self._budget, -(-min(self._count, self._limit) // found.candidate.rounds))
+        most = min(self._budget, self._share(found.candidate.rounds))
         for size in dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS):
             if size > found.candidate.size:
                 candidate = replace(found.candidate, size=size)
@@ -204,12 +204,16 @@ class _Search:
             step *= 1.25
         return sorted(rounds for rounds in steps if rounds <= most)
 
+    def _share(self, rounds: int) -> int:
+        """Requests in flight of each of `rounds`, were all in flight at once."""
+        return -(-min(self._count, self._limit) // rounds)
+
     def _sizes(self, rounds: int) -> list[int]:
         """Micro-batch sizes worth a look."""
         pipeline = self._config.pipeline
         if pipeline.micro_batch_size != "auto":
             return [pipeline.micro_batch_size]
-        share = -(-min(self._count, self._limit) // rounds)
+        share = self._share(rounds)
         most = min(share, self._budget)
         swap = self._config.kvcache.swap_pages
         by_hand = 0 if swap == "auto" else swap
