@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from launch import torchrun
+from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, StepPlan
 from deserve.kvcache.buddy import BuddyAllocator
@@ -23,7 +24,7 @@ from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, GraphPool
 from deserve.model.sampler import Sampler, encode_sampling
-from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard
+from deserve.model.weights import INDEX, LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.planner.plan import Plan
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
@@ -539,6 +540,33 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
     print(
         f"{len(steps)} visits, {scheduler.counters.suspensions} suspensions, waited {swapping.swapping.waited_s:.3f} s"
     )
+
+
+def host_memory(kind: str) -> int:
+    """Bytes of this process's host memory, mapped files among them: VmRSS, now, or VmHWM, the most since a reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def test_loading_a_sharded_checkpoint_takes_little_host_memory(tmp_path: Path) -> None:
+    """Three layers as large as Llama-3-70B's, a file each: host memory never holds much more than one of them."""
+    config = model_config(64, 8, 128, hidden=8192, num_hidden_layers=3)
+    weight_map, sizes = {}, []
+    for index in range(3):
+        shapes = tensor_shapes(config, Shard(index, index + 1, embeds=index == 0, outputs=index == 2))
+        tensors = {name: torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for name, shape in shapes.items()}
+        save_file(tensors, tmp_path / f"{index}.safetensors")
+        weight_map |= dict.fromkeys(tensors, f"{index}.safetensors")
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    before = host_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    weights = load_shard(tmp_path, config, Shard(0, 3, embeds=True, outputs=True), DEVICE, torch.bfloat16)
+    grown = host_memory("VmHWM") - before
+    print(f"{sum(sizes) / 1e9:.1f} GB in files of {max(sizes) / 1e9:.1f} GB: {grown / 1e9:.2f} GB of host memory")
+    assert grown < max(sizes) + 2e9 < sum(sizes)
+    down = load_file(tmp_path / "2.safetensors", device="cuda")["model.layers.2.mlp.down_proj.weight"]
+    assert torch.equal(weights.layers[2].down, down)
 
 
 @pytest.mark.skipif(
