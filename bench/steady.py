@@ -5,17 +5,19 @@
 
 All cells come from one process group. `--seconds` counts from the first visit, `--window` back from there. Overrides
 hold for all cells. `--profile S` records the device's kernels for half a second, S seconds after the first visit, and
-lists the pauses between them. Writes steady.json and steady.md into `--output`.
+lists the pauses between them and where the time goes. Writes steady.json and steady.md into `--output`.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +58,7 @@ def started(seconds: float, profile: tuple[float, Path] | None) -> Iterator[None
 
 
 def profile_visits(path: Path) -> None:
-    """Record this rank's device for half a second into `path`.json, a Chrome trace, and its pauses into `path`.md."""
+    """Record this rank's device for half a second: `path`.json, a Chrome trace, and pauses and kernels in `path`.md."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         time.sleep(PROFILED_S)
         torch.cuda.synchronize()
@@ -72,7 +74,12 @@ def profile_visits(path: Path) -> None:
         end = max(end, last)
     whole = end - spans[0][0]
     lines = [f"{len(spans)} kernels in {whole / 1e3:.1f} ms, idle for {sum(us for us, _ in pauses) / whole:.2%} of it"]
-    lines += [f"{us:8.0f} us before {name[:90]}" for us, name in sorted(pauses, reverse=True)[:20]]
+    lines += [f"{us:8.0f} us before {name[:90]}" for us, name in sorted(pauses, reverse=True)[:10]]
+    took: dict[str, list[float]] = defaultdict(list)
+    for first, last, name in spans:
+        took[name].append(last - first)
+    for name, times in sorted(took.items(), key=lambda entry: -sum(entry[1]))[:25]:
+        lines.append(f"{sum(times) / whole:6.1%}, {len(times):6} x {statistics.median(times):7.1f} us {name[:110]}")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     profiler.export_chrome_trace(str(path.with_suffix(".json.gz")))
 

@@ -18,12 +18,13 @@ def torchrun(ranks: int, *arguments: str | Path, timeout_s: float = 300) -> subp
 def python(
     *arguments: str | Path, timeout_s: float = 300, cwd: Path = ROOT, path: Sequence[Path] = (ROOT,)
 ) -> subprocess.CompletedProcess[str]:
-    """`python arguments...` in `cwd`, with the folders `path` to import from; its output is captured.
+    """`python arguments...` in `cwd`, which imports from the folders `path` first; its output is captured.
 
     Idle threads sleep rather than spin: the ranks of a test have more threads than a small machine has cores.
     """
+    also = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join(filter(None, (*map(str, path), *also))),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
     }

@@ -24,7 +24,7 @@ from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.memory import available_memory
 from deserve.planner.plan import Plan, token_budget
-from deserve.planner.rehearsal import Alike, Scene, rehearse
+from deserve.planner.rehearsal import Alike, Scene, rehearse, rehearse_start
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.accounting import PageAccount
@@ -46,7 +46,8 @@ TRANSFERS = 4  # of a link or the bus; the quickest counts
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
 RESERVE_BYTES = 2_500_000_000
 IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
-BUSY_CYCLES = 40_000_000  # of a device's clock, about 20 ms: longer than the host takes to launch these
+BUSY_S = 0.02  # a device's work before that: longer than the host takes to launch these
+BUSY_SIDE = 4096  # of the matrices that it multiplies meanwhile
 
 Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
 Shape: TypeAlias = tuple[bool, Visit, int]  # whether of the long stage, the visit, rows that are sampled
@@ -84,6 +85,10 @@ def survey(
         frames = replace(loop.rest, at=tuple(tokens * probe.hidden_bytes for tokens in loop.rest.at))
         if world.size == 1:  # no frames, but a loop all the same
             planning = replace(planning, seconds=tuple(map(sum, zip(planning.seconds, frames.seconds, strict=True))))
+    else:
+        scene = probe.scenes[-1]
+        start_s = rehearse_start(world, config, probe.forward, scene, link.latency_s, device)
+        times = replace(times, start_s=max(0.0, start_s - frames(scene.hidden.nbytes)))
     times = replace(
         times,
         frames=frames,
@@ -263,6 +268,13 @@ class _Probe:
         self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
         self._sampling = sampling
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
+        if self._ahead:
+            shape = (BUSY_SIDE, BUSY_SIDE)
+            self._factors = tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+            self._product = torch.empty(shape, device=device, dtype=dtype)
+            self._busy_products = 1
+            product_s = min(self._seconds(lambda: torch.mm(*self._factors, out=self._product))[0] for _ in range(3))
+            self._busy_products = max(1, round(BUSY_S / product_s))
 
     def times(self) -> StageTimes:
         """Time visits that differ in one thing at a time, and tell from them what each thing costs."""
@@ -298,7 +310,7 @@ class _Probe:
             return times
         launch_s = self._launched[True, prompts_visit, 0] - self._launched[False, prompts_visit, 0]
         launch_s = max(0.0, launch_s / max(1, self._layers - 1))
-        return replace(times, ahead=True, start_s=self._start_s(), launch_s=launch_s)
+        return replace(times, ahead=True, launch_s=launch_s)
 
     @property
     def scenes(self) -> list[Scene]:
@@ -322,20 +334,11 @@ class _Probe:
         """Bytes of device memory that the graphs of one layer take; a little of it is not the layers'."""
         return self._long.graph_bytes // self._layers
 
-    def _start_s(self) -> float:
-        """How much longer a visit takes when the host waits for its end than in a row of them."""
-        action = self._action(False, ((1,) * min(64, self._max_tokens), self._context), 0)
-
-        def waited_for() -> None:
-            action()
-            torch.cuda.synchronize(self._device)
-
-        return max(0.0, _least(waited_for) - min(self._seconds(action)[0] for _ in range(3)))
-
     def _seconds(self, action: Callable[[], object]) -> tuple[float, float]:
         """Seconds of `action`, and those of the host.
 
-        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all.
+        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all: work
+        like theirs, as a GPU that has rested runs at a higher clock than its power allows for long.
         """
         if self._device.type != "cuda":
             begin = time.perf_counter()
@@ -343,7 +346,8 @@ class _Probe:
             took = time.perf_counter() - begin
             return took, took
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(BUSY_CYCLES)
+        for _ in range(self._busy_products):
+            torch.mm(*self._factors, out=self._product)
         begin = time.perf_counter()
         first.record()
         for _ in range(IN_A_ROW):

@@ -6,7 +6,7 @@ in at that moment, on this rank and on others of the same host. So they are time
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ AHEAD = 2  # rounds more than ranks, so that nobody waits for the slowest rank's
 TAKES = 2  # of every scene, in turn: the better one counts, as something else may disturb the other
 LONGEST_S = 0.2  # of a take
 MOST_VISITS = 40
+FEWEST_VISITS = 4
+
+Forward: TypeAlias = Callable[[StepPlan, torch.Tensor], torch.Tensor]  # hidden states [T, hidden] through some layers
 
 
 @dataclass(frozen=True)
@@ -65,22 +68,34 @@ class Rehearsed:
     slowdown: float
 
 
-def rehearse(
-    world: World,
-    config: Config,
-    forward: Callable[[StepPlan, torch.Tensor], torch.Tensor],
-    scenes: list[Scene],
-    latency_s: float,
-) -> Rehearsed:
-    """Every rank calls it. `forward` takes hidden states through some layers; the links have `latency_s` one way."""
+class _Take(NamedTuple):
+    """Seconds of a visit in the loop: planning, computing, waiting for frames, and from one visit to the next."""
+
+    planning: float
+    computing: float
+    waiting: float
+    apart: float
+
+    @property
+    def rest(self) -> float:
+        return self.apart - self.planning - self.computing - self.waiting
+
+
+def rehearse(world: World, config: Config, forward: Forward, scenes: list[Scene], latency_s: float) -> Rehearsed:
+    """The loop on CPUs. Every rank calls it. The links have `latency_s` one way."""
     filling = [int(min(64.0, world.size * latency_s / max(scene.alone_s, 1e-4))) for scene in scenes]
     # Rank 0's view counts: all ranks must take part in the same number of rounds.
     rounds = world.share("rehearsal/rounds", [world.size + AHEAD + more for more in filling])
+    device = torch.device("cpu")
     takes = [
-        [_take(world, config, forward, scene, number) for scene, number in zip(scenes, rounds, strict=True)]
+        [
+            _take(world, config, forward, scene, number, _visits(scene.alone_s), device)
+            for scene, number in zip(scenes, rounds, strict=True)
+        ]
         for _ in range(TAKES)
     ]
-    planning, computing, beside = zip(*(min(of_scene, key=sum) for of_scene in zip(*takes, strict=True)), strict=True)
+    best = [min(of_scene, key=lambda take: take.apart - take.waiting) for of_scene in zip(*takes, strict=True)]
+    planning, computing, beside = zip(*((take.planning, take.computing, take.rest) for take in best), strict=True)
     # What all visits have in common grows with them; what short ones have on top comes once a visit.
     slowdown = max(1.0, min(took / scene.alone_s for took, scene in zip(computing, scenes, strict=True)))
     rest = [
@@ -91,36 +106,47 @@ def rehearse(
     return Rehearsed(Curve(at, tuple(planning)), Curve(at, tuple(rest)), slowdown)
 
 
+def rehearse_start(
+    world: World, config: Config, forward: Forward, scene: Scene, latency_s: float, device: torch.device
+) -> float:
+    """Seconds from the end of a visit on one rank until the next one's device begins, beyond `latency_s` and planning.
+
+    Every rank calls it. As many rounds as ranks circulate, so that every rank computes or waits for the one before it.
+    """
+    visits = _visits(scene.alone_s + latency_s)
+    takes = [_take(world, config, forward, scene, world.size, visits, device) for _ in range(TAKES)]
+    # Rank 0's view counts: it alone plans.
+    apart, planning = world.share("rehearsal/start", min((take.apart, take.planning) for take in takes))
+    return max(0.0, float(apart) - float(planning) / world.size - scene.alone_s - latency_s)
+
+
+def _visits(visit_s: float) -> int:
+    return max(FEWEST_VISITS, min(MOST_VISITS, int(LONGEST_S / max(visit_s, 1e-6))))
+
+
 def _take(
-    world: World,
-    config: Config,
-    forward: Callable[[StepPlan, torch.Tensor], torch.Tensor],
-    scene: Scene,
-    rounds: int,
-) -> tuple[float, float, float]:
-    """Seconds of a visit: planning, computing, and all else but waiting."""
+    world: World, config: Config, forward: Forward, scene: Scene, rounds: int, visits: int, device: torch.device
+) -> _Take:
     rows, hidden = scene.plan.rows, scene.hidden.shape[1]
     pages = 4 * rows * rounds
     layout = Plan((0,), rounds, rows, rows * rounds, rows, "prefill_first", config.kvcache.page_size, pages, 0, 0)
     plain = replace(config, network=replace(config.network, latency_ms=0, bandwidth_mbps=None))
-    device = torch.device("cpu")
     links = connect(world, plain, layout, hidden * scene.hidden.element_size(), device)
-    timeline = Timeline()
+    timeline = Timeline(device=device)
     controller = None
     if links.tokens_in is not None:
-        visits = max(4, min(MOST_VISITS, int(LONGEST_S / max(scene.alone_s, 1e-6))))
         controller = _Controller(scene.plan, layout, visits, links.tokens_in, timeline)
     understudy = cast(Stage, _Understudy(forward, scene.hidden, world.is_last))
     run_pipeline(understudy, links, controller, rounds, hidden, timeline)
     computed = timeline.counts["compute"] - rounds  # the last visit of each round is empty
     planning, computing, waiting = (timeline.totals[kind] / computed for kind in ("plan", "compute", "receive"))
-    return planning, computing, timeline.elapsed_s / computed - planning - computing - waiting
+    return _Take(planning, computing, waiting, timeline.elapsed_s / computed)
 
 
 class _Understudy:
     """Takes a stage's place: its layers compute, whatever comes in."""
 
-    def __init__(self, forward: Callable[[StepPlan, torch.Tensor], torch.Tensor], hidden: torch.Tensor, last: bool):
+    def __init__(self, forward: Forward, hidden: torch.Tensor, last: bool):
         self.dtype = hidden.dtype
         self._forward, self._hidden, self._last = forward, hidden, last
 
@@ -128,7 +154,7 @@ class _Understudy:
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         y = self._forward(plan, self._hidden)
-        return torch.zeros(plan.rows, dtype=torch.int32) if self._last else y
+        return y.new_zeros(plan.rows, dtype=torch.int32) if self._last else y
 
     def end_visit(self, following: int | None, timeline: Timeline) -> None:
         """It has no swap pages."""

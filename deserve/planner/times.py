@@ -79,7 +79,7 @@ class StageTimes:
     frames: Curve = field(default_factory=Curve)  # the host's part in receiving and sending, by bytes of hidden states
     page_s: float = 0.0  # bringing in one page of one layer from host memory
     ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
-    start_s: float = 0.0  # from the host's decision until such a device begins
+    start_s: float = 0.0  # from the arrival of a visit's frame until such a device begins, beside the host's part
     launch_s: float = 0.0  # the host's launches of a layer, where the visit is not one CUDA graph: with prompts in it
     request_s: float = 0.0  # a request's coming and going, beside its visits; rank 0 only
 
