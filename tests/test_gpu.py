@@ -361,7 +361,7 @@ def test_graphs_between_attentions_agree_with_float32(config, dtype):
 
 @pytest.mark.parametrize("by_graphs", [True, False])
 def test_two_stages_agree_with_float32(by_graphs):
-    """Two layers on either side of a link, as two ranks have them: prefill, chunks and decode, by graphs and without."""
+    """Two layers on either side of a link, as two ranks have them: prefill, chunks, decode, by graphs and without."""
     whole = random_weights(LLAMA_8B, torch.bfloat16)
     stages = [
         make_runner(
