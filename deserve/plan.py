@@ -18,7 +18,7 @@ from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.measure import over, survey
-from deserve.planner.plan import token_budget
+from deserve.planner.plan import token_budgets
 from deserve.planner.planner import GB, choose_plan, table
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
 from deserve.run import set_up_device
@@ -56,12 +56,13 @@ def plan(config: PlanConfig) -> str:
     limits = Limits(model.vocab_size, model.max_context)
     defaults = default_sampling(config.sampling, checkpoint.generation)
     lengths = peek_lengths(config, load_tokenizer(checkpoint), limits, defaults=defaults)
-    times = stated_stage(config, model, dtype)
+    budgets = token_budgets(config.pipeline.max_batch_tokens, gpu=True)
+    times = stated_stage(config, model, dtype, budgets[-1])
     if config.stage.measure:
         world = World(config.comm.timeout_s)
         measured = survey(world, config, checkpoint, dtype, set_up_device(config, world))
         assert measured is not None
-        times = measured.stages[0]
+        times, budgets = measured.stages[0], measured.budgets
     memory = config.memory_gb * GB
     if config.kv_memory_gb is not None:  # however much the weights leave
         memory, config.kvcache.gpu_memory_gb = AMPLE, config.kv_memory_gb
@@ -73,6 +74,7 @@ def plan(config: PlanConfig) -> str:
         host_memory=int(config.host_memory_gb * GB),
         hidden_bytes=model.hidden_size * dtype.itemsize,
         page_bytes=config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype),
+        budgets=budgets,
     )
     begin = time.perf_counter()
     chosen = choose_plan(config, model, dtype, lengths, machine)
@@ -80,11 +82,10 @@ def plan(config: PlanConfig) -> str:
     return f"{table(chosen, model.num_layers, lengths.exact)}\nplanned in {took:.1f} s"
 
 
-def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype) -> StageTimes:
-    """One rank as `stage.*` states it."""
+def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, most_tokens: int) -> StageTimes:
+    """One rank as `stage.*` states it, for visits of up to `most_tokens`."""
     stage = config.stage
     layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
-    most_tokens = token_budget(config.pipeline.max_batch_tokens)
     page_bytes = config.kvcache.page_size * model.kv_bytes_per_token_per_layer(dtype)
     page_s = page_bytes / (stage.bus_gbs * GB)
     return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens, page_s)

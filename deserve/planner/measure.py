@@ -23,7 +23,7 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.memory import available_memory
-from deserve.planner.plan import Plan, token_budget
+from deserve.planner.plan import Plan, token_budgets
 from deserve.planner.rehearsal import Alike, Scene, rehearse, rehearse_start
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.report.results import ResultsWriter
@@ -47,7 +47,7 @@ TRANSFERS = 4  # of a link or the bus; the quickest counts
 RESERVE_BYTES = 2_500_000_000
 IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
 BUSY_S = 0.02  # a device's work before that: longer than the host takes to launch these
-BUSY_SIDE = 4096  # of the matrices that it multiplies meanwhile
+BUSY_SIDE = 4096  # of the matrices that it multiplies and copies meanwhile
 
 Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
 Shape: TypeAlias = tuple[bool, Visit, int]  # whether of the long stage, the visit, rows that are sampled
@@ -66,7 +66,9 @@ def survey(
     memory = usable_memory(world, device)
     host_memory = available_memory() // 2 // world.local_size
     edges = nccl_edges(world, config, device)
-    page_size, most = config.kvcache.page_size, token_budget(config.pipeline.max_batch_tokens)
+    page_size = config.kvcache.page_size
+    budgets = token_budgets(config.pipeline.max_batch_tokens, device.type == "cuda")
+    most = budgets[-1]
     probe = _Probe(checkpoint, dtype, device, page_size, most, default_sampling(config.sampling, checkpoint.generation))
     world.share("survey/go", bool(world.gather("survey/ready", None)))  # all start at once
     times = probe.times()
@@ -116,6 +118,7 @@ def survey(
         page_bytes=page_bytes,
         graph_bytes=max(graphs),
         receives_on_device=any(edges),
+        budgets=budgets,
     )
 
 
@@ -269,18 +272,15 @@ class _Probe:
         self._sampling = sampling
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
         if self._ahead:
-            shape = (BUSY_SIDE, BUSY_SIDE)
-            self._factors = tuple(torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-            self._product = torch.empty(shape, device=device, dtype=dtype)
-            self._busy_products = 1
-            product_s = min(self._seconds(lambda: torch.mm(*self._factors, out=self._product))[0] for _ in range(3))
-            self._busy_products = max(1, round(BUSY_S / product_s))
+            self._matrices = torch.randn(4, BUSY_SIDE, BUSY_SIDE, device=device, dtype=dtype)
+            self._busy_for = 1
+            self._busy_for = max(1, round(BUSY_S / min(self._seconds(self._work)[0] for _ in range(3))))
 
     def times(self) -> StageTimes:
         """Time visits that differ in one thing at a time, and tell from them what each thing costs."""
         most = self._max_tokens
         # Two rows may cost far more than one: products of matrices, no longer with a vector.
-        sizes = sorted({size for size in (1, 2, 16, 64, 256) if size < most} | {most})
+        sizes = sorted({size for size in (1, 2, 16, 64, 256, 512) if size < most} | {most})
         far = min(64, most)
         prompts = [_prompts(size) for size in sizes]
         visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]
@@ -334,11 +334,17 @@ class _Probe:
         """Bytes of device memory that the graphs of one layer take; a little of it is not the layers'."""
         return self._long.graph_bytes // self._layers
 
+    def _work(self) -> None:
+        """Multiply matrices for most of the time, and read and write memory for the rest."""
+        first, second, product, copy = self._matrices
+        torch.mm(first, second, out=product)
+        copy.copy_(product)
+
     def _seconds(self, action: Callable[[], object]) -> tuple[float, float]:
         """Seconds of `action`, and those of the host.
 
-        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all: work
-        like theirs, as a GPU that has rested runs at a higher clock than its power allows for long.
+        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all. That
+        is work much like theirs: a GPU that has rested runs at a higher clock than its power allows for long.
         """
         if self._device.type != "cuda":
             begin = time.perf_counter()
@@ -346,8 +352,8 @@ class _Probe:
             took = time.perf_counter() - begin
             return took, took
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(self._busy_products):
-            torch.mm(*self._factors, out=self._product)
+        for _ in range(self._busy_for):
+            self._work()
         begin = time.perf_counter()
         first.record()
         for _ in range(IN_A_ROW):

@@ -6,7 +6,7 @@ from typing import Any
 from deserve.errors import UserError
 from deserve.model.weights import Shard
 
-MOST_TOKENS = 512  # of a visit, unless stated otherwise
+BUDGETS = (512, 1024)  # tokens of a visit that are planned where none are stated, the second on GPUs alone
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class Plan:
         return Plan(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
 
 
-def token_budget(stated: Any) -> int:
-    """`pipeline.max_batch_tokens`, or the most that is planned where it is `auto`."""
-    return MOST_TOKENS if stated == "auto" else int(stated)
+def token_budgets(stated: Any, gpu: bool) -> tuple[int, ...]:
+    """`pipeline.max_batch_tokens`, or the budgets worth a plan where it is `auto`, the smallest first."""
+    if stated != "auto":
+        return (int(stated),)
+    return BUDGETS if gpu else BUDGETS[:1]
 
 
 def parse_partition(value: Any, ranks: int, layers: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
-from deserve.planner.plan import Plan, parse_partition, token_budget
+from deserve.planner.plan import Plan, parse_partition
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
@@ -54,7 +54,16 @@ def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths:
     """
     if model.num_layers < machine.ranks:
         raise UserError(f"{machine.ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks")
-    return _Search(config, model, dtype, lengths, machine).best()
+    stated = config.pipeline.max_batch_tokens
+    smallest, *larger = machine.budgets if stated == "auto" else (int(stated),)
+    best = _Search(config, model, dtype, lengths, machine, smallest).best()
+    for budget in larger:
+        try:
+            rival = _Search(config, model, dtype, lengths, machine, budget).best()
+        except UserError:  # its frames leave too little for pages
+            continue
+        best = rival if (rival.predicted or 0) > (1 + EQUAL) * (best.predicted or 0) else best
+    return best
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class _Search:
         dtype: torch.dtype,
         lengths: Lengths,
         machine: Machine,
+        budget: int,
     ):
         self._config, self._model, self._machine = config, model, machine
         self._lengths = lengths
@@ -106,7 +116,7 @@ class _Search:
         self._count = ENDLESS if lengths.count is None else max(1, lengths.count)
         # Sequences of all ages together hold less than each will at its end.
         self._mean_pages = max(1.0, (self._prompt + self._output / 2) / config.kvcache.page_size)
-        self._budget = token_budget(config.pipeline.max_batch_tokens)
+        self._budget = budget  # tokens of a visit
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
         self._alike = cache(self._kinds_of)
         forward = [link.byte_s for link in machine.links[:-1]] or [0.0]

@@ -9,6 +9,7 @@ import torch
 
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
+from deserve.planner.plan import BUDGETS
 
 
 class Work(NamedTuple):
@@ -143,7 +144,8 @@ class Machine:
     """The ranks in order and the links that leave them; `memory` is what each rank has for weights and KV pages.
 
     `hidden_bytes`: one token's hidden state on a link. `page_bytes`: one KV page of one layer. `graph_bytes`: the CUDA
-    graphs of one layer. `receives_on_device`: frames of hidden states arrive in the memory of the stage.
+    graphs of one layer. `receives_on_device`: frames of hidden states arrive in the memory of the stage. `budgets`:
+    tokens of a visit that are worth a plan, up to as many as were measured.
     """
 
     stages: tuple[StageTimes, ...]
@@ -154,6 +156,7 @@ class Machine:
     page_bytes: int
     graph_bytes: int = 0
     receives_on_device: bool = False
+    budgets: tuple[int, ...] = BUDGETS[:1]
 
     @property
     def ranks(self) -> int:
