@@ -34,7 +34,7 @@ class StageSection:
     bandwidth_gbs: float = 4000.0  # GB/s read from device memory
     tflops: float = 700.0  # in the model's dtype
     time_ms: float | None = None  # of one layer, whatever the visit: overrides both
-    bus_gbs: float = 50.0  # GB/s from host memory, while as much goes back
+    bus_gbs: float = 50.0  # GB/s from host memory, while a little goes back
     measure: bool = False  # time one stage on this machine instead
 
 
