@@ -338,15 +338,24 @@ def test_what_is_set_by_hand_stays() -> None:
     assert made.partition == (0, 1)
 
 
-def on_two_gpus(latency_ms: float, *overrides: str, exact: bool = True) -> Plan:
-    """The plan for Llama-3-70B on two GPUs of 138 GB."""
+def on_two_gpus(latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0) -> Plan:
+    """The plan for Llama-3-70B on two GPUs of 138 GB, a visit of which takes `visit_ms` more than its work."""
     words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
     config = load_config(words)
     model = resolve(config.model).config
     page_bytes = 16 * model.kv_bytes_per_token_per_layer(torch.bfloat16)
-    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512, page_s=page_bytes / 50e9)
+    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 1024, page_s=page_bytes / 50e9)
+    times = replace(times, visit=Cost(Curve((0.0,), (visit_ms * MS,))))
     link = LinkTimes(latency_ms * MS, 0.0)
-    gpus = Machine((times,) * 2, (link,) * 2, (138 * 10**9,) * 2, 64 * 10**9, 2 * model.hidden_size, page_bytes)
+    gpus = Machine(
+        (times,) * 2,
+        (link,) * 2,
+        (138 * 10**9,) * 2,
+        64 * 10**9,
+        2 * model.hidden_size,
+        page_bytes,
+        budgets=(512, 1024),
+    )
     requests = replace(lengths(20000, 512, 256), exact=exact)
     return choose_plan(config, model, torch.bfloat16, requests, gpus)
 
@@ -357,6 +366,14 @@ def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
     assert far.predicted is not None and near.predicted is not None and far.predicted > 0.93 * near.predicted
     for other in ("pipeline.policy=prefill_first", "pipeline.max_batch_tokens=512"):
         assert far.predicted > 1.05 * (on_two_gpus(64, other).predicted or 0)  # or it would not have been taken
+
+
+def test_visits_get_more_tokens_where_each_costs_more_than_its_work() -> None:
+    assert on_two_gpus(0).max_batch_tokens == 512
+    costly = on_two_gpus(0, visit_ms=15)
+    assert costly.max_batch_tokens == 1024
+    by_hand = on_two_gpus(0, "pipeline.max_batch_tokens=512", visit_ms=15)
+    assert costly.predicted is not None and costly.predicted > 1.02 * (by_hand.predicted or 0)
 
 
 def test_answers_that_may_end_early_keep_the_token_budget() -> None:

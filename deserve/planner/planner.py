@@ -11,7 +11,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -56,10 +56,14 @@ def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths:
         raise UserError(f"{machine.ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks")
     stated = config.pipeline.max_batch_tokens
     smallest, *larger = machine.budgets if stated == "auto" else (int(stated),)
-    best = _Search(config, model, dtype, lengths, machine, smallest).best()
+    search = _Search(config, model, dtype, lengths, machine, smallest)
+    best = search.best()
     for budget in larger:
+        wider = _Search(config, model, dtype, lengths, machine, budget)
+        if wider.promise <= (1 + EQUAL) * search.promise:
+            continue
         try:
-            rival = _Search(config, model, dtype, lengths, machine, budget).best()
+            rival = wider.best()
         except UserError:  # its frames leave too little for pages
             continue
         best = rival if (rival.predicted or 0) > (1 + EQUAL) * (best.predicted or 0) else best
@@ -123,12 +127,22 @@ class _Search:
         self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
         self._capacity = cache(self._pages_that_fit)
 
-    def best(self) -> Plan:
+    @property
+    def promise(self) -> float:
+        """Output tokens/s of the best plan by the arithmetic."""
+        return max(self._paces.values(), default=0.0)
+
+    @cached_property
+    def _policies(self) -> tuple[str, ...]:
         policy = self._config.pipeline.policy
-        policies = PLANNED_POLICIES if policy == "auto" else (policy,)
+        return PLANNED_POLICIES if policy == "auto" else (policy,)
+
+    @cached_property
+    def _paces(self) -> dict[_Candidate, float]:
+        """All plans in reach, and what the arithmetic promises of each."""
         reach = {
             _Candidate(policy, partition, rounds, min(size, most), swap)
-            for policy in policies
+            for policy in self._policies
             for rounds in self._rounds()
             for size in self._sizes(rounds)
             for partition in self._partitions(size)
@@ -136,14 +150,16 @@ class _Search:
             for most in self._most_rows(partition, rounds, swap)
         }
         candidates = sorted(reach, key=lambda c: (c.policy, c.partition, c.rounds, c.size, c.swap))
-        if not candidates:
+        return {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
+
+    def best(self) -> Plan:
+        paces, most = self._paces, self.promise
+        if not paces:
             raise UserError(self._too_much_swapped())
-        paces = {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
-        most = max(paces.values())
-        ranked = sorted(candidates, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
-        best, *others = (self._best([c for c in ranked if c.policy == policy]) for policy in policies)
+        ranked = sorted(paces, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
+        best, *others = (self._best([c for c in ranked if c.policy == policy]) for policy in self._policies)
         candidate, plan, rate, _ = _better(best, others)
-        bound = self._bound([other for other in candidates if other.policy == candidate.policy])
+        bound = self._bound([other for other in paces if other.policy == candidate.policy])
         return replace(
             plan,
             predicted=rate,
