@@ -13,7 +13,8 @@ many are decode rows (`--mixed`) and the rest the beginning of a prompt. Beside 
 
 The second form reads what a run, on this kind of device, wrote into its metrics.json.
 
-Bandwidth (bytes read and written per second in a large copy) and matrix rate are measured at the start.
+Bandwidth (bytes read and written per second in a large copy) and matrix rate are measured at the start, the latter of
+single products, as visits are here, and of a GPU also after two seconds of them: the limit of a run is nearer to that.
 Source: Williams, Waterman, Patterson, "Roofline", CACM 52 (2009).
 """
 
@@ -27,7 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.timing import REPEATS, copy_bandwidth, device_ms, graph_ms, host_ms, matrix_rate, table
+from bench.timing import (
+    REPEATS,
+    copy_bandwidth,
+    device_ms,
+    graph_ms,
+    host_ms,
+    lasting_matrix_rate,
+    matrix_rate,
+    table,
+)
 from deserve.config import ModelSection, load_config
 from deserve.errors import UserError
 from deserve.model.backend.base import Rows
@@ -304,7 +314,10 @@ def measure_visits(arguments: argparse.Namespace, device: torch.device, bandwidt
         dtype = model_dtype(section, config)
         if dtype not in rates:
             rates[dtype] = matrix_rate(device, dtype, arguments.repeats)
-            print(f"Matrix rate ({str(dtype).removeprefix('torch.')}): {rates[dtype] / 1e12:.3f} TFLOP/s")
+            lasting = ""
+            if device.type == "cuda":
+                lasting = f", {lasting_matrix_rate(device, dtype) / 1e12:.1f} of products without a pause"
+            print(f"Matrix rate ({str(dtype).removeprefix('torch.')}): {rates[dtype] / 1e12:.3f} TFLOP/s{lasting}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
         layers = min(arguments.layers, config.num_layers)

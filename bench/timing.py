@@ -10,6 +10,8 @@ import torch
 
 REPEATS = 30
 AHEAD_CYCLES = 10_000_000  # about 5 ms, longer than a host takes for any of the calls timed here
+LASTING_S = 2.0
+LASTING_PRODUCTS = 100  # about 150 ms, in which a pause of 5 ms does not count
 
 
 def device_ms(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
@@ -66,10 +68,25 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS
 
     Their content is random: of zeros a GPU multiplies more, since it takes less power for them.
     """
+    size, product = _product(device, dtype)
+    return 2 * size**3 / (device_ms(product, device, repeats) / 1e3)
+
+
+def lasting_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """The same of products without a pause, after two seconds of them: a GPU at the limit of its power clocks down."""
+    size, product = _product(device, dtype)
+    begin = time.monotonic()
+    while time.monotonic() < begin + LASTING_S:
+        took_ms = device_ms(lambda: [product() for _ in range(LASTING_PRODUCTS)], device, repeats=1)
+    return LASTING_PRODUCTS * 2 * size**3 / (took_ms / 1e3)
+
+
+def _product(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
+    """The side of two square matrices, and their product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / (device_ms(lambda: torch.mm(a, b, out=out), device, repeats) / 1e3)
+    return size, lambda: torch.mm(a, b, out=out)
 
 
 def table(title: str, header: list[str], rows: list[list[Any]]) -> None:
