@@ -9,7 +9,7 @@ those is taken.
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -31,7 +31,7 @@ PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: it
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
 CROWDS = (1.25, 1.6)  # times the sequences that pages hold
-SHARES = (1.0, 0.9, 0.8, 0.7)  # of the tokens of a visit in a steady state, tried as its budget
+PACE = 0.85  # of a visit's token budget: the next smaller one that is tried
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
 WORTH = 0.05  # what a bolder plan must promise more, as predictions are not more exact
 GB = 1e9
@@ -170,48 +170,69 @@ class _Search:
 
     def _best(self, ranked: list[_Candidate]) -> _Found:
         """The best of the first of `ranked` by simulation, or what is bolder and better."""
-        best = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in ranked[:SIMULATED]))
-        for bolder in (self._crowded, self._paced):
-            best = _better(best, self._simulated(bolder(best)))
-        return best
+        usual = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in ranked[:SIMULATED]))
+        bold = usual
+        for bolder in (self._crowded, self._paced, self._longer):
+            bold = bolder(bold)
+        return _better(usual, [bold])
 
     def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]]) -> list[_Found]:
         """What a simulation says of `plans`, as far as they can be simulated in a short time."""
         found: list[_Found] = []
         for candidate, plan in plans:
-            outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers)
-            found.append(_Found(candidate, plan, outcome.tokens_per_s, outcome.visits))
-            if sum(each.visits for each in found) > ENOUGH_VISITS:
+            found.append(self._simulate(candidate, plan))
+            if len(found) > 1 and sum(each.visits for each in found) > ENOUGH_VISITS:
                 break
         return found
 
-    def _crowded(self, found: _Found) -> Iterator[tuple[_Candidate, Plan]]:
+    def _simulate(self, candidate: _Candidate, plan: Plan) -> _Found:
+        outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers)
+        return _Found(candidate, plan, outcome.tokens_per_s, outcome.visits)
+
+    def _crowded(self, found: _Found) -> _Found:
         """`found` with more sequences than its pages hold of all ages, so that some are suspended now and then.
 
         Sequences that began together are young together: their pages hold more of them then, and fewer later on.
         """
         if self._config.pipeline.micro_batch_size != "auto":
-            return
+            return found
         most = min(self._budget, self._share(found.candidate.rounds))
-        for size in dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS):
-            if size > found.candidate.size:
-                candidate = replace(found.candidate, size=size)
-                yield candidate, self._plan(candidate)
+        sizes = dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS)
+        crowded = [replace(found.candidate, size=size) for size in sizes if size > found.candidate.size]
+        return _fastest([found, *self._simulated((candidate, self._plan(candidate)) for candidate in crowded)])
 
-    def _paced(self, found: _Found) -> Iterator[tuple[_Candidate, Plan]]:
+    def _paced(self, found: _Found) -> _Found:
         """`found` with smaller token budgets, under which prompts come no faster than answers end.
 
         Sequences that begin together end together: with a larger budget visits full of prompts and visits of answers
         alone would alternate for ever, and each kind leaves something idle that the other would use.
         """
         if self._config.pipeline.max_batch_tokens != "auto" or found.plan.policy != "decode_first":
-            return
+            return found
         if not self._lengths.exact:  # answers that end early ask for more prompts
-            return
-        steady = self._pace(found.candidate).rows * (self._prompt + self._output) / self._output
-        for tokens in dict.fromkeys(round(share * steady) for share in SHARES):
-            if found.plan.micro_batch_size <= tokens < found.plan.max_batch_tokens:
-                yield found.candidate, replace(found.plan, max_batch_tokens=tokens)
+            return found
+        tokens = found.plan.max_batch_tokens
+        while (tokens := round(PACE * tokens)) >= found.plan.micro_batch_size:
+            slower = self._simulate(found.candidate, replace(found.plan, max_batch_tokens=tokens))
+            if slower.tokens_per_s <= found.tokens_per_s:
+                break
+            found = slower
+        return found
+
+    def _longer(self, found: _Found) -> _Found:
+        """`found` with more rounds, as visits of fewer tokens are shorter."""
+        rounds, tokens = found.candidate.rounds, found.plan.max_batch_tokens
+        if self._config.pipeline.rounds != "auto" or tokens == self._budget:
+            return found
+        while (rounds := rounds + max(1, rounds // 8)) <= min(MOST_ROUNDS, self._count, self._limit):
+            if found.candidate.swap > self._host_pages(found.candidate.partition, rounds):
+                break
+            candidate = replace(found.candidate, rounds=rounds)
+            longer = self._simulate(candidate, replace(self._plan(candidate), max_batch_tokens=tokens))
+            if longer.tokens_per_s <= (1 + EQUAL) * found.tokens_per_s:
+                break
+            found = longer
+        return found
 
     # -- what is in reach
 
@@ -276,7 +297,7 @@ class _Search:
         The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
         """
         machine, shares, kv = self._machine, self._shares(partition), self._config.kvcache
-        host = min(machine.host_memory // (machine.page_bytes * layers * rounds) for layers in shares)
+        host = self._host_pages(partition, rounds)
         if kv.swap_pages != "auto":
             return [kv.swap_pages] if kv.swap_pages <= host or rounds == 1 else []
         wanted = min(size, -(-self._count // rounds)) * self._mean_pages
@@ -294,6 +315,11 @@ class _Search:
         else:
             swap = max(0, min(int(short), most, pages - kv.main_pages))
         return sorted({0, swap // 2, 3 * swap // 4, swap})
+
+    def _host_pages(self, partition: tuple[int, ...], rounds: int) -> int:
+        """As many swap pages of each of `rounds` does host memory hold."""
+        each = [self._machine.page_bytes * layers * rounds for layers in self._shares(partition)]
+        return min(self._machine.host_memory // nbytes for nbytes in each)
 
     def _partitions(self, size: int) -> list[tuple[int, ...]]:
         """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""
@@ -525,6 +551,10 @@ class _Search:
             fit = (plan.main_pages + rounds * plan.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
+
+
+def _fastest(found: list[_Found]) -> _Found:
+    return max(found, key=lambda each: each.tokens_per_s)
 
 
 def _better(best: _Found, found: list[_Found]) -> _Found:
