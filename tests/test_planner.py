@@ -258,6 +258,15 @@ def test_visits_are_those_of_the_scheduler_for_lengths_that_differ(policy: str) 
         assert (recording.works, recording.suspensions) == scheduled(made, sizes)
 
 
+def test_what_no_pages_can_hold_is_not_simulated() -> None:
+    made = plan(2, 2, 3, "prefill_first", main_pages=4)
+    fits, too_long = [(40, 25), (1, 1), (30, 8)], [(40, 26), (65, 1)]
+    found = [Recording(made, mixed(sizes)) for sizes in (fits, [too_long[0], *fits[:2], too_long[1], fits[2]])]
+    for recording in found:
+        recording.run()
+    assert found[0].works == found[1].works and found[1].finished == 5
+
+
 def mixed(sizes: list[tuple[int, int]]) -> Lengths:
     prompts, outputs = zip(*sizes, strict=True)
     count = len(sizes)

@@ -202,14 +202,18 @@ class Simulation:
     def _admit(self, m: int, growth: int) -> bool:
         batch, plan = self.batches[m], self.plan
         rows = batch.shape[1]
+        while self.waiting and self._worst_of_next() > plan.main_pages + plan.swap_pages:  # refused
+            self.waiting -= 1
+            self.admissions += 1
+            self.done.append((self.finished + 1, self.now))
         if not self.waiting or self.suspended or rows >= plan.micro_batch_size or not self.slots_free:
             return False
-        prompt, output = self.sizes[self.admissions] if self.sizes else (self.prompt, self.output)
+        prompt, output = self._next()
         now = self._pages(prompt) + growth
         slack = -(-2 * rows // plan.page_size)
         if now + (slack if rows else 0) > self._free(m):
             return False
-        worst = self._pages(prompt + output - 1)
+        worst = self._worst_of_next()
         self.largest = max(self.largest, worst)
         self.worst[m] += worst
         overshoot = int(np.maximum(self.worst - plan.swap_pages, 0).sum()) - plan.main_pages
@@ -225,7 +229,15 @@ class Simulation:
         self.admissions += 1
         return True
 
+    def _next(self) -> tuple[int, int]:
+        """Prompt and answer of the next request."""
+        return self.sizes[self.admissions] if self.sizes else (self.prompt, self.output)
+
     # -- pages
+
+    def _worst_of_next(self) -> int:
+        """Pages of the next request at its end."""
+        return int(self._pages(sum(self._next()) - 1))
 
     def _pages(self, tokens: Any) -> Any:
         return -(-tokens // self.plan.page_size)
