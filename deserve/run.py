@@ -27,14 +27,9 @@ from deserve.report.timeline import Timeline
 from deserve.stage import load_stage
 from deserve.stop import STOPPED, Stop
 
-SWITCH_S = (
-    0.0002  # Python's own 5 ms are a visit's time: so long would a thread with a frame wait while another launches
-)
-
 
 def run(config: Config, world: World) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
-    sys.setswitchinterval(SWITCH_S)
     world.begin_job()
     with Stop(config.output.grace_s, config.time_limit_s) as stop:
         return run_until(stop, config, world)
