@@ -613,10 +613,11 @@ def test_loading_a_sharded_checkpoint_takes_little_host_memory(tmp_path: Path) -
 @pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU; on CPUs test_pipeline.py has this"
 )
-def test_two_gpus_answer_alike_however_they_are_joined(tmp_path: Path) -> None:
-    """Over NCCL and over Gloo, resident and swapping, with latency and without: every token is the same.
+def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
+    """Over NCCL and over Gloo, resident and swapping, with latency and without: in float32 every token is the same.
 
-    One GPU gives other answers now and then: where a link is, hidden states are rounded once more.
+    In bfloat16, by the fast kernels, another batch rounds otherwise, and a link rounds once more: answers may part
+    later on, but begin alike.
     """
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     make_checkpoint(tmp_path / "model", std=0.05, hidden_size=512, intermediate_size=1024, **heads)
@@ -625,9 +626,8 @@ def test_two_gpus_answer_alike_however_they_are_joined(tmp_path: Path) -> None:
         for index in range(60):
             prompt = rng.integers(320, size=int(rng.integers(1, 200))).tolist()
             file.write(json.dumps({"custom_id": str(index), "prompt": prompt, "ignore_eos": True}) + "\n")
-    common = ["model=tiny", "model.weights=auto", "model.dtype=bfloat16", f"model.path={tmp_path / 'model'}"]
-    common += [f"workload.source={tmp_path / 'in.jsonl'}", "sampling.max_tokens=40", "device=cuda"]
-    # The same visits everywhere: other shapes of products would round otherwise.
+    common = ["model=tiny", "model.weights=auto", f"model.path={tmp_path / 'model'}", "device=cuda"]
+    common += [f"workload.source={tmp_path / 'in.jsonl'}", "sampling.max_tokens=40"]
     common += ["pipeline.rounds=3", "pipeline.micro_batch_size=20", "pipeline.max_batch_tokens=256"]
     resident, swapping = (["kvcache.main_pages=1100", "kvcache.swap_pages=0"], ["kvcache.main_pages=20"])
     swapping += ["kvcache.swap_pages=340"]
@@ -638,18 +638,28 @@ def test_two_gpus_answer_alike_however_they_are_joined(tmp_path: Path) -> None:
         "latency": (2, [*resident, "network.latency_ms=3"]),
         "swapping": (2, swapping),
     }
-    answers = {}
+    answers: dict[str, dict[str, dict[str, str]]] = {"float32": {}, "bfloat16": {}}
     for ranks in (1, 2):
-        jobs = {name: overrides for name, (count, overrides) in layouts.items() if count == ranks}
-        words = [[*common, *overrides, f"output.dir={tmp_path / name}"] for name, overrides in jobs.items()]
-        (tmp_path / "jobs.json").write_text(json.dumps(words))
+        jobs = {
+            (dtype, name): [f"model.dtype={dtype}", *overrides, f"output.dir={tmp_path / dtype / name}"]
+            for dtype in answers
+            for name, (count, overrides) in layouts.items()
+            if count == ranks
+        }
+        (tmp_path / "jobs.json").write_text(json.dumps([[*common, *overrides] for overrides in jobs.values()]))
         done = torchrun(ranks, Path(__file__).with_name("job_worker.py"), tmp_path / "jobs.json")
         assert done.returncode == 0, done.stderr[-4000:]
-        for name in jobs:
-            lines = map(json.loads, (tmp_path / name / "results.jsonl").read_text().splitlines())
-            answers[name] = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
-    alone, expected = answers.pop("alone"), answers.pop("nccl")
-    assert len(expected) == 60 and len(set(expected.values())) > 50
-    assert not {name for name, given in answers.items() if given != expected}
-    assert sum(alone[key][:1] == text[:1] for key, text in expected.items()) > 50
-    print(f"{sum(alone[key] == text for key, text in expected.items())} of 60 answers are those of one GPU")
+        for dtype, name in jobs:
+            lines = map(json.loads, (tmp_path / dtype / name / "results.jsonl").read_text().splitlines())
+            texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+            answers[dtype][name] = texts
+    for dtype, by_layout in answers.items():
+        expected = by_layout.pop("alone")
+        assert len(expected) == 60 and len(set(expected.values())) > 50
+        same = {name: sum(given[key] == expected[key] for key in expected) for name, given in by_layout.items()}
+        begun = {
+            name: sum(given[key][:1] == expected[key][:1] for key in expected) for name, given in by_layout.items()
+        }
+        print(f"{dtype}: of 60 answers the same {same}, begun alike {begun}")
+        assert min(begun.values()) >= 55
+        assert dtype == "bfloat16" or set(same.values()) == {60}
