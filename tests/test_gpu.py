@@ -656,10 +656,8 @@ def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
     for dtype, by_layout in answers.items():
         expected = by_layout.pop("alone")
         assert len(expected) == 60 and len(set(expected.values())) > 50
-        same = {name: sum(given[key] == expected[key] for key in expected) for name, given in by_layout.items()}
-        begun = {
-            name: sum(given[key][:1] == expected[key][:1] for key in expected) for name, given in by_layout.items()
-        }
-        print(f"{dtype}: of 60 answers the same {same}, begun alike {begun}")
-        assert min(begun.values()) >= 55
-        assert dtype == "bfloat16" or set(same.values()) == {60}
+        for name, given in by_layout.items():
+            same = sum(given[key] == expected[key] for key in expected)
+            alike = sum(given[key].split()[0] == expected[key].split()[0] for key in expected)
+            print(f"{dtype}, {name}: of 60 answers {same} are the same, {alike} have the same first token")
+            assert same == 60 if dtype == "float32" else alike >= 55
