@@ -377,6 +377,23 @@ def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
         assert far.predicted > 1.05 * (on_two_gpus(64, other).predicted or 0)  # or it would not have been taken
 
 
+def test_a_long_job_of_crowded_pages_is_told_from_some_waves() -> None:
+    """Where sequences are suspended short waves and long ones alternate: one alone would tell a rate 20 % off."""
+    model = resolve(load_config(["model=llama-3-70b", "model.weights=dummy"]).model).config
+    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512)
+    page_bytes = 16 * model.kv_bytes_per_token_per_layer(torch.bfloat16)
+    link = LinkTimes(64 * MS, 0.0)
+    gpus = Machine((times,) * 2, (link,) * 2, (0, 0), 0, 2 * model.hidden_size, page_bytes)
+    made = Plan((0, 40), 5, 22, 110, 512, "prefill_first", 16, 3204, 0, 13)
+    requests = lengths(1500, 512, 256)
+    whole = Simulation(made, requests, gpus, 80, 1500)
+    whole.run()
+    assert whole.suspensions > 100
+    found = simulate(made, requests, gpus, 80)
+    assert found.visits < whole.visits / 2
+    assert found.tokens_per_s == pytest.approx(whole.sampled / whole.now, rel=0.1)
+
+
 def test_visits_get_more_tokens_where_each_costs_more_than_its_work() -> None:
     assert on_two_gpus(0).max_batch_tokens == 512
     costly = on_two_gpus(0, visit_ms=15)

@@ -33,7 +33,7 @@ ENDLESS = 10**6  # requests of a workload that does not tell how many it has
 CROWDS = (1.25, 1.6)  # times the sequences that pages hold
 PACE = 0.85  # of a visit's token budget: the next smaller one that is tried
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
-WORTH = 0.05  # what a bolder plan must promise more, as predictions are not more exact
+WORTH = 0.03  # what a bolder plan must promise more, as predictions are not more exact
 GB = 1e9
 
 # Where two resources bind alike, the first named is the one to do something about.
