@@ -161,8 +161,7 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 config.max_context,
                 page_size=plan.page_size,
                 max_tokens=plan.max_batch_tokens,
-                max_pages=plan.main_pages
-                + plan.swap_pages
-                + plan.max_batch_tokens,  # a token that pads reads one at most
+                # A token that pads reads one at most.
+                max_pages=plan.main_pages + plan.swap_pages + plan.max_batch_tokens,
             )
     return TorchBackend(config, dtype, device, config.max_context)

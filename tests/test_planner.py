@@ -347,7 +347,9 @@ def test_what_is_set_by_hand_stays() -> None:
     assert made.partition == (0, 1)
 
 
-def on_two_gpus(latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0) -> Plan:
+def on_two_gpus(
+    latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0, frames_on_device: bool = False
+) -> Plan:
     """The plan for Llama-3-70B on two GPUs of 138 GB, a visit of which takes `visit_ms` more than its work."""
     words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
     config = load_config(words)
@@ -363,6 +365,7 @@ def on_two_gpus(latency_ms: float, *overrides: str, exact: bool = True, visit_ms
         64 * 10**9,
         2 * model.hidden_size,
         page_bytes,
+        receives_on_device=frames_on_device,
         budgets=(512, 1024),
     )
     requests = replace(lengths(20000, 512, 256), exact=exact)
@@ -375,6 +378,14 @@ def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
     assert far.predicted is not None and near.predicted is not None and far.predicted > 0.93 * near.predicted
     for other in ("pipeline.policy=prefill_first", "pipeline.max_batch_tokens=512"):
         assert far.predicted > 1.05 * (on_two_gpus(64, other).predicted or 0)  # or it would not have been taken
+
+
+def test_rounds_whose_frames_leave_too_little_for_pages_set_by_hand_are_not_taken() -> None:
+    usual = on_two_gpus(64, "kvcache.swap_pages=0", frames_on_device=True)
+    narrow = on_two_gpus(64, "kvcache.main_pages=25715", "kvcache.swap_pages=0", frames_on_device=True)
+    assert narrow.main_pages == 25715 and narrow.rounds < usual.rounds
+    with pytest.raises(UserError, match=r"kvcache\.main_pages=26000"):
+        on_two_gpus(64, "kvcache.main_pages=26000", "kvcache.swap_pages=0", frames_on_device=True)
 
 
 def test_a_long_job_of_crowded_pages_is_told_from_some_waves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,4 +244,5 @@ def test_what_bound_the_run() -> None:
     idle = {"busy": 0.2, "elapsed_s": 10.0, "receive_s": 7.0, "plan_s": 0.5, "send_s": 0.5}
     assert bound([idle, {**idle, "busy": 0.9}], "KV memory").startswith("compute: rank 1 was busy for 90 %")
     assert bound([{**idle, "busy": 0.5, "plan_s": 4.0}], "compute").startswith("host work: rank 0")
+    assert bound([{**idle, "busy": 0.84, "plan_s": 0.2}], "compute").startswith("compute (the busiest, rank 0, waited")
     assert bound([idle, idle], "link latency").startswith("link latency (the busiest, rank 0, waited")

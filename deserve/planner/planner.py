@@ -9,9 +9,10 @@ those is taken.
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -170,11 +171,23 @@ class _Search:
 
     def _best(self, ranked: list[_Candidate]) -> _Found:
         """The best of the first of `ranked` by simulation, or what is bolder and better."""
-        usual = _chosen(self._simulated((candidate, self._plan(candidate)) for candidate in ranked[:SIMULATED]))
+        simulated = self._simulated(islice(self._that_fit(ranked), SIMULATED))
+        if not simulated:
+            self._plan(ranked[0])  # says why it does not fit
+        usual = _chosen(simulated)
         bold = usual
         for bolder in (self._crowded, self._paced, self._longer):
             bold = bolder(bold)
         return _better(usual, [bold])
+
+    def _that_fit(self, candidates: Iterable[_Candidate]) -> Iterator[tuple[_Candidate, Plan]]:
+        """Those of `candidates` that leave room for their pages, in full: the frames of many rounds take some too."""
+        for candidate in candidates:
+            try:
+                plan = self._plan(candidate)
+            except UserError:
+                continue
+            yield candidate, plan
 
     def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]]) -> list[_Found]:
         """What a simulation says of `plans`, as far as they can be simulated in a short time."""
@@ -199,7 +212,7 @@ class _Search:
         most = min(self._budget, self._share(found.candidate.rounds))
         sizes = dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS)
         crowded = [replace(found.candidate, size=size) for size in sizes if size > found.candidate.size]
-        return _fastest([found, *self._simulated((candidate, self._plan(candidate)) for candidate in crowded)])
+        return _fastest([found, *self._simulated(self._that_fit(crowded))])
 
     def _paced(self, found: _Found) -> _Found:
         """`found` with smaller token budgets, under which prompts come no faster than answers end.
@@ -228,10 +241,13 @@ class _Search:
             if found.candidate.swap > self._host_pages(found.candidate.partition, rounds):
                 break
             candidate = replace(found.candidate, rounds=rounds)
-            longer = self._simulate(candidate, replace(self._plan(candidate), max_batch_tokens=tokens))
-            if longer.tokens_per_s <= (1 + EQUAL) * found.tokens_per_s:
+            longer = [
+                self._simulate(candidate, replace(plan, max_batch_tokens=tokens))
+                for _, plan in self._that_fit([candidate])
+            ]
+            if not longer or longer[0].tokens_per_s <= (1 + EQUAL) * found.tokens_per_s:
                 break
-            found = longer
+            (found,) = longer
         return found
 
     # -- what is in reach

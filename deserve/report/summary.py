@@ -58,7 +58,7 @@ def bound(stages: list[dict[str, Any]], planned: str) -> str:
     computed, hosted = stage["busy"], _share(stage, "plan_s") + _share(stage, "send_s")
     if computed >= FULL:
         return f"compute: rank {rank} was busy for {_percent(computed).strip()} of the time"
-    if computed + hosted >= FULL:
+    if computed + hosted >= FULL and hosted > (1 - computed) / 2:  # most of the time in which it did not compute
         return f"host work: rank {rank} computed for {_percent(computed).strip()}, planned and sent for " + (
             f"{_percent(hosted).strip()} of the time"
         )
