@@ -10,36 +10,55 @@ import torch
 from deserve.batch import IntArray
 from deserve.kvcache.pinned import host_memory
 from deserve.kvcache.slab import SwapSlab
-from deserve.report.timeline import Timeline
+from deserve.report.timeline import UNTIMED, Timeline
 
 
 class TwoSlabs(SwapSlab):
-    """In place of a SwapSlab, on a GPU."""
+    """In place of a SwapSlab, on a GPU. `memory` [2 * layers, swap_pages, ...]: one slab after the other."""
 
-    copies = 2
+    @staticmethod
+    def slots(layers: int) -> int:
+        return 2 * layers
 
-    def __init__(self, layers: torch.Tensor, first: int, swap_pages: int, rounds: int, max_tokens: int):
-        self.active = swap_pages > 0 and rounds > 1
-        self._first, self._pages = first, swap_pages
-        self._slabs = [layers[:, first + side * swap_pages :][:, :swap_pages] for side in range(self.copies)]
-        shape = (rounds if self.active else 0, *self._slabs[0].shape)
-        self._host = host_memory(shape, layers.dtype, layers.device)
+    def __init__(self, memory: torch.Tensor, layers: int, rounds: int, max_tokens: int):
+        self.active = memory.shape[1] > 0
+        self.spans = [range(layers)]
+        self._slabs = memory[:layers], memory[layers:]
+        self._side_pages = layers * (memory.stride(0) // memory.stride(1))  # from one slab to the other
+        self._host = host_memory((rounds, layers, *memory.shape[1:]), memory.dtype, memory.device)
         self._round, self._side = -1, 0
         self.bytes_in = self.bytes_out = 0
         self.waited_s = 0.0
-        self._in, self._out = torch.cuda.Stream(layers.device), torch.cuda.Stream(layers.device)
+        self._in, self._out = torch.cuda.Stream(memory.device), torch.cuda.Stream(memory.device)
         self._loaded = torch.cuda.Event(external=True)
         self._loaded.record()
         self._emptied = [torch.cuda.Event() for _ in self._slabs]
 
-    def resident(self, pages: IntArray) -> IntArray:
-        return np.where(pages >= self._first, pages + self._side * self._pages, pages).astype(np.int32)
+    def host(self, round_: int) -> torch.Tensor:
+        torch.cuda.current_stream().wait_stream(self._out)
+        return self._host[round_]
 
-    def enter(self, round_: int, read: IntArray, pages: IntArray, offsets: IntArray, timeline: Timeline) -> None:
-        if self.active and round_ != self._round:
+    def resident(self, pages: IntArray, first: int) -> IntArray:
+        return np.where(pages >= first, pages + self._side * self._side_pages, pages).astype(np.int32)
+
+    def enter(
+        self,
+        round_: int,
+        read: IntArray,
+        restored: IntArray,
+        pages: IntArray,
+        offsets: IntArray,
+        timeline: Timeline = UNTIMED,
+    ) -> None:
+        if not self.active:
+            return
+        if len(restored):  # the slab that is here has what was in host memory before
+            self._in.wait_stream(torch.cuda.current_stream())
+            self._side, self._round = 1 - self._side, -1
+        if round_ != self._round:
             self._bring(round_, timeline)
 
-    def leave(self, next_round: int | None, timeline: Timeline) -> None:
+    def leave(self, next_round: int | None, timeline: Timeline = UNTIMED) -> None:
         if not self.active:
             return
         if self._round >= 0:
@@ -67,17 +86,11 @@ class TwoSlabs(SwapSlab):
         if layer == 0:
             self._loaded.wait()
 
-    def await_all(self) -> None:
-        self._loaded.wait()
-
     def leave_layer(self, layer: int, tokens: int) -> None:
         pass
 
     def join(self) -> None:
         pass
 
-    def warm_up(self) -> None:
-        pass
-
-    def save_pages(self, pages: IntArray) -> None:
+    def follow(self, span: range) -> None:
         pass

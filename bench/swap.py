@@ -4,7 +4,8 @@
         kvcache.gpu_memory_gb=8.4 workload.source=fixed2000:512:0
 
 All cells come from one process group; see bench/steady.py for how a cell is measured. The published scheme gets the
-rounds and swap pages of the planned one before it, and its second slab out of its main pages. On a CPU it is left out.
+rounds and swap pages of the planned one before it, and so many main pages less as its slabs take more. On a CPU it is
+left out.
 """
 
 import torch
@@ -20,7 +21,8 @@ def published(plan: dict[str, int]) -> list[str]:
     """Overrides that give the published scheme the layout of `plan`, in the same memory."""
     keys = ("pipeline.rounds", "pipeline.micro_batch_size", "kvcache.swap_pages")
     words = [f"{key}={plan[key.split('.')[1]]}" for key in keys]
-    return [*words, f"kvcache.main_pages={plan['main_pages'] - plan['swap_pages']}"]
+    # Two slabs of all layers instead of one of half of them.
+    return [*words, f"kvcache.main_pages={plan['main_pages'] - 3 * plan['swap_pages'] // 2}"]
 
 
 def main() -> None:

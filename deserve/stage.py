@@ -5,6 +5,7 @@ import torch
 
 from deserve.batch import StepPlan
 from deserve.errors import UserError
+from deserve.kvcache.layout import PageLayout
 from deserve.kvcache.pages import KVPages, PageTable
 from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Backend, Rows
@@ -24,7 +25,7 @@ class Stage:
     """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
 
     def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device, graphs: Graphs | None = None):
-        self.dtype = kv.layers.dtype
+        self.dtype = kv.memory.dtype
         self._decoder = decoder
         self._kv = kv
         self._device = device
@@ -45,7 +46,7 @@ class Stage:
 
     def touch(self) -> None:
         """Make the KV memory real, as use would: until it is written to, all of it reads from one page of zeros."""
-        self._kv.layers.zero_()
+        self._kv.memory.zero_()
 
     def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
         """What `forward` gave has been passed on; the swap pages of the next visit may come in behind this one."""
@@ -64,7 +65,7 @@ class Stage:
             return torch.empty(0, dtype=torch.int32)
         length = plan.context + plan.new_tokens
         width = -(-int(length.max()) // self._kv.page_size)
-        pages = self._kv.slab.resident(self._table.rows(plan.slots, width))
+        pages = self._kv.resident(self._table.rows(plan.slots, width))
         rows = Rows(plan.new_tokens, plan.context, pages)
         x = to_device(x, self._device)
         if self._graphs is not None and self._graphs.decode.fits(rows):
@@ -106,13 +107,13 @@ def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, de
     layers = shard.last - shard.first
     page_bytes = plan.page_size * config.kv_bytes_per_token_per_layer(dtype) * layers
     host = plan.rounds * plan.swap_pages + (2 ** (plan.host_height - 1) if plan.host_height else 0)
-    pages = plan.main_pages + plan.swap_pages
+    pages = plan.main_pages + plan.slab_pages(layers)
     weights_gb, pages_gb, host_gb = (
         nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
     )
     has = f" of the {torch.cuda.mem_get_info(device)[1] / 1e9:.1f} GB of the GPU" if device.type == "cuda" else ""
     return (
-        f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and {pages} KV pages "
+        f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and {pages:.0f} KV pages "
         f"{pages_gb:.1f} GB{has}, and {host} pages in host memory {host_gb:.1f} GB. Lower kvcache.gpu_memory_gb, "
         "kvcache.swap_pages or kvcache.buddy_height, or start more ranks"
     )
@@ -138,7 +139,7 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
         device=device,
         max_tokens=plan.max_batch_tokens,
     )
-    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
+    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device, kv.layout))
     graphs = None
     if decoder.backend.captures:
         captured = Captured(decoder, kv.layers, kv.scratch_page, kv.slab if kv.slab.active else None)
@@ -146,8 +147,13 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
     return Stage(decoder, kv, plan.concurrency, device, graphs)
 
 
-def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device) -> Backend:
-    """FlashInfer's kernels on a GPU, where it is installed and has them for this model; otherwise PyTorch's."""
+def make_backend(
+    config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, layout: PageLayout | None = None
+) -> Backend:
+    """FlashInfer's kernels on a GPU, where it is installed and has them for this model; otherwise PyTorch's.
+
+    Pages lie in memory as `layout` says.
+    """
     if device.type == "cuda" and dtype != torch.float32 and config.head_dim in (64, 128, 256):
         try:
             from deserve.model.backend.flashinfer import FlashInferBackend
@@ -163,5 +169,6 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 max_tokens=plan.max_batch_tokens,
                 # A token that pads reads one at most.
                 max_pages=plan.main_pages + plan.swap_pages + plan.max_batch_tokens,
+                layout=layout,
             )
-    return TorchBackend(config, dtype, device, config.max_context)
+    return TorchBackend(config, dtype, device, config.max_context, layout)

@@ -175,5 +175,5 @@ def test_out_of_memory_says_what_needs_how_much(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("deserve.stage.dummy_shard", too_much)
     checkpoint = resolve(load_config(["model=tiny"]).model)
     layout = Plan((0,), 3, 4, 12, 64, "prefill_first", 16, 100, 20, 5)
-    with pytest.raises(UserError, match=r"4 layers.*120 KV pages.*76 pages in host memory.*kvcache\.gpu_memory_gb"):
+    with pytest.raises(UserError, match=r"4 layers.*110 KV pages.*76 pages in host memory.*kvcache\.gpu_memory_gb"):
         load_stage(checkpoint, layout, layout.shard(0, 4), torch.float32, torch.device("cpu"))

@@ -249,10 +249,10 @@ def test_each_kernel_agrees_with_pytorch(new, context, dtype):
         assert torch.equal(v, untouched)
 
         expected_pages = pages.float()
-        reference.append(expected_pages, k.float(), v.float())
-        expected = reference.attend(expected_pages, q.float())
-        backend.append(pages, k, v)
-        agree(backend.attend(pages, q), expected)
+        reference.append(0, expected_pages, k.float(), v.float())
+        expected = reference.attend(0, expected_pages, q.float())
+        backend.append(0, pages, k, v)
+        agree(backend.attend(0, pages, q), expected)
         assert torch.equal(pages.float(), expected_pages)
 
 

@@ -35,8 +35,8 @@ class FixedBackend(TorchBackend):
     captures = True
     _attended = torch.full((512, 512), torch.nan)
 
-    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        attended = super().attend(pages, q)
+    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        attended = super().attend(layer, pages, q)
         return self._attended.view(-1)[: attended.numel()].view(attended.shape).copy_(attended)
 
 

@@ -443,7 +443,7 @@ def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound:
     [
         (9, [], "9 ranks, but the model has only 8 layers"),
         (2, ["kvcache.main_pages=2", "kvcache.swap_pages=0"], "kvcache.main_pages=2; too few for one request"),
-        (2, ["kvcache.gpu_memory_gb=0.00001"], "kvcache.gpu_memory_gb=1e-05"),
+        (2, ["kvcache.gpu_memory_gb=0.000005"], "kvcache.gpu_memory_gb=5e-06"),
         (2, ["kvcache.main_pages=10000000"], "kvcache.main_pages=10000000"),
         (2, ["pipeline.partition=[emb,8]"], "pipeline.partition"),
         (2, ["pipeline.partition=[emb]"], "pipeline.partition"),
@@ -572,8 +572,9 @@ def test_suspensions_and_swapped_pages_take_their_time() -> None:
 
 
 def test_main_pages_set_by_hand_leave_the_rest_to_the_slab() -> None:
+    """22 pages, in which the slab has room for twice as many: of half of the layers."""
     made = chosen(lengths(4096), far_and_short(0.001), SHORT, "kvcache.main_pages=100")
-    assert made.main_pages == 100 and 0 < made.swap_pages <= 22
+    assert made.main_pages == 100 and 0 < made.swap_pages <= 44
 
 
 def test_swap_pages_must_fit_host_memory() -> None:

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deserve.kvcache.slab import SwapSlab, _runs, _Visit, _waited
-from deserve.report.timeline import UNTIMED
+from deserve.kvcache.layout import slab_slots
+from deserve.kvcache.slab import SwapSlab, _Visit, _waited, runs_of
 
 NOBODY = np.zeros(0, np.int32)
 
 
 @given(st.sets(st.integers(0, 200), min_size=1), st.integers(1, 30))
 def test_runs_cover_the_pages_and_no_wide_gap(pages: set[int], gap: int) -> None:
-    runs = list(_runs(np.array(sorted(pages)), gap))
+    runs = list(runs_of(np.array(sorted(pages)), gap))
     covered = [page for start, stop in runs for page in range(start, stop)]
     assert pages <= set(covered) and covered == sorted(set(covered))
     assert all(start in pages and stop - 1 in pages for start, stop in runs)
@@ -38,7 +38,7 @@ class At:
 
 
 def visit(begin: float, loaded: list[float], end: float) -> Any:
-    return _Visit(At(begin), [At(ms) for ms in loaded], At(end))
+    return _Visit(At(begin), {layer: At(ms) for layer, ms in enumerate(loaded)}, At(end))
 
 
 @pytest.mark.parametrize(
@@ -52,39 +52,87 @@ def visit(begin: float, loaded: list[float], end: float) -> Any:
     ],
 )
 def test_a_visit_waits_for_the_latest_layer(loaded: list[float], end: float, waited: float) -> None:
-    assert _waited(visit(0, loaded, end)) == pytest.approx(waited / 1e3)
+    assert _waited(visit(0, loaded, end), 4) == pytest.approx(waited / 1e3)
+
+
+class Rounds:
+    """A slab of three layers, of which two have room, and the visits of two rounds."""
+
+    LAYERS = 3
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(slab_slots(self.LAYERS), 4, 2, 4, 1, 8)
+        self.slab = SwapSlab(self.memory, self.LAYERS, rounds=2, max_tokens=16)
+        self.page_bytes = self.memory[0, 0].nbytes
+
+    def visit(self, round_: int, read: list[int], page: int, offset: int, restored: list[int] | None = None) -> list:
+        """A visit that reads pages and writes a token; what it found in the pages, by layer."""
+        slab, found = self.slab, []
+        pages = np.array(read, np.int32)
+        slab.enter(round_, pages, np.array(restored or [], np.int32), np.array([page]), np.array([offset]))
+        for span in slab.spans:
+            for layer in span:
+                slab.await_layer(layer)
+                found.append(self.memory[layer % 2][pages].clone())
+                self.memory[layer % 2][page, :, offset] = 100 * layer + 10 * round_ + offset + 1
+                slab.leave_layer(layer, 1)
+            slab.join()
+            slab.follow(span)
+        slab.leave(1 - round_)
+        return found
+
+    def empty(self, round_: int) -> None:
+        """A visit of nobody."""
+        self.slab.enter(round_, NOBODY, NOBODY, NOBODY, NOBODY)
+        self.slab.leave(1 - round_)
 
 
 def test_a_page_travels_as_long_as_it_is_in_use() -> None:
-    layers = torch.zeros(2, 8, 2, 4, 1, 8)
-    slab = SwapSlab(layers, first=3, swap_pages=4, rounds=2, max_tokens=16)
-
-    def write(round_: int, read: list[int], page: int, offset: int) -> None:
-        """A visit that reads pages and writes a token."""
-        slab.enter(round_, np.array(read, np.int32), np.array([page]), np.array([offset]), UNTIMED)
-        layers[:, 3 + page, :, offset] = 10 * round_ + offset + 1
-        for layer in range(2):
-            slab.await_layer(layer)
-            slab.leave_layer(layer, 1)
-        slab.leave(1 - round_, UNTIMED)
-
-    write(0, [], page=2, offset=0)
-    write(1, [], page=2, offset=0)
-    assert slab.bytes_in == 2 * layers[0, 0].nbytes  # round 0's page came in before its visit
-    assert (layers[:, 5, :, 0] == 1).all()
-    write(0, [2], page=2, offset=1)
-    assert (layers[:, 5, :, 0] == 11).all()  # round 1's
+    rounds = Rounds()
+    slab, layers = rounds.slab, Rounds.LAYERS
+    assert slab.spans == [range(2), range(2, 3)]
+    rounds.visit(0, [], page=2, offset=0)
+    assert slab.bytes_in == 0
+    rounds.visit(1, [], page=2, offset=0)
+    assert slab.bytes_in == 2 * rounds.page_bytes  # round 0's page comes in before its visit, of the first two layers
+    found = rounds.visit(0, [2], page=2, offset=1)
+    assert slab.bytes_in == (2 + 1 + 2) * rounds.page_bytes
+    for layer in range(layers):
+        assert (found[layer][0, :, 0] == 100 * layer + 1).all()
+    found = rounds.visit(1, [2], page=3, offset=2)
+    for layer in range(layers):
+        assert (found[layer][0, :, 0] == 100 * layer + 11).all()
+    found = rounds.visit(0, [2], page=2, offset=2)
+    for layer in range(layers):
+        assert (found[layer][0, :, :2] == 100 * layer + torch.tensor([1, 2])[:, None, None]).all()
+    for _ in range(2):  # whose sequences have ended: nobody reads the pages any more
+        rounds.empty(1)
+        rounds.empty(0)
     before = slab.bytes_in
-    slab.enter(1, NOBODY, NOBODY, NOBODY, UNTIMED)
-    slab.leave(0, UNTIMED)
-    assert (layers[:, 5, :, :2] == torch.tensor([1, 2])[:, None, None]).all()
-    assert slab.bytes_in == before + 2 * layers[0, 0].nbytes
-    for _ in range(2):  # whose sequence has ended: nobody reads the page any more
-        slab.enter(0, NOBODY, NOBODY, NOBODY, UNTIMED)
-        slab.leave(1, UNTIMED)
-        slab.enter(1, NOBODY, NOBODY, NOBODY, UNTIMED)
-        slab.leave(0, UNTIMED)
-    before = slab.bytes_in
-    slab.enter(0, NOBODY, NOBODY, NOBODY, UNTIMED)
-    slab.leave(1, UNTIMED)
+    rounds.empty(1)
+    rounds.empty(0)
     assert slab.bytes_in == before
+
+
+def test_what_is_put_into_host_memory_before_a_visit_is_read_in_it() -> None:
+    rounds = Rounds()
+    rounds.visit(0, [], page=1, offset=0)
+    rounds.visit(1, [], page=1, offset=0)  # behind it page 1 of round 0 comes in
+    for layer in range(Rounds.LAYERS):
+        rounds.slab.host(0)[layer, 1] = -layer - 1.0
+    found = rounds.visit(0, [1], page=1, offset=3, restored=[1])
+    for layer in range(Rounds.LAYERS):
+        assert (found[layer][0, :, 0] == -layer - 1).all()
+
+
+def test_a_round_that_comes_again_at_once_finds_its_pages() -> None:
+    rounds = Rounds()
+    rounds.visit(0, [], page=1, offset=0)
+    found = rounds.visit(0, [1], page=1, offset=1)
+    for layer in range(Rounds.LAYERS):
+        assert (found[layer][0, :, 0] == 100 * layer + 1).all()
+
+
+@pytest.mark.parametrize(("layers", "slots"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (40, 20)])
+def test_the_slab_has_room_for_half_of_the_layers(layers: int, slots: int) -> None:
+    assert slab_slots(layers) == slots

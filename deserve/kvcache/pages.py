@@ -5,6 +5,7 @@ import torch
 
 from deserve.batch import IntArray, StepPlan
 from deserve.kvcache.blocks import copy_blocks
+from deserve.kvcache.layout import PageLayout
 from deserve.kvcache.pinned import host_memory
 from deserve.kvcache.slab import SwapSlab
 from deserve.report.timeline import UNTIMED, Timeline
@@ -53,11 +54,12 @@ def widen(table: IntArray, width: int) -> IntArray:
 
 
 class KVPages:
-    """The KV memory of a stage's layers, on `device`: main pages, then the slab of swap pages; and the host pool.
+    """The KV memory of a stage's layers, on `device`: main pages and the slab of swap pages; and the host pool.
 
-    `layers`: [layers, main_pages + swap_pages + 1, 2, page_size, kv_heads, head_dim]. Zeroed, since a masked key is
-    multiplied by a weight of 0 and so must be finite. The last page, `scratch_page`, is no sequence's: it takes what
-    the rows write that pad a batch.
+    `layers`: of each layer, memory [pages, 2, page_size, kv_heads, head_dim] from its first main page on, in which its
+    pages lie as `layout` says, or where that is None as their ids say. Zeroed, since a masked key is multiplied by a
+    weight of 0 and so must be finite. The page `scratch_page` is no sequence's: it takes what the rows write that pad a
+    batch.
     """
 
     def __init__(
@@ -75,35 +77,50 @@ class KVPages:
         max_tokens: int,
     ):
         self.page_size = page_size
+        self._page = (2, page_size, kv_heads, head_dim)
+        if rounds == 1:  # a single round never leaves
+            main_pages, swap_pages = main_pages + swap_pages, 0
         self._main = main_pages
-        shape = (2, page_size, kv_heads, head_dim)
-        pages = main_pages + SwapSlab.copies * swap_pages
-        self.layers = torch.zeros(layers, pages + 1, *shape, dtype=dtype, device=device)
-        self.scratch_page = pages
-        self.slab = SwapSlab(self.layers, main_pages, swap_pages, rounds, max_tokens)
-        self._host = host_memory((layers, host_pages, *shape), dtype, device)
-        if self.layers.is_cuda and host_pages:  # compiles the kernels, which would take seconds amid the visits
+        self.scratch_page = main_pages + swap_pages
+        self.layout = None
+        own, slots = main_pages + 1, 0  # pages of each layer, slots of the slab
+        if swap_pages:
+            own, slots = main_pages, SwapSlab.slots(layers)
+            places = [layers * own + layer % slots * (swap_pages + 1) for layer in range(layers)]
+            shifts = tuple(place - layer * own - main_pages for layer, place in enumerate(places))
+            self.layout = PageLayout(main_pages, shifts)
+        self.memory = torch.zeros(layers * own + slots * (swap_pages + 1), *self._page, dtype=dtype, device=device)
+        self.layers = [self.memory[layer * own :][: None if slots else own] for layer in range(layers)]
+        self._main_memory = self.memory[: layers * own].view(layers, own, *self._page)
+        slab = self.memory[layers * own :].view(slots, swap_pages + 1, *self._page)[:, :swap_pages]
+        self.slab = SwapSlab(slab, layers, rounds if swap_pages else 0, max_tokens)
+        self._pool = host_memory((layers, host_pages, *self._page), dtype, device)
+        self._on_gpu = self.memory.is_cuda
+        if self._on_gpu and host_pages:  # compiles the kernels, which would take seconds amid the visits
             nowhere, somewhere = (torch.full((1,), index, dtype=torch.int64, device=device) for index in (-1, 0))
-            for target, source in ((self._host, self.layers), (self.layers, self._host)):
-                copy_blocks(target, source, nowhere, somewhere, self.layers[0, 0].nbytes)
-            self.slab.warm_up()
+            for memory in (self._main_memory, *([self.slab.host(0)] if swap_pages else [])):
+                for target, source in ((self._pool, memory), (memory, self._pool)):
+                    copy_blocks(target, source, nowhere, somewhere, self.memory[0].nbytes)
 
     def begin_visit(self, plan: StepPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
-        """Bring the swap pages of the plan's micro-batch in, and move suspended sequences out and in."""
-        start = plan.context
-        kept = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
-        read = np.concatenate([plan.stash[:, 0], np.setdiff1d(kept, plan.restore[:, 1])])
-        pages, offsets = table.places(plan.slots, start, plan.new_tokens, self.page_size)
-        self.slab.enter(plan.micro_batch, self._swap(read), np.maximum(pages - self._main, -1), offsets, timeline)
-        if len(plan.stash) or len(plan.restore):
-            self.slab.await_all()
+        """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch."""
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):
-                self._move(self._host, self.layers, plan.stash[:, 1], self.slab.resident(plan.stash[:, 0]))
+                self._move(plan.micro_batch, plan.stash[:, 0], plan.stash[:, 1], resume=False)
         if len(plan.restore):
             with timeline.on_device("resume", plan.micro_batch):
-                self._move(self.layers, self._host, self.slab.resident(plan.restore[:, 1]), plan.restore[:, 0])
-                self.slab.save_pages(self._swap(plan.restore[:, 1]))
+                self._move(plan.micro_batch, plan.restore[:, 1], plan.restore[:, 0], resume=True)
+        if not self.slab.active:
+            return
+        start = plan.context
+        read = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
+        pages, offsets = table.places(plan.slots, start, plan.new_tokens, self.page_size)
+        written = np.maximum(pages - self._main, -1)
+        self.slab.enter(plan.micro_batch, self._swap(read), self._swap(plan.restore[:, 1]), written, offsets, timeline)
+
+    def resident(self, pages: IntArray) -> IntArray:
+        """`pages` of the visit that was begun, as its attention finds them."""
+        return self.slab.resident(pages, self._main)
 
     def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
         """The visit has been computed, or enqueued; the swap pages of the next one may come in."""
@@ -113,10 +130,24 @@ class KVPages:
         """Those of `pages` that are swap pages, counted from the slab's first."""
         return pages[pages >= self._main] - self._main
 
-    def _move(self, target: torch.Tensor, source: torch.Tensor, to: IntArray, of: IntArray) -> None:
-        """Copy the pages `of` of one memory to the pages `to` of the other, in all layers."""
-        to_index, of_index = (to_device(index.astype(np.int64), self.layers.device) for index in (to, of))
-        if self.layers.is_cuda:
-            copy_blocks(target, source, to_index, of_index, self.layers[0, 0].nbytes)
+    def _move(self, round_: int, pages: IntArray, chunk: IntArray, resume: bool) -> None:
+        """Copy `pages` of a round to the pages `chunk` of the host pool in all layers, or back.
+
+        Swap pages are taken from the round's host memory, and put there.
+        """
+        main = pages < self._main
+        self._copy(self._main_memory, pages[main], chunk[main], resume)
+        if self.slab.active:
+            self._copy(self.slab.host(round_), pages[~main] - self._main, chunk[~main], resume)
+
+    def _copy(self, memory: torch.Tensor, pages: IntArray, chunk: IntArray, resume: bool) -> None:
+        if not len(pages):
+            return
+        here, there = (to_device(index.astype(np.int64), self.memory.device) for index in (pages, chunk))
+        target, source, to, of = memory, self._pool, here, there
+        if not resume:
+            target, source, to, of = source, target, of, to
+        if self._on_gpu:
+            copy_blocks(target, source, to, of, self.memory[0].nbytes)
         else:
-            target[:, to_index] = source[:, of_index]
+            target[:, to] = source[:, of]

@@ -1,5 +1,7 @@
 """A shard of a dense decoder (Llama and its relatives): the layers of one stage as a function."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -30,18 +32,40 @@ class Decoder:
         assert self.weights.embedding is not None
         return F.embedding(tokens, self.weights.embedding)
 
-    def forward(self, x: torch.Tensor, pages: torch.Tensor, slab: SwapSlab | None = None) -> torch.Tensor:
-        """Hidden states x [T, hidden] through the shard's layers. pages: [layers, pages, 2, page_size, kv_heads, d].
+    def forward(self, x: torch.Tensor, pages: Sequence[torch.Tensor], slab: SwapSlab | None = None) -> torch.Tensor:
+        """Hidden states x [T, hidden] through the shard's layers, each with its `pages` as `Backend.append` takes them.
 
         Each layer waits for its pages of `slab`, and gives them up when it has attended. Works in x's memory.
         """
         branch = None
-        for index in range(len(self.weights.layers)):
-            q = self.before_attention(index, x, branch, pages[index], slab)
-            branch = self.after_attention(index, x, self.backend.attend(pages[index], q), slab)
+        for span in self.spans(slab):
+            branch = self.through(span, x, branch, pages, slab)
+            if slab is not None:
+                slab.follow(span)
+        return self.merge(x, branch)
+
+    def spans(self, slab: SwapSlab | None) -> Sequence[range]:
+        """The shard's layers, in the parts between which `slab` must be told how far a visit has come."""
+        return [range(len(self.weights.layers))] if slab is None else slab.spans
+
+    def through(
+        self,
+        span: range,
+        residual: torch.Tensor,
+        branch: torch.Tensor | None,
+        pages: Sequence[torch.Tensor],
+        slab: SwapSlab | None,
+    ) -> torch.Tensor | None:
+        """The layers of `span`, whose input is the sum of `residual` and `branch` [T, hidden]; the new branch.
+
+        All that it does is on the device: it can be captured.
+        """
+        for index in span:
+            q = self.before_attention(index, residual, branch, pages[index], slab)
+            branch = self.after_attention(index, residual, self.backend.attend(index, pages[index], q), slab)
         if slab is not None:
             slab.join()
-        return self.merge(x, branch)
+        return branch
 
     def before_attention(
         self,
@@ -73,7 +97,7 @@ class Decoder:
         q, k = self.backend.rotate(q, k)
         if slab is not None:
             slab.await_layer(index)
-        self.backend.append(pages, k, v)
+        self.backend.append(index, pages, k, v)
         return q if out is None or q.data_ptr() == first.data_ptr() else first.copy_(q)
 
     def after_attention(

@@ -8,7 +8,7 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from deserve.batch import IntArray
 from deserve.kvcache.slab import SwapSlab
 from deserve.model.backend.base import Rows
 from deserve.model.decoder import Decoder
+
+T = TypeVar("T")
 
 MOST_ROWS = 256  # of a graph of a whole visit; the launches of a larger one hide behind its kernels
 MOST_TOKENS = 1024  # of graphs between attentions, likewise
@@ -55,8 +57,8 @@ class GraphPool:
         self._free = torch.cuda.mem_get_info(device)[0]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Replayable, torch.Tensor]:
-        """`work` as a graph, and the tensor to which a replay writes what it returns.
+    def capture(self, work: Callable[[], T]) -> tuple[Replayable, T]:
+        """`work` as a graph, and the tensors to which a replay writes what it returns.
 
         It must have run before, as kernels cannot be loaded while capturing. Its other memory goes to the next graph.
         """
@@ -74,14 +76,14 @@ class GraphPool:
 
 @dataclass(frozen=True)
 class Captured:
-    """What graphs are made of: a stage's `decoder` and the pages of its `layers`.
+    """What graphs are made of: a stage's `decoder` and its `layers`' memory for pages, as `Backend.append` takes it.
 
     Tokens that pad a visit go to `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap
     pages beside the layers.
     """
 
     decoder: Decoder
-    layers: torch.Tensor
+    layers: Sequence[torch.Tensor]
     scratch_page: int
     slab: SwapSlab | None = None
 
@@ -92,31 +94,32 @@ class Captured:
         ones = bool((rows.new_tokens == 1).all())
         new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
         count, width = rows.pages.shape
-        width = max(width, 1 if ones else -(-padding // self.layers.shape[3]))
+        width = max(width, 1 if ones else -(-padding // self.layers[0].shape[2]))
         pages = np.full((count + len(new), width), self.scratch_page, np.int32)
         pages[:count, : rows.pages.shape[1]] = rows.pages
         return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
 
 
 class GraphedDecode:
-    """A CUDA graph for each number of decode rows in `batches`, from the stage's input to its output.
+    """CUDA graphs for each number of decode rows in `batches`, from the stage's input to its output.
 
-    Input are token ids [n] where the decoder embeds, else hidden states [n, hidden]; output are logits [n, vocab]
-    where it has the output layer, else hidden states.
+    One each, or where there is a slab one for each of its spans. Input are token ids [n] where the decoder embeds, else
+    hidden states [n, hidden]; output are logits [n, vocab] where it has the output layer, else hidden states.
     """
 
     @torch.inference_mode()
     def __init__(self, captured: Captured, batches: list[int], pool: GraphPool):
         self._captured, self._decoder = captured, captured.decoder
         self._batches = sorted(batches)
-        decoder, layers, largest = captured.decoder, captured.layers, self._batches[-1]
+        decoder, some, largest = captured.decoder, captured.layers[0], self._batches[-1]
+        self._spans = decoder.spans(captured.slab)
         if decoder.weights.embedding is not None:
-            self._input = torch.zeros(largest, dtype=torch.int32, device=layers.device)
+            self._input = torch.zeros(largest, dtype=torch.int32, device=some.device)
         else:
-            self._input = layers.new_zeros(largest, decoder.config.hidden_size)
+            self._input = some.new_zeros(largest, decoder.config.hidden_size)
         self._logits = None
         if decoder.weights.head is not None:  # one for all graphs: each would keep logits of its own
-            self._logits = layers.new_empty(largest, decoder.config.vocab_size)
+            self._logits = some.new_empty(largest, decoder.config.vocab_size)
         # Largest first: what it allocates serves all others.
         self._graphs = {batch: self._capture(batch, pool) for batch in reversed(self._batches)}
 
@@ -129,27 +132,44 @@ class GraphedDecode:
         """The visit of `rows`, n rows that fit. x: [n] or [n, hidden]; returns [n, vocab] or [n, hidden]."""
         count = len(rows.new_tokens)
         batch = self._batches[bisect.bisect_left(self._batches, count)]
-        graph, output, plan = self._graphs[batch]
-        # The graph's launch parameters were fixed when it was captured: others would read past their arrays.
+        graphs, output, plan = self._graphs[batch]
+        # The graphs' launch parameters were fixed when they were captured: others would read past their arrays.
         if self._decoder.backend.begin_graph_visit(self._captured.padded(rows, batch - count)) != plan:
             raise RuntimeError(f"the plan of {batch} decode rows is not the one that their graph was captured with")
         self._input[:count].copy_(x, non_blocking=True)
         if count < batch:
             self._input[count:batch].zero_()  # a visit's output may stand here, and would grow with every round
-        graph.replay()
+        self._follow([graph.replay for graph in graphs])
         return output[:count].clone()  # the next replay writes there again
 
-    def _run(self, batch: int) -> torch.Tensor:
-        x = self._input[:batch]
-        if self._decoder.weights.embedding is not None:
-            x = self._decoder.embed(x)
-        x = self._decoder.forward(x, self._captured.layers, self._captured.slab)
-        return x if self._logits is None else self._logits[:batch].copy_(self._decoder.logits(x))
+    def _follow(self, parts: Sequence[Callable[[], object]]) -> None:
+        """Run `parts`, a span each, and have the slab follow."""
+        for span, part in zip(self._spans, parts, strict=True):
+            part()
+            if self._captured.slab is not None:
+                self._captured.slab.follow(span)
 
-    def _capture(self, batch: int, pool: GraphPool) -> tuple[Replayable, torch.Tensor, list[int]]:
-        plan = self._decoder.backend.begin_graph_visit(self._captured.padded(NOBODY, batch))
-        self._run(batch)
-        return *pool.capture(lambda: self._run(batch)), plan
+    def _capture(self, batch: int, pool: GraphPool) -> tuple[list[Replayable], torch.Tensor, list[int]]:
+        decoder, captured = self._decoder, self._captured
+        plan = decoder.backend.begin_graph_visit(captured.padded(NOBODY, batch))
+        x = self._input[:batch]
+        branch: torch.Tensor | None = None
+
+        def run(span: range) -> torch.Tensor:
+            nonlocal x, branch  # what the next span goes on from, in memory that only other batches' graphs share
+            if span is self._spans[0]:
+                x, branch = self._input[:batch], None
+                x = x if decoder.weights.embedding is None else decoder.embed(x)
+            branch = decoder.through(span, x, branch, captured.layers, captured.slab)
+            if span is not self._spans[-1]:
+                return x
+            y = decoder.merge(x, branch)
+            return y if self._logits is None else self._logits[:batch].copy_(decoder.logits(y))
+
+        parts = [partial(run, span) for span in self._spans]
+        self._follow(parts)
+        graphs, outputs = zip(*(pool.capture(part) for part in parts), strict=True)
+        return list(graphs), outputs[-1], plan
 
 
 class GraphedLayers:
@@ -165,8 +185,8 @@ class GraphedLayers:
         self._tokens = sorted(tokens)
         # What passes from graph to graph, beside what attention gives.
         config, largest = self._decoder.config, self._tokens[-1]
-        self._hidden = self._layers.new_zeros(largest, config.hidden_size)
-        self._qkv = self._layers.new_zeros(largest, config.q_size + 2 * config.kv_size)
+        self._hidden = self._layers[0].new_zeros(largest, config.hidden_size)
+        self._qkv = self._layers[0].new_zeros(largest, config.q_size + 2 * config.kv_size)
         self._graphs = {count: self._capture(count, pool) for count in reversed(self._tokens)}
 
     def fits(self, rows: Rows) -> bool:
@@ -190,9 +210,11 @@ class GraphedLayers:
         config, attended = self._decoder.config, self._hidden
         queries = self._qkv[:tokens].view(tokens, -1, config.head_dim)[:, : config.num_heads]
         parts[0]()
-        for pages, part in zip(self._layers, parts[1:], strict=True):
-            attended = self._decoder.backend.attend(pages, queries)
+        for index, (pages, part) in enumerate(zip(self._layers, parts[1:], strict=True)):
+            attended = self._decoder.backend.attend(index, pages, queries)
             part()
+            if self._captured.slab is not None:
+                self._captured.slab.follow(range(index, index + 1))
         return attended
 
     def _capture(self, tokens: int, pool: GraphPool) -> list[Replayable]:
@@ -228,7 +250,7 @@ class Graphs:
 
 def capture(captured: Captured, max_rows: int, max_tokens: int) -> Graphs:
     """The graphs of a stage whose visits have up to `max_rows` rows, and up to `max_tokens` tokens in all."""
-    pool = GraphPool(captured.layers.device)
+    pool = GraphPool(captured.layers[0].device)
     decode = GraphedDecode(captured, graph_batches(min(max_rows, max_tokens)), pool)
     others = GraphedLayers(captured, graph_tokens(max_tokens), pool)
     return Graphs(decode, others, pool.taken())

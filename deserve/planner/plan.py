@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deserve.errors import UserError
+from deserve.kvcache.layout import slab_slots
 from deserve.model.weights import Shard
 
 BUDGETS = (512, 1024)  # tokens of a visit that are planned where none are stated, the second on GPUs alone
@@ -37,6 +38,10 @@ class Plan:
         last_rank = len(self.partition) - 1
         end = layers if rank == last_rank else self.partition[rank + 1]
         return Shard(self.partition[rank], end, embeds=rank == 0, outputs=rank == last_rank)
+
+    def slab_pages(self, layers: int) -> float:
+        """The memory of the swap slab beside `layers` layers, in pages of all of them."""
+        return self.swap_pages * (slab_slots(layers) / layers if self.rounds > 1 else 1)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

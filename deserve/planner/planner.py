@@ -2,9 +2,9 @@
 
 N sequences in flight on S ranks of stage time t and link latency L give N / (S*(t+L)) tokens/s, until with
 R*t = S*(t+L) no stage waits any more and the work itself sets the pace (DeServe, arXiv 2501.14784). P pages of KV
-memory, s of them a swap slab, hold (P - s) + R*s pages of sequences; what the slab holds must come in over the bus
-while another visit is computed. That arithmetic ranks all plans in reach; the best few are simulated, and the best of
-those is taken.
+memory, with a slab that holds s swap pages of half the layers, hold (P - s/2) + R*s pages of sequences; a round's swap
+pages must come in over the bus while another visit is computed. That arithmetic ranks all plans in reach; the best few
+are simulated, and the best of those is taken.
 """
 
 import heapq
@@ -19,6 +19,7 @@ import torch
 
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.kvcache.layout import slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan, parse_partition
@@ -320,6 +321,7 @@ class _Search:
         pages = self._capacity(partition, rounds)
         main = self._main_pages(partition, rounds, 0)
         short = wanted - main / rounds
+        slab = max(slab_slots(layers) / layers for layers in shares)  # pages of memory for each swap page
         if rounds == 1 or short <= 0 or pages <= 0:
             return [0]
         pace = self._pace(_Candidate(policy, partition, rounds, size), rows=float(size))
@@ -327,9 +329,9 @@ class _Search:
         page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
         most = min(int(turn / page_s) if page_s else pages, host)
         if kv.main_pages == "auto":
-            swap = min(int(short / (1 - 1 / rounds)), most, pages // 2)
+            swap = min(int(short / (1 - slab / rounds)), most, int(pages / 2 / slab))
         else:
-            swap = max(0, min(int(short), most, pages - kv.main_pages))
+            swap = max(0, min(int(short), most, int((pages - kv.main_pages) / slab)))
         return sorted({0, swap // 2, 3 * swap // 4, swap})
 
     def _host_pages(self, partition: tuple[int, ...], rounds: int) -> int:
@@ -390,16 +392,18 @@ class _Search:
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
-    def _pages_of(self, rank: int, layers: int, rounds: int) -> int:
-        return int(self._kv_bytes(rank, layers, rounds) // (self._machine.page_bytes * layers))
+    def _pages_of(self, rank: int, layers: int, rounds: int, swap: int = 0) -> int:
+        """Main pages for which `rank` has room beside the slab of `swap` pages."""
+        left = self._kv_bytes(rank, layers, rounds) / self._machine.page_bytes
+        return int((left - swap * (slab_slots(layers) if rounds > 1 else layers)) // layers)
 
-    def _pages_that_fit(self, partition: tuple[int, ...], rounds: int) -> int:
-        """Pages under this split: those of the rank that can hold the fewest."""
-        return min(self._pages_of(rank, layers, rounds) for rank, layers in enumerate(self._shares(partition)))
+    def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int = 0) -> int:
+        """The same of the rank that can hold the fewest under this split."""
+        return min(self._pages_of(rank, layers, rounds, swap) for rank, layers in enumerate(self._shares(partition)))
 
     def _main_pages(self, partition: tuple[int, ...], rounds: int, swap: int) -> int:
         """Main pages beside a slab of `swap`: what is left, or what is set by hand."""
-        left = max(0, self._capacity(partition, rounds) - swap)
+        left = max(0, self._capacity(partition, rounds, swap))
         by_hand = self._config.kvcache.main_pages
         return left if by_hand == "auto" else min(left, by_hand)
 
@@ -416,9 +420,12 @@ class _Search:
         )
         cap = "" if kv.gpu_memory_gb is None else f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
         swap = candidate.swap
-        asked = swap + (0 if kv.main_pages == "auto" else kv.main_pages)
-        if asked and asked > pages[rank]:
-            gigabytes = asked * self._machine.page_bytes * shares[rank] / GB
+        asked = 0 if kv.main_pages == "auto" else kv.main_pages
+        room = self._pages_that_fit(candidate.partition, candidate.rounds, swap)
+        if (asked or swap) and asked > room:
+            layers = shares[rank]
+            slab = swap * (slab_slots(layers) if candidate.rounds > 1 else layers)
+            gigabytes = (asked * layers + slab) * self._machine.page_bytes / GB
             keys = f"kvcache.main_pages={kv.main_pages} and kvcache.swap_pages={kv.swap_pages}"
             raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")
         concurrency = max(1, min(self._count, self._limit, candidate.rounds * candidate.size))
@@ -426,7 +433,7 @@ class _Search:
         # than all of the sample must not fail for want of memory that is there.
         wanted = concurrency * self._longest + -(-2 * candidate.size // kv.page_size) + 1
         wanted = max(wanted, -(-self._model.max_context // kv.page_size))
-        main = min(pages[rank] - swap, wanted)
+        main = min(room, wanted)
         main = main if kv.main_pages == "auto" else kv.main_pages
         if main + swap < self._sequence_pages:
             what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deserve.kvcache.layout import slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import BUDGETS
@@ -92,7 +93,9 @@ class StageTimes:
         seconds += layers * self.page_s * work.moved
         host = self.host(work, first, last, hidden_bytes)
         if self.ahead:
-            return max(seconds, host + (layers * self.launch_s if work.prefills else 0.0))
+            # The slab holds no more than some layers' pages when a visit begins, the others come in meanwhile.
+            rest = self.copies(work, layers - slab_slots(layers))
+            return max(seconds, rest, host + (layers * self.launch_s if work.prefills else 0.0))
         return seconds + host + self.copies(work, layers)
 
     def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:

@@ -23,7 +23,10 @@ class Rows:
 
 
 class Backend(ABC):
-    """Kernels over tokens of many sequences laid end to end, T tokens in all."""
+    """Kernels over tokens of many sequences laid end to end, T tokens in all.
+
+    Where a layer's pages lie in its memory is the affair of a `PageLayout` that an implementation is made with.
+    """
 
     captures = False  # whether CUDA graphs can record its calls: all of a decode visit, of others all but `attend`
 
@@ -69,11 +72,11 @@ class Backend(ABC):
         """Rotary embedding of q [T, heads, head_dim] and k [T, kv_heads, head_dim] at the visit's positions."""
 
     @abstractmethod
-    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [T, kv_heads, head_dim] to a layer's `pages` [pages, 2, page_size, kv_heads, head_dim]."""
 
     @abstractmethod
-    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """Causal attention of q [T, heads, head_dim] over a layer's `pages`, to which the visit's tokens are appended.
 
         Returns [T, heads * head_dim], maybe in memory that the next call overwrites; where the backend `captures`, in

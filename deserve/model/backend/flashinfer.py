@@ -4,7 +4,7 @@ No call here makes the host wait for the device, except to keep it from running 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from flashinfer.prefill import get_batch_prefill_module
 from flashinfer.rope import get_rope_module
 
 from deserve.batch import IntArray
+from deserve.kvcache.layout import PageLayout
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
@@ -37,7 +38,8 @@ class _Call:
     plan: Any  # launch parameters
     tokens: slice | None  # of those rows; None if they are the visit's only ones
     before: tuple[Any, ...]  # arguments up to the queries
-    after: tuple[Any, ...]  # arguments from the keys and values on
+    rows: tuple[torch.Tensor, torch.Tensor]  # first token and first page of each row; then come the layer's pages
+    after: tuple[Any, ...]  # arguments from there on
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class _Visit:
 
     positions: torch.Tensor  # [T]
     row_of_token: torch.Tensor  # [T]
-    table: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # pages, first of each row's, tokens in each row's last
+    pages: Sequence[torch.Tensor]  # those of all rows, by layer; one for all layers where they lie alike
+    table: tuple[torch.Tensor, torch.Tensor]  # first of each row's pages, tokens in each row's last
     calls: list[_Call]
     attended: torch.Tensor  # [T, heads * head_dim]
     activated: torch.Tensor  # [T, intermediate]
@@ -122,7 +125,6 @@ class _Attention:
         plan: Any,
         queries: torch.Tensor,
         indptr: torch.Tensor,
-        pages: torch.Tensor,
         last_page: torch.Tensor,
         attended: torch.Tensor,
         tokens: slice | None,
@@ -130,8 +132,8 @@ class _Attention:
     ) -> _Call:
         """The call of `plan` for the visit's `tokens`, whose results go to `attended` [T, heads * head_dim].
 
-        Device arrays: queries, indptr [rows + 1] first token and first page of each row; `pages` of all of them;
-        last_page [rows] tokens in the last page.
+        Device arrays: queries, indptr [rows + 1] first token and first page of each row; last_page [rows] tokens in
+        the last page.
         """
         if tokens is not None:
             attended = attended[tokens]
@@ -141,7 +143,8 @@ class _Attention:
             plan=plan,
             tokens=tokens,
             before=(self._workspace, self._work, plan),
-            after=(queries, indptr, pages, last_page, out, None, mask, *self._options),  # None: no log-sum-exp
+            rows=(queries, indptr),
+            after=(last_page, out, None, mask, *self._options),  # None: no log-sum-exp
         )
 
 
@@ -159,6 +162,7 @@ class FlashInferBackend(Backend):
 
     A visit may have `max_tokens` tokens, and as many rows; their contexts lie in `max_pages` pages.
     `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
+    Pages lie as `layout` says.
     """
 
     captures = True
@@ -173,6 +177,7 @@ class FlashInferBackend(Backend):
         max_tokens: int,
         max_pages: int,
         prefill: str = "auto",
+        layout: PageLayout | None = None,
     ):
         if config.intermediate_size * dtype.itemsize % 16:
             raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={config.intermediate_size}")
@@ -215,6 +220,10 @@ class FlashInferBackend(Backend):
         ends = np.cumsum(list(capacity.values())).tolist()
         self._offsets = dict(zip(capacity, [0, *ends], strict=False))
         self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the arrays named in `capacity`
+        self._layout = layout
+        if layout is not None:
+            self._shifts = torch.tensor(layout.shifts, dtype=torch.int32, device=device)[:, None]
+            self._pages = torch.zeros(len(layout.shifts), max_pages, dtype=torch.int32, device=device)  # by layer
         self._count = np.arange(max_tokens + 1, dtype=np.int32)
         self._device_count = torch.arange(max_tokens + 1, dtype=torch.int32, device=device)
         self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
@@ -266,30 +275,41 @@ class FlashInferBackend(Backend):
 
         tokens = len(row_of_token)
         attended = self._attended[:tokens]
-        first_page, pages, last_page = fields["indptr"], fields["pages"], fields["last_page"]
+        first_page, last_page = fields["indptr"], fields["last_page"]
         calls: list[_Call] = []
         # Both calls can share one list of pages: a row's pages are counted from the visit's first.
         if decodes:
             attention, every = self._decode, self._count[: decodes + 1]
             plan = attention.plan(plan_staging[0], every, indptr[: decodes + 1], length[:decodes], False, fixed)
-            where = (first_page[: decodes + 1], pages, last_page[:decodes])
+            where = (first_page[: decodes + 1], last_page[:decodes])
             part = slice(0, decodes) if decodes < count else None
             calls.append(attention.call(plan, self._device_count[: decodes + 1], *where, attended, part, NO_MASK))
         if decodes < count:
             attention = self._short_prefill if queries[-1] < SHORT * (count - decodes) else self._prefill
             plan = attention.plan(plan_staging[1], queries, indptr[decodes:], length[decodes:], True, False)
-            where = (first_page[decodes:], pages, last_page[decodes:])
+            where = (first_page[decodes:], last_page[decodes:])
             part = slice(decodes, tokens) if decodes else None
             calls.append(attention.call(plan, fields["prefill_queries"], *where, attended, part, CAUSAL))
         self._ring.enqueued()
         self._visit = _Visit(
             fields["positions"],
             fields["row_of_token"],
-            (pages, first_page, last_page),
+            self._by_layer(fields["pages"]),
+            (first_page, last_page),
             calls,
             attended,
             self._activated[:tokens],
         )
+
+    def _by_layer(self, pages: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Where `pages` [n] lie in each layer's memory, or once where all lie alike."""
+        if self._layout is None:
+            return [pages]
+        swapped = (pages >= self._layout.swap_from).int()
+        return torch.addcmul(pages, self._shifts, swapped, out=self._pages[:, : len(pages)]).unbind()
+
+    def _pages_of(self, layer: int) -> torch.Tensor:
+        return self._visit.pages[0 if self._layout is None else layer]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -309,14 +329,14 @@ class FlashInferBackend(Backend):
         self._rotary(q, k, q, k, self._table, self._visit.positions, False)  # in place; halves, not interleaved pairs
         return q, k
 
-    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        visit = self._visit
-        self._append(k, v, visit.row_of_token, visit.positions, *pages.unbind(1), *visit.table, NHD)
+    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        visit, table = self._visit, self._pages_of(layer)
+        self._append(k, v, visit.row_of_token, visit.positions, *pages.unbind(1), table, *visit.table, NHD)
 
-    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        visit = self._visit
+    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        visit, table = self._visit, self._pages_of(layer)
         keys, values = pages.unbind(1)
         for call in visit.calls:
             part = q if call.tokens is None else q[call.tokens]
-            call.run(*call.before, part, keys, values, *call.after)
+            call.run(*call.before, part, keys, values, *call.rows, table, *call.after)
         return visit.attended

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deserve.kvcache.layout import PageLayout
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
@@ -16,13 +17,15 @@ class Bucket:
     """Rows of like length that attend together, padded to the longest of them.
 
     `tokens` [n, q] indices of their tokens in the visit (a slice when they lie end to end without padding);
-    `keys`, `values` [n, p] half-page indices; `mask` [n, 1, q * group, p * page_size] added to the scores;
+    `keys`, `values` [n, p] half-page indices, of swap pages where `swapped` [n, p] is 1 and not 0;
+    `mask` [n, 1, q * group, p * page_size] added to the scores;
     `real` [n * q] which of the padded tokens exist, None when all do.
     """
 
     tokens: torch.Tensor | slice
     keys: torch.Tensor
     values: torch.Tensor
+    swapped: torch.Tensor
     mask: torch.Tensor
     real: torch.Tensor | None
     rows: int
@@ -42,7 +45,15 @@ class TorchBackend(Backend):
     their sake. A large bucket is attended in blocks of rows that fit the cache.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+        layout: PageLayout | None = None,
+    ):
+        self._layout = layout
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
         self._packs = device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -87,14 +98,15 @@ class TorchBackend(Backend):
         # sin's first half is negated, so rolling by half a head stands for HF's rotate_half.
         return torch.addcmul(x * self._visit_cos, x.roll(x.shape[-1] // 2, -1), self._visit_sin)
 
-    def append(self, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if not self._page_size:
             self._address(pages.shape[2])
         slots = pages.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
-        slots.index_copy_(0, self._key_slots, k)
-        slots.index_copy_(0, self._value_slots, v)
+        rows = 2 * self._page_size
+        slots.index_copy_(0, self._placed(layer, self._key_slots, self._swapped_slots, rows), k)
+        slots.index_copy_(0, self._placed(layer, self._value_slots, self._swapped_slots, rows), v)
 
-    def attend(self, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         tokens, heads, head_dim = q.shape
         kv_heads = pages.shape[3]
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
@@ -103,9 +115,11 @@ class TorchBackend(Backend):
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
+            of_keys = self._placed(layer, bucket.keys, bucket.swapped, 2)
+            of_values = self._placed(layer, bucket.values, bucket.swapped, 2)
             for block in bucket.blocks:
-                keys = self._gather(0, halves, bucket.keys[block], kv_heads)
-                values = self._gather(1, halves, bucket.values[block], kv_heads)
+                keys = self._gather(0, halves, of_keys[block], kv_heads)
+                values = self._gather(1, halves, of_values[block], kv_heads)
                 attended[block] = F.scaled_dot_product_attention(
                     queries[block], keys, values, attn_mask=bucket.mask[block]
                 )
@@ -118,6 +132,10 @@ class TorchBackend(Backend):
             else:
                 out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
         return out
+
+    def _placed(self, layer: int, index: torch.Tensor, swapped: torch.Tensor, rows: int) -> torch.Tensor:
+        """Where rows `index` of pages lie in the memory of `layer`, of `rows` rows a page; `swapped`: of swap pages."""
+        return index if self._layout is None else index + rows * self._layout.shifts[layer] * swapped
 
     def _gather(self, buffer: int, halves: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """The half pages `index` [n, p], one after the other: [n, kv_heads, p * page_size, head_dim].
@@ -138,6 +156,7 @@ class TorchBackend(Backend):
         rows = self._rows
         page = rows.pages[self._row_of_token, self._positions // page_size].astype(np.int64)
         slot = 2 * page * page_size + self._positions % page_size
+        self._swapped_slots = self._swapped(page)
         self._key_slots = self._tensor(slot)
         self._value_slots = self._tensor(slot + page_size)
         length = rows.context + rows.new_tokens
@@ -165,12 +184,18 @@ class TorchBackend(Backend):
             tokens=slice(int(flat[0]), int(flat[-1]) + 1) if end_to_end else self._tensor(tokens),
             keys=self._tensor(2 * pages),
             values=self._tensor(2 * pages + 1),
+            swapped=self._swapped(pages),
             mask=torch.from_numpy(mask).to(self._device, self._dtype),
             real=None if whole else self._tensor((step < new[:, None]).reshape(-1)),
             rows=len(members),
             queries=queries,
             blocks=[slice(at, at + block) for at in range(0, len(members), block)],
         )
+
+    def _swapped(self, pages: np.ndarray) -> torch.Tensor:
+        """1 for each swap page of `pages`, else 0."""
+        first = self._layout.swap_from if self._layout is not None else np.iinfo(np.int64).max
+        return self._tensor((pages >= first).astype(np.int64))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,22 @@
+"""Where a stage's KV pages lie in its memory."""
+
+from typing import NamedTuple
+
+
+class PageLayout(NamedTuple):
+    """Pages lie where their ids say, counted from a layer's first page; swap pages lie `shifts` [layers] further on.
+
+    Those are the pages from `swap_from` on. Main pages are a layer's own; two layers share a slot of the slab.
+    """
+
+    swap_from: int
+    shifts: tuple[int, ...]
+
+
+def slab_slots(layers: int) -> int:
+    """Of how many of a stage's layers the swap slab has room for the pages: half of them.
+
+    But not of one of two: a CUDA graph both gives up a layer's pages and awaits the next layer's, and what takes the
+    place of the former comes in after its launch.
+    """
+    return max(min(2, layers), -(-layers // 2))
