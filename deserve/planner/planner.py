@@ -8,12 +8,13 @@ are simulated, and the best of those is taken.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,12 +24,14 @@ from deserve.kvcache.layout import slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import Plan, parse_partition
-from deserve.planner.simulator import simulate
+from deserve.planner.simulator import WHOLE, simulate
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.workload import Lengths
 
-SIMULATED = 4  # plans of each policy that are compared by simulation
-ENOUGH_VISITS = 8000  # simulated, after which no further plan is: about half a second
+SIMULATED = 6  # plans of each policy that are compared by simulation
+ENOUGH_VISITS = 16_000  # simulated, after which no further plan is: one or two seconds
+SCREENED = 3  # waves of a long job that are simulated to compare plans, before the best two are in full
+CLOSE = 0.07  # behind the best so far, by which a policy may be and still be looked at in full
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
@@ -78,7 +81,8 @@ class _Candidate:
     partition: tuple[int, ...]
     rounds: int
     size: int  # sequences in a micro-batch
-    swap: int = 0  # pages of each round
+    swap: int  # pages of each round
+    tokens: int  # of a visit, at most
 
 
 class _Found(NamedTuple):
@@ -143,13 +147,14 @@ class _Search:
     def _paces(self) -> dict[_Candidate, float]:
         """All plans in reach, and what the arithmetic promises of each."""
         reach = {
-            _Candidate(policy, partition, rounds, min(size, most), swap)
+            _Candidate(policy, partition, rounds, min(size, most), swap, tokens)
             for policy in self._policies
             for rounds in self._rounds()
             for size in self._sizes(rounds)
-            for partition in self._partitions(size)
+            for partition in self._partitions(policy, size)
             for swap in self._swaps(policy, partition, rounds, size)
             for most in self._most_rows(partition, rounds, swap)
+            for tokens in {self._budget, self._mixing(policy, min(size, most))}
         }
         candidates = sorted(reach, key=lambda c: (c.policy, c.partition, c.rounds, c.size, c.swap))
         return {candidate: self._pace(candidate).tokens_per_s for candidate in candidates}
@@ -159,7 +164,12 @@ class _Search:
         if not paces:
             raise UserError(self._too_much_swapped())
         ranked = sorted(paces, key=lambda c: (int((1 - paces[c] / most) / EQUAL), c.rounds, c.size))
-        best, *others = (self._best([c for c in ranked if c.policy == policy]) for policy in self._policies)
+        screened = [self._screened([c for c in ranked if c.policy == policy]) for policy in self._policies]
+        fastest = [_fastest(found).tokens_per_s for found in screened if found]
+        if not fastest:
+            self._plan(ranked[0])  # says why it does not fit
+        close = [found for found in screened if found and _fastest(found).tokens_per_s >= (1 - CLOSE) * max(fastest)]
+        best, *others = (self._best(found) for found in close)
         candidate, plan, rate, _ = _better(best, others)
         bound = self._bound([other for other in paces if other.policy == candidate.policy])
         return replace(
@@ -170,16 +180,29 @@ class _Search:
             stage_s=self._stages(plan.partition, self._decode(self._pace(candidate).rows)),
         )
 
-    def _best(self, ranked: list[_Candidate]) -> _Found:
-        """The best of the first of `ranked` by simulation, or what is bolder and better."""
-        simulated = self._simulated(islice(self._that_fit(ranked), SIMULATED))
-        if not simulated:
-            self._plan(ranked[0])  # says why it does not fit
-        usual = _chosen(simulated)
-        bold = usual
+    def _screened(self, ranked: list[_Candidate]) -> list[_Found]:
+        """What a short simulation says of the first of `ranked`, none if none fits."""
+        # Of those that differ in little else than their size the first, for `_crowded` tries others.
+        alike: dict[tuple[Any, ...], _Candidate] = {}
+        for candidate in ranked:
+            paced = candidate.tokens < self._budget
+            alike.setdefault((candidate.partition, candidate.rounds, candidate.swap > 0, paced), candidate)
+        return self._simulated(islice(self._that_fit(alike.values()), SIMULATED), SCREENED)
+
+    def _best(self, screened: list[_Found]) -> _Found:
+        """The best of `screened` by simulation in full, or what is bolder and better."""
+        first = sorted(screened, key=lambda found: -found.tokens_per_s)
+        # The best with the whole budget and the best with a smaller one lead to different places.
+        starts = [first[0], *(found for found in first if self._whole(found) != self._whole(first[0]))][:2]
+        usual = [self._simulate(found.candidate, found.plan) for found in starts]
+        bold = list(usual)
         for bolder in (self._crowded, self._paced, self._longer):
-            bold = bolder(bold)
-        return _better(usual, [bold])
+            bold = [bolder(found) for found in bold]
+        return _better(_chosen(usual), bold)
+
+    def _whole(self, found: _Found) -> bool:
+        """Whether its visits may have as many tokens as any."""
+        return found.candidate.tokens == self._budget
 
     def _that_fit(self, candidates: Iterable[_Candidate]) -> Iterator[tuple[_Candidate, Plan]]:
         """Those of `candidates` that leave room for their pages, in full: the frames of many rounds take some too."""
@@ -190,17 +213,17 @@ class _Search:
                 continue
             yield candidate, plan
 
-    def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]]) -> list[_Found]:
-        """What a simulation says of `plans`, as far as they can be simulated in a short time."""
+    def _simulated(self, plans: Iterable[tuple[_Candidate, Plan]], whole: int = WHOLE) -> list[_Found]:
+        """What a simulation of `whole` waves says of `plans`, as far as they can be simulated in a short time."""
         found: list[_Found] = []
         for candidate, plan in plans:
-            found.append(self._simulate(candidate, plan))
+            found.append(self._simulate(candidate, plan, whole))
             if len(found) > 1 and sum(each.visits for each in found) > ENOUGH_VISITS:
                 break
         return found
 
-    def _simulate(self, candidate: _Candidate, plan: Plan) -> _Found:
-        outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers)
+    def _simulate(self, candidate: _Candidate, plan: Plan, whole: int = WHOLE) -> _Found:
+        outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers, whole)
         return _Found(candidate, plan, outcome.tokens_per_s, outcome.visits)
 
     def _crowded(self, found: _Found) -> _Found:
@@ -216,36 +239,31 @@ class _Search:
         return _fastest([found, *self._simulated(self._that_fit(crowded))])
 
     def _paced(self, found: _Found) -> _Found:
-        """`found` with smaller token budgets, under which prompts come no faster than answers end.
-
-        Sequences that begin together end together: with a larger budget visits full of prompts and visits of answers
-        alone would alternate for ever, and each kind leaves something idle that the other would use.
-        """
-        if self._config.pipeline.max_batch_tokens != "auto" or found.plan.policy != "decode_first":
+        """`found` with a smaller or a larger token budget than the arithmetic has for it."""
+        if found.candidate.policy != "decode_first" or self._config.pipeline.max_batch_tokens != "auto":
             return found
-        if not self._lengths.exact:  # answers that end early ask for more prompts
+        if not self._lengths.exact:
             return found
-        tokens = found.plan.max_batch_tokens
-        while (tokens := round(PACE * tokens)) >= found.plan.micro_batch_size:
-            slower = self._simulate(found.candidate, replace(found.plan, max_batch_tokens=tokens))
-            if slower.tokens_per_s <= found.tokens_per_s:
-                break
-            found = slower
+        for step in (PACE, 1 / PACE):
+            tokens = round(step * found.candidate.tokens)
+            while found.candidate.size <= tokens <= self._budget:
+                candidate = replace(found.candidate, tokens=tokens)
+                paced = self._simulate(candidate, replace(found.plan, max_batch_tokens=tokens))
+                if paced.tokens_per_s <= found.tokens_per_s:
+                    break
+                found, tokens = paced, round(step * tokens)
         return found
 
     def _longer(self, found: _Found) -> _Found:
         """`found` with more rounds, as visits of fewer tokens are shorter."""
-        rounds, tokens = found.candidate.rounds, found.plan.max_batch_tokens
-        if self._config.pipeline.rounds != "auto" or tokens == self._budget:
+        rounds = found.candidate.rounds
+        if self._config.pipeline.rounds != "auto" or self._whole(found):
             return found
         while (rounds := rounds + max(1, rounds // 8)) <= min(MOST_ROUNDS, self._count, self._limit):
             if found.candidate.swap > self._host_pages(found.candidate.partition, rounds):
                 break
             candidate = replace(found.candidate, rounds=rounds)
-            longer = [
-                self._simulate(candidate, replace(plan, max_batch_tokens=tokens))
-                for _, plan in self._that_fit([candidate])
-            ]
+            longer = self._simulated(self._that_fit([candidate]))
             if not longer or longer[0].tokens_per_s <= (1 + EQUAL) * found.tokens_per_s:
                 break
             (found,) = longer
@@ -287,6 +305,18 @@ class _Search:
         steps |= {size * 2**power for power in range(12) for size in (1, 3)}
         return sorted(size for size in steps if 1 <= size <= most)
 
+    def _mixing(self, policy: str, rows: float) -> int:
+        """The largest token budget of visits under which prompts and answers of `rows` sequences mix for good.
+
+        Under `decode_first`, with budgets of B tokens and prompts of P, (B - k) / P sequences begin in a visit in which
+        k others decode. So by the time the first answers of O tokens end, O visits later, k = B * (1 - exp(-O / P)) do.
+        A micro-batch with room for so many goes on beginning as many as end. With less room for its budget all would
+        begin, then all answer, together for ever, and each kind of visit leave something idle that the other would use.
+        """
+        if policy != "decode_first" or self._config.pipeline.max_batch_tokens != "auto" or not self._lengths.exact:
+            return self._budget  # answers that end early mix by themselves
+        return max(math.ceil(rows), min(self._budget, math.ceil(rows / -math.expm1(-self._output / self._prompt))))
+
     def _too_much_swapped(self) -> str:
         """Why no plan has as many swap pages as are set by hand."""
         swap, rounds = self._config.kvcache.swap_pages, min(self._rounds())
@@ -324,7 +354,7 @@ class _Search:
         slab = max(slab_slots(layers) / layers for layers in shares)  # pages of memory for each swap page
         if rounds == 1 or short <= 0 or pages <= 0:
             return [0]
-        pace = self._pace(_Candidate(policy, partition, rounds, size), rows=float(size))
+        pace = self._pace(_Candidate(policy, partition, rounds, size, 0, self._mixing(policy, size)), rows=float(size))
         turn = max(pace.busiest, pace.trip / rounds)
         page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
         most = min(int(turn / page_s) if page_s else pages, host)
@@ -339,16 +369,17 @@ class _Search:
         each = [self._machine.page_bytes * layers * rounds for layers in self._shares(partition)]
         return min(self._machine.host_memory // nbytes for nbytes in each)
 
-    def _partitions(self, size: int) -> list[tuple[int, ...]]:
+    def _partitions(self, policy: str, size: int) -> list[tuple[int, ...]]:
         """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""
         set_by_hand = self._config.pipeline.partition
         if set_by_hand != "auto":
             return [parse_partition(set_by_hand, self._machine.ranks, self._model.num_layers)]
-        work = self._decode(size)
+        kinds = self._kinds(policy, float(size), self._count > size, self._mixing(policy, size))
         machine, last = self._machine, self._machine.ranks - 1
 
         def seconds(rank: int, layers: int) -> float:
-            return machine.stages[rank].seconds(work, layers, rank == 0, rank == last, machine.hidden_bytes)
+            times, ends = machine.stages[rank], (rank == 0, rank == last)
+            return sum(visits * times.seconds(work, layers, *ends, machine.hidden_bytes) for visits, work in kinds)
 
         def scarcity(rank: int, layers: int) -> float:
             pages = self._pages_of(rank, layers, self._machine.ranks)
@@ -453,7 +484,7 @@ class _Search:
             rounds=candidate.rounds,
             micro_batch_size=candidate.size,
             concurrency=concurrency,
-            max_batch_tokens=self._budget,
+            max_batch_tokens=candidate.tokens,
             policy=candidate.policy,
             page_size=kv.page_size,
             main_pages=main,
@@ -466,6 +497,23 @@ class _Search:
     def _decode(self, rows: float) -> Work:
         """A visit in which `rows` sequences, half way through their answers, get a token each."""
         return Work(rows, rows * (self._prompt + self._output / 2), 0, 0, rows)
+
+    def _kinds(self, policy: str, rows: float, mixes: bool, budget: int) -> list[tuple[float, Work]]:
+        """The visits that take a micro-batch of `rows` from prompts to the ends of answers, as numbers of each kind.
+
+        A visit has `budget` tokens. `decode_first` spreads prompts over the answers of others, if it `mixes` the two;
+        otherwise one is done, then the other.
+        """
+        context = self._prompt + self._output / 2
+        prompts, answers = rows * self._prompt, rows * (self._output - 1)
+        if policy == "decode_first" and mixes:
+            visits = max(self._output, (prompts + answers) / budget)
+            n, p = answers / visits, prompts / visits
+            return [(visits, Work(n, n * context, p, p * self._prompt, rows / visits + n))]
+        fills = max(1.0, prompts / (min(budget, self._prompt) if policy == "vanilla" else budget))
+        p, n = prompts / fills, min(rows, budget)
+        kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget), rows / fills))]
+        return [*kinds, (answers / n, Work(n, n * context, 0, 0, n))] if answers else kinds
 
     def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, int, bool, bool, int]]:
         """Ranks that are alike, once: their times and layers, whether first, whether last, and how many they are."""
@@ -489,10 +537,9 @@ class _Search:
 
         `rows` of a visit are as many as memory holds, unless they are given.
 
-        A wave fills the micro-batches with prompts, then takes them through their answers. Policies differ in how
-        they mix the two: `decode_first` spreads prompts over the answers of others, the others do one, then the other.
+        A wave fills the micro-batches with prompts, then takes them through their answers.
         """
-        machine, policy, budget = self._machine, candidate.policy, self._budget
+        machine, policy = self._machine, candidate.policy
         count = self._count * (2 if doubled == REQUESTS else 1)
         main = self._main_pages(candidate.partition, candidate.rounds, candidate.swap)
         main += self._capacity(candidate.partition, candidate.rounds) if doubled == MEMORY else 0
@@ -504,18 +551,8 @@ class _Search:
         rows = min(rows, count / candidate.rounds)
         rounds = candidate.rounds * min(1.0, rows)  # those that have a sequence at all
         rows = max(1.0, rows)
-        prompts, answers = rows * self._prompt, rows * (self._output - 1)
-        context = self._prompt + self._output / 2
-        if policy == "decode_first" and waves > 1:
-            visits = max(self._output, (prompts + answers) / budget)
-            n, p = answers / visits, prompts / visits
-            kinds = [(visits, Work(n, n * context, p, p * self._prompt, rows / visits + n))]
-        else:
-            fills = max(1.0, prompts / (min(budget, self._prompt) if policy == "vanilla" else budget))
-            p = prompts / fills
-            n = min(rows, budget)
-            kinds = [(fills, Work(0, 0, p, p * min(self._prompt, budget), rows / fills))]
-            kinds += [(answers / n, Work(n, n * context, 0, 0, n))] if answers else []
+        mixes = waves > 1 and candidate.tokens <= self._mixing(policy, rows)
+        kinds = self._kinds(policy, rows, mixes, candidate.tokens)
         speed, latency, wire, bus = (0.5 if doubled == what else 1.0 for what in (COMPUTE, LATENCY, BANDWIDTH, BUS))
         swapped = min(candidate.swap, rows * self._mean_pages) if candidate.rounds > 1 else 0.0
         last, hidden_bytes = machine.ranks - 1, machine.hidden_bytes
@@ -543,7 +580,10 @@ class _Search:
     def _bound(self, candidates: list[_Candidate]) -> str:
         """The resource of which twice as much would help most."""
 
-        larger = [replace(candidate, size=2 * candidate.size) for candidate in candidates]
+        larger = [
+            replace(candidate, size=2 * candidate.size, tokens=self._mixing(candidate.policy, 2 * candidate.size))
+            for candidate in candidates
+        ]
         if self._config.pipeline.micro_batch_size != "auto":
             larger = []
 

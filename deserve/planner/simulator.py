@@ -19,7 +19,7 @@ from deserve.workload import Lengths
 LENGTH, COMPUTED, LEFT, HELD, AGE, AWAITED = range(6)
 # A stretch of visits that only decode is skipped once two cycles in a row took the same time, so many cycles at most.
 LONGEST_SKIP = 64
-# Waves of a long job that are simulated, all but the first and the last of which are usual ones.
+# Waves of a long job that are simulated, all but the first and the last of which are usual ones: at least 3.
 WHOLE = 5
 # A simulation ends after so many, about a second's worth.
 MOST_VISITS = 12_000
@@ -40,17 +40,17 @@ class Outcome:
         return self.output_tokens / self.seconds
 
 
-def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Outcome:
+def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int, whole: int = WHOLE) -> Outcome:
     """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
 
-    Requests have the mean lengths, unless those of each are known. Of a job of many alike only some waves of
+    Requests have the mean lengths, unless those of each are known. Of a job of many alike only `whole` waves of
     `plan.concurrency` sequences are simulated, and its last; those between take as long as the usual ones of these
     in the mean. The first and the last are not: waves overlap where prompts and answers mix (`decode_first`), and where
     sequences are suspended a long wave follows a short one.
     """
     wave = plan.concurrency
     count = lengths.count if lengths.count is not None else 10 * wave
-    simulated = count if count <= (WHOLE + 1) * wave or lengths.sizes else WHOLE * wave + count % wave
+    simulated = count if count <= (whole + 1) * wave or lengths.sizes else whole * wave + count % wave
     run = Simulation(plan, lengths, machine, layers, simulated)
     run.run()
     between = 0.0
@@ -58,7 +58,7 @@ def simulate(plan: Plan, lengths: Lengths, machine: Machine, layers: int) -> Out
     if run.visits >= MOST_VISITS:  # so long a job goes on as it began
         between = run.now * (output / max(1, run.sampled) - 1)
     elif count > simulated:
-        usual = (run.finished_at((WHOLE - 1) * wave) - run.finished_at(wave)) / (WHOLE - 2)
+        usual = (run.finished_at((whole - 1) * wave) - run.finished_at(wave)) / (whole - 2)
         between = (count - simulated) / wave * usual
     seconds = max(run.now + between, 1e-9)
     busy = tuple(run.busy_of[kind] / max(run.now, 1e-9) for kind in run.kind_of)
