@@ -110,6 +110,7 @@ class Job:
                 "predicted_output_tokens_per_s": plan.predicted,
                 "predicted_for_these_answers": None if self._lengths.exact else self._hindsight(plan),
             },
+            "machine": asdict(self._machine),
             "config": as_dict(self._config),
         }
         write_metrics(self._folder / "metrics.json", metrics)

@@ -372,6 +372,31 @@ def on_two_gpus(
     return choose_plan(config, model, torch.bfloat16, requests, gpus)
 
 
+def visit_tokens(made: Plan, requests: Lengths, on: Machine) -> list[float]:
+    """The tokens of each visit of a job."""
+    run = Simulation(made, requests, on, LAYERS, requests.count or 0)
+    tokens, travel = [], run._travel
+
+    def record(micro_batch: int, work: Work) -> None:
+        tokens.append(work.tokens)
+        travel(micro_batch, work)
+
+    run._travel = record  # type: ignore[method-assign]
+    run.run()
+    return tokens
+
+
+def test_under_a_planned_token_budget_prompts_and_answers_mix_for_good() -> None:
+    far = on_two_gpus(64, "pipeline.policy=decode_first")
+    size, on, requests = far.micro_batch_size, machine(1), lengths(10 * far.micro_batch_size, 512, 256)
+    assert far.max_batch_tokens < 512
+    for budget, mixing in ((far.max_batch_tokens, True), (512, False)):
+        tokens = visit_tokens(plan(1, 1, size, "decode_first", max_batch_tokens=budget), requests, on)
+        usual = tokens[len(tokens) // 4 : 3 * len(tokens) // 4]
+        full = sum(count == budget for count in usual) / len(usual)
+        assert full == 1 if mixing else full < 0.9
+
+
 def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
     near, far = on_two_gpus(0), on_two_gpus(64)
     assert far.policy == "decode_first" and far.max_batch_tokens < 512
