@@ -1,17 +1,20 @@
 """Visits cut at their attentions, as CUDA graphs are: on a CPU the parts run again instead of being replayed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from deserve.batch import StepPlan
+from deserve.kvcache.pages import KVPages, PageTable
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Captured, GraphedLayers, graph_batches, graph_tokens
+from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, graph_batches, graph_tokens
 from deserve.model.weights import Shard, dummy_shard
 
 CPU = torch.device("cpu")
@@ -34,6 +37,10 @@ class FixedBackend(TorchBackend):
 
     captures = True
     _attended = torch.full((512, 512), torch.nan)
+
+    def begin_graph_visit(self, rows: Rows) -> list[int]:
+        self.begin_visit(rows)
+        return []
 
     def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         attended = super().attend(layer, pages, q)
@@ -105,6 +112,67 @@ def test_visits_cut_at_their_attentions_are_the_same(options):
         # Nobody's page but that for padding was touched.
         torch.testing.assert_close(cut.pages[:, :-1], whole.pages[:, :-1], rtol=1e-4, atol=1e-5)
     assert not graphs.fits(Rows(np.array([100, 29], np.int32), np.zeros(2, np.int32), whole.table[:2]))
+
+
+class Swapping:
+    """A decoder with pages of which each of two rounds has its swap pages in host memory."""
+
+    MAIN, SWAP, ROUNDS = 4, 12, 2
+
+    def __init__(self, config: ModelConfig, backend: type[TorchBackend]):
+        weights = dummy_shard(config, Shard(0, LAYERS, False, False), CPU, torch.float32)
+        heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        memory = {"page_size": PAGE, **heads, "dtype": torch.float32, "device": CPU, "max_tokens": 128}
+        self.kv = KVPages(LAYERS, self.MAIN, self.SWAP, self.ROUNDS, 0, **memory)
+        self.decoder = Decoder(config, weights, backend(config, torch.float32, CPU, 256, self.kv.layout))
+        self.table = PageTable(8)
+
+    def begin(self, plan: StepPlan) -> Rows:
+        self.table.write(plan.page_writes)
+        self.kv.begin_visit(plan, self.table)
+        width = -(-int((plan.context + plan.new_tokens).max()) // PAGE)
+        return Rows(plan.new_tokens, plan.context, self.kv.resident(self.table.rows(plan.slots, width)))
+
+    def end(self, plan: StepPlan) -> None:
+        self.kv.end_visit(1 - plan.micro_batch)
+
+
+def steps() -> Iterator[StepPlan]:
+    """Two rounds of two sequences each, in main and in swap pages: prompts, then decodes, between them a chunk."""
+    pages = {0: [[0, 4, 5], [6, 7, 8]], 1: [[1, 4, 6], [5, 2, 8]]}
+    context = np.zeros((2, 2), np.int32)
+    for new in ([20, 33], [1, 1], [1, 1], [10, 1], [1, 1]):
+        for round_ in range(2):
+            slots = np.arange(2, dtype=np.int32) + 2 * round_
+            writes = [
+                [slot, at, page] for slot, row in zip(slots, pages[round_], strict=True) for at, page in enumerate(row)
+            ]
+            plan = StepPlan(round_, slots=slots, new_tokens=np.array(new, np.int32), context=context[round_].copy())
+            yield replace(plan, page_writes=np.array(writes, np.int32))
+            context[round_] += np.array(new, np.int32)
+
+
+@torch.inference_mode()
+def test_visits_cut_up_bring_in_the_same_swap_pages():
+    config = model_config()
+    whole, cut = Swapping(config, TorchBackend), Swapping(config, FixedBackend)
+    captured = Captured(cut.decoder, cut.kv.layers, cut.kv.scratch_page, cut.kv.slab)
+    parts: Any = Parts()
+    layers, decode = GraphedLayers(captured, graph_tokens(64), parts), GraphedDecode(captured, [1, 4], parts)
+    generator = torch.Generator().manual_seed(0)
+    for plan in steps():
+        x = torch.randn(plan.tokens, config.hidden_size, generator=generator)
+        rows = whole.begin(plan)
+        whole.decoder.backend.begin_visit(rows)
+        expected = whole.decoder.forward(x.clone(), whole.kv.layers, whole.kv.slab)
+        rows = cut.begin(plan)
+        found = (decode if decode.fits(rows) else layers).replay(rows, x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        for each in (whole, cut):
+            each.end(plan)
+        for round_ in range(2):
+            torch.testing.assert_close(cut.kv.slab.host(round_), whole.kv.slab.host(round_), rtol=1e-4, atol=1e-5)
+    assert cut.kv.slab.bytes_in == whole.kv.slab.bytes_in > 0
 
 
 def test_steps():

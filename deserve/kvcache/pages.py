@@ -77,7 +77,7 @@ class KVPages:
         max_tokens: int,
     ):
         self.page_size = page_size
-        self._page = (2, page_size, kv_heads, head_dim)
+        page = (2, page_size, kv_heads, head_dim)
         if rounds == 1:  # a single round never leaves
             main_pages, swap_pages = main_pages + swap_pages, 0
         self._main = main_pages
@@ -89,12 +89,12 @@ class KVPages:
             places = [layers * own + layer % slots * (swap_pages + 1) for layer in range(layers)]
             shifts = tuple(place - layer * own - main_pages for layer, place in enumerate(places))
             self.layout = PageLayout(main_pages, shifts)
-        self.memory = torch.zeros(layers * own + slots * (swap_pages + 1), *self._page, dtype=dtype, device=device)
+        self.memory = torch.zeros(layers * own + slots * (swap_pages + 1), *page, dtype=dtype, device=device)
         self.layers = [self.memory[layer * own :][: None if slots else own] for layer in range(layers)]
-        self._main_memory = self.memory[: layers * own].view(layers, own, *self._page)
-        slab = self.memory[layers * own :].view(slots, swap_pages + 1, *self._page)[:, :swap_pages]
+        self._main_memory = self.memory[: layers * own].view(layers, own, *page)
+        slab = self.memory[layers * own :].view(slots, swap_pages + 1, *page)[:, :swap_pages]
         self.slab = SwapSlab(slab, layers, rounds if swap_pages else 0, max_tokens)
-        self._pool = host_memory((layers, host_pages, *self._page), dtype, device)
+        self._pool = host_memory((layers, host_pages, *page), dtype, device)
         self._on_gpu = self.memory.is_cuda
         if self._on_gpu and host_pages:  # compiles the kernels, which would take seconds amid the visits
             nowhere, somewhere = (torch.full((1,), index, dtype=torch.int64, device=device) for index in (-1, 0))
