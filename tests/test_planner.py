@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,7 @@ def test_what_is_set_by_hand_stays() -> None:
     assert made.partition == (0, 1)
 
 
+@cache
 def on_two_gpus(
     latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0, frames_on_device: bool = False
 ) -> Plan:
@@ -612,5 +614,5 @@ def test_frames_that_arrive_on_a_device_take_memory_from_its_pages() -> None:
     near = replace(far_and_short(0.0), memory=(4 * 10**7,) * 2)
     far = replace(near, receives_on_device=True, hidden_bytes=1000)
     by_hand = ["pipeline.rounds=50", "pipeline.micro_batch_size=64", "kvcache.swap_pages=0"]
-    pages = [chosen(lengths(10**5), on, *by_hand).main_pages for on in (near, far)]
+    pages = [chosen(lengths(10**4), on, *by_hand).main_pages for on in (near, far)]
     assert 0 < pages[1] < pages[0]

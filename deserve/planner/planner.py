@@ -31,12 +31,15 @@ from deserve.workload import Lengths
 SIMULATED = 6  # plans of each policy that are compared by simulation
 ENOUGH_VISITS = 16_000  # simulated, after which no further plan is: one or two seconds
 SCREENED = 3  # waves of a long job that are simulated to compare plans, before the best two are in full
-CLOSE = 0.07  # behind the best so far, by which a policy may be and still be looked at in full
+CLOSE = 0.07  # behind the best so far, by which a plan may be and still be made bolder
+# Visits that a search simulates before it ends with what it has: at least; for each second that the job may take, which
+# is two or three hundredths of it; at most. 10,000 take about a second.
+EFFORT = 30_000, 250, 200_000
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
 CROWDS = (1.25, 1.6)  # times the sequences that pages hold
-PACE = 0.85  # of a visit's token budget: the next smaller one that is tried
+PACE = 0.75  # of a visit's token budget: the next smaller one that is tried
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
 WORTH = 0.03  # what a bolder plan must promise more, as predictions are not more exact
 GB = 1e9
@@ -129,6 +132,7 @@ class _Search:
         self._budget = budget  # tokens of a visit
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
         self._alike = cache(self._kinds_of)
+        self._simulated_visits = 0
         forward = [link.byte_s for link in machine.links[:-1]] or [0.0]
         self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
         self._capacity = cache(self._pages_that_fit)
@@ -195,10 +199,17 @@ class _Search:
         # The best with the whole budget and the best with a smaller one lead to different places.
         starts = [first[0], *(found for found in first if self._whole(found) != self._whole(first[0]))][:2]
         usual = [self._simulate(found.candidate, found.plan) for found in starts]
-        bold = list(usual)
-        for bolder in (self._crowded, self._paced, self._longer):
-            bold = [bolder(found) for found in bold]
+        most, bold = _fastest(usual).tokens_per_s, []
+        for found in sorted(usual, key=lambda found: -found.tokens_per_s):
+            if found.tokens_per_s >= (1 - CLOSE) * most:
+                bold.append(self._longer(self._paced(self._crowded(found))))
         return _better(_chosen(usual), bold)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether there is time for further simulations."""
+        least, each_second, most = EFFORT
+        return self._simulated_visits < min(most, max(least, each_second * self._count * self._output / self.promise))
 
     def _whole(self, found: _Found) -> bool:
         """Whether its visits may have as many tokens as any."""
@@ -224,6 +235,7 @@ class _Search:
 
     def _simulate(self, candidate: _Candidate, plan: Plan, whole: int = WHOLE) -> _Found:
         outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers, whole)
+        self._simulated_visits += outcome.visits
         return _Found(candidate, plan, outcome.tokens_per_s, outcome.visits)
 
     def _crowded(self, found: _Found) -> _Found:
@@ -236,7 +248,7 @@ class _Search:
         most = min(self._budget, self._share(found.candidate.rounds))
         sizes = dict.fromkeys(min(most, round(crowd * found.candidate.size)) for crowd in CROWDS)
         crowded = [replace(found.candidate, size=size) for size in sizes if size > found.candidate.size]
-        return _fastest([found, *self._simulated(self._that_fit(crowded))])
+        return _fastest([found, *self._simulated(self._that_fit(crowded if self._goes_on else []))])
 
     def _paced(self, found: _Found) -> _Found:
         """`found` with a smaller or a larger token budget than the arithmetic has for it."""
@@ -246,7 +258,7 @@ class _Search:
             return found
         for step in (PACE, 1 / PACE):
             tokens = round(step * found.candidate.tokens)
-            while found.candidate.size <= tokens <= self._budget:
+            while self._goes_on and found.candidate.size <= tokens <= self._budget:
                 candidate = replace(found.candidate, tokens=tokens)
                 paced = self._simulate(candidate, replace(found.plan, max_batch_tokens=tokens))
                 if paced.tokens_per_s <= found.tokens_per_s:
@@ -259,7 +271,7 @@ class _Search:
         rounds = found.candidate.rounds
         if self._config.pipeline.rounds != "auto" or self._whole(found):
             return found
-        while (rounds := rounds + max(1, rounds // 8)) <= min(MOST_ROUNDS, self._count, self._limit):
+        while self._goes_on and (rounds := rounds + max(1, rounds // 8)) <= min(MOST_ROUNDS, self._count, self._limit):
             if found.candidate.swap > self._host_pages(found.candidate.partition, rounds):
                 break
             candidate = replace(found.candidate, rounds=rounds)
