@@ -33,13 +33,13 @@ ENOUGH_VISITS = 16_000  # simulated, after which no further plan is: one or two 
 SCREENED = 3  # waves of a long job that are simulated to compare plans, before the best two are in full
 CLOSE = 0.07  # behind the best so far, by which a plan may be and still be made bolder
 # Visits that a search simulates before it ends with what it has: at least; for each second that the job may take, which
-# is two or three hundredths of it; at most. 10,000 take about a second.
-EFFORT = 30_000, 250, 200_000
+# is a twentieth of it; at most. 10,000 take about a second.
+EFFORT = 30_000, 500, 200_000
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
 CROWDS = (1.25, 1.6)  # times the sequences that pages hold
-PACE = 0.75  # of a visit's token budget: the next smaller one that is tried
+PACES = (0.75, 1.33, 0.87, 1.15)  # times a visit's token budget: steps in which others are tried, large ones first
 EQUAL = 0.01  # plans this close are as good as each other: the one with fewer rounds is taken
 WORTH = 0.03  # what a bolder plan must promise more, as predictions are not more exact
 GB = 1e9
@@ -256,7 +256,7 @@ class _Search:
             return found
         if not self._lengths.exact:
             return found
-        for step in (PACE, 1 / PACE):
+        for step in PACES:
             tokens = round(step * found.candidate.tokens)
             while self._goes_on and found.candidate.size <= tokens <= self._budget:
                 candidate = replace(found.candidate, tokens=tokens)
