@@ -24,7 +24,7 @@ from deserve.config import Config, load_config
 from deserve.errors import UserError
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import resolve
-from deserve.planner.measure import survey
+from deserve.planner.measure import _Probe, survey
 from deserve.planner.memory import available_memory, left_by_control_groups
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
@@ -388,6 +388,15 @@ def visit_tokens(made: Plan, requests: Lengths, on: Machine) -> list[float]:
     return tokens
 
 
+def test_the_host_of_a_device_plans_ahead_of_it() -> None:
+    """With a second round, what a visit takes before its device begins hides behind the other's."""
+    on = machine(1)
+    delayed = replace(on, stages=(replace(on.stages[0], ahead=True, start_s=0.003),))
+    times = [simulated(plan(1, rounds, 8), lengths(8 * rounds), delayed).seconds for rounds in (1, 2)]
+    assert times[0] == pytest.approx(32 * (0.008 + 0.003), rel=0.05)
+    assert times[1] == pytest.approx(2 * 32 * 0.008, rel=0.05)
+
+
 def test_under_a_planned_token_budget_prompts_and_answers_mix_for_good() -> None:
     far = on_two_gpus(64, "pipeline.policy=decode_first")
     size, on, requests = far.micro_batch_size, machine(1), lengths(10 * far.micro_batch_size, 512, 256)
@@ -507,6 +516,23 @@ def test_a_stage_is_measured() -> None:
     seconds = found.stages[0].seconds(Work(64, 64 * 20, 0, 0, 64), 4, True, True, found.hidden_bytes)
     assert 1e-5 < seconds < 10
     assert found.latency_s == 0
+
+
+def test_visits_with_prompts_are_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, of which no part is needed for it."""
+    monkeypatch.setattr("deserve.planner.measure.LASTING_S", 0.02)
+    checkpoint = resolve(load_config(["model=tiny"]).model)
+    probe = _Probe(checkpoint, torch.float32, torch.device("cpu"), 16, 64, SamplingParams())
+    times = probe.times()
+    lasting = probe._for_long(times)
+    for cost in (lasting.prompts_last, lasting.mixed_last):
+        assert 0.1 < cost < 10
+    prompts, mixed, decodes = Work(prefills=64, pairs=4096), Work(21, 21 * 60, 43, 43 * 60), Work(64, 64 * 60)
+    assert lasting(prompts) == pytest.approx(lasting.prompts_last * times.layer(prompts))
+    assert lasting(mixed) == pytest.approx(lasting.mixed_last * times.layer(mixed))
+    assert lasting(decodes) == times.layer(decodes)
+    restored = StageTimes.from_json(json.loads(json.dumps(replace(times, layer=lasting).scaled(2).to_json())))
+    assert restored.layer == lasting.scaled(2) and restored.layer.mixed_last == lasting.mixed_last
 
 
 def test_a_single_rank_has_no_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,9 @@ RESERVE_BYTES = 2_500_000_000
 IN_A_ROW = 4  # visits that a device is given at once, so that it computes without a pause
 BUSY_S = 0.02  # a device's work before that: longer than the host takes to launch these
 BUSY_SIDE = 4096  # of the matrices that it multiplies and copies meanwhile
+LASTING_S = 1.0  # of visits that follow each other, until a device's clock is what its power allows for long
+LASTING_ROW_S = 0.2  # of them in a row
+LASTING_TOKENS = 512
 
 Visit: TypeAlias = tuple[tuple[int, ...], int]  # new tokens of each row, context of all
 Shape: TypeAlias = tuple[bool, Visit, int]  # whether of the long stage, the visit, rows that are sampled
@@ -312,7 +315,35 @@ class _Probe:
             return times
         launch_s = self._launched[True, prompts_visit, 0] - self._launched[False, prompts_visit, 0]
         launch_s = max(0.0, launch_s / max(1, self._layers - 1))
-        return replace(times, ahead=True, launch_s=launch_s)
+        return replace(times, layer=self._for_long(times), ahead=True, launch_s=launch_s)
+
+    def _for_long(self, times: StageTimes) -> Cost:
+        """The cost of a layer when visits with prompts follow each other for seconds.
+
+        A GPU at the limit of its power clocks down, by how much depends on what it does: prompts alone are products
+        without a pause, decode rows between them read memory, for which it needs less.
+        """
+        tokens = min(LASTING_TOKENS, self._max_tokens)
+        decodes, context = tokens // 3, self._long_context // 2
+        if not decodes or tokens - decodes + context > self._width * self._page_size:
+            return times.layer
+        rest, shape = tokens - decodes, _prompts(tokens)
+        prompts = Work(prefills=tokens, pairs=_pairs(shape))
+        mixed = Work(decodes, decodes * (context + 1), rest, rest * (context + rest))
+        prompts_last, mixed_last = (
+            self._lasting(visit) / max(1e-9, self._layers * times.layer(work) + times.visit(work))
+            for visit, work in (((shape, 0), prompts), (((1,) * decodes + (rest,), context), mixed))
+        )
+        return replace(times.layer, prompts_last=prompts_last, mixed_last=mixed_last)
+
+    def _lasting(self, visit: Visit) -> float:
+        """Seconds of a visit of the longer stage, after `LASTING_S` of the same."""
+        action, row, begin = self._action(True, visit, 0), IN_A_ROW, time.monotonic()
+        while True:
+            seconds, _ = self._seconds(action, row)
+            if time.monotonic() > begin + LASTING_S:
+                return seconds
+            row = max(IN_A_ROW, round(LASTING_ROW_S / seconds))
 
     @property
     def scenes(self) -> list[Scene]:
@@ -342,11 +373,11 @@ class _Probe:
         torch.mm(first, second, out=product)
         copy.copy_(product)
 
-    def _seconds(self, action: Callable[[], object]) -> tuple[float, float]:
+    def _seconds(self, action: Callable[[], object], row: int = IN_A_ROW) -> tuple[float, float]:
         """Seconds of `action`, and those of the host.
 
-        On a GPU a few in a row, behind something that keeps the device busy until the host has launched them all. That
-        is work much like theirs: a GPU that has rested runs at a higher clock than its power allows for long.
+        On a GPU `row` of them in a row, behind something that keeps the device busy until the host has launched them
+        all. That is work much like theirs: a GPU that has rested runs at a higher clock than its power allows for long.
         """
         if self._device.type != "cuda":
             begin = time.perf_counter()
@@ -358,12 +389,12 @@ class _Probe:
             self._work()
         begin = time.perf_counter()
         first.record()
-        for _ in range(IN_A_ROW):
+        for _ in range(row):
             action()
         last.record()
         launched = time.perf_counter() - begin
         last.synchronize()
-        return first.elapsed_time(last) / 1e3 / IN_A_ROW, launched / IN_A_ROW
+        return first.elapsed_time(last) / 1e3 / row, launched / row
 
     def _cost(self, seconds: dict[Visit, float], at: tuple[float, ...]) -> Cost:
         """The cost of visits that took `seconds`; `at` are the counts of tokens measured."""

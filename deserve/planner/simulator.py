@@ -86,6 +86,7 @@ class Simulation:
         # The ring: when each rank is free, each link's wire, and when each micro-batch's tokens are back.
         ranks = machine.ranks
         self.free, self.wire = [0.0] * ranks, [0.0] * ranks
+        self.planned = 0.0  # when the host of rank 0 had planned its last visit
         self.back = [0.0] * plan.rounds
         shares = [plan.shard(rank, layers) for rank in range(ranks)]
         kinds: dict[tuple[StageTimes, int, bool, bool], int] = {}
@@ -124,7 +125,7 @@ class Simulation:
     # -- one visit
 
     def _visit(self, m: int) -> None:
-        self.now = max(self.free[0], self.back[m])
+        self.now = max(self.planned if self.machine.stages[0].ahead else self.free[0], self.back[m])
         self.moved = 0
         self._commit(m)
         if self._retired(m):
@@ -306,6 +307,7 @@ class Simulation:
             strict=True,
         )
         arrival = self.now
+        self.planned = self.now + machine.stages[0].host(work, True, machine.ranks == 1, machine.hidden_bytes)
         frame = machine.frame_bytes(work, 0)
         last = machine.ranks - 1
         for rank, kind in enumerate(self.kind_of):
@@ -337,6 +339,7 @@ class Simulation:
             return
         passed = cycles * last + (last - before) * cycles * (cycles + 1) / 2
         self.free = [time + passed for time in self.free]
+        self.planned += passed
         self.wire = [time + passed for time in self.wire]
         self.back = [time + passed for time in self.back]
         self.busy_of = [time + cycles * (time - then) for time, then in zip(self.busy_of, busy, strict=True)]

@@ -57,17 +57,23 @@ class Cost:
     kv_s: float = 0.0  # per KV token that a decode row reads
     pair_s: float = 0.0  # per pair of a prompt's token and a KV token
     mixed_s: float = 0.0  # where decodes and prompts meet in a visit: they attend apart
+    # Times as long as all that, where visits follow each other for long and power runs short.
+    prompts_last: float = 1.0  # of prompts alone
+    mixed_last: float = 1.0  # of decodes and prompts
 
     def __call__(self, work: Work) -> float:
         seconds = self.tokens(work.tokens) + self.kv_s * work.decode_kv + self.pair_s * work.pairs
-        if work.decodes and work.prefills:
-            seconds += self.mixed_s
-        return seconds + self.decodes(work.decodes) if work.decodes else seconds
+        if not work.prefills:
+            return seconds + self.decodes(work.decodes)
+        if not work.decodes:
+            return seconds * self.prompts_last
+        return (seconds + self.mixed_s + self.decodes(work.decodes)) * self.mixed_last
 
     def scaled(self, factor: float) -> "Cost":
         """`factor` times as many seconds."""
-        others = (factor * seconds for seconds in (self.kv_s, self.pair_s, self.mixed_s))
-        return Cost(self.tokens.scaled(factor), self.decodes.scaled(factor), *others)
+        tokens, decodes = self.tokens.scaled(factor), self.decodes.scaled(factor)
+        kv_s, pair_s, mixed_s = (factor * seconds for seconds in (self.kv_s, self.pair_s, self.mixed_s))
+        return replace(self, tokens=tokens, decodes=decodes, kv_s=kv_s, pair_s=pair_s, mixed_s=mixed_s)
 
 
 @dataclass(frozen=True)
