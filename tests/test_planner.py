@@ -374,18 +374,16 @@ def on_two_gpus(
     return choose_plan(config, model, torch.bfloat16, requests, gpus)
 
 
-def visit_tokens(made: Plan, requests: Lengths, on: Machine) -> list[float]:
-    """The tokens of each visit of a job."""
-    run = Simulation(made, requests, on, LAYERS, requests.count or 0)
-    tokens, travel = [], run._travel
+class Observed(Simulation):
+    """Keeps the tokens of each visit."""
 
-    def record(micro_batch: int, work: Work) -> None:
-        tokens.append(work.tokens)
-        travel(micro_batch, work)
+    def run(self) -> None:
+        self.tokens: list[float] = []
+        super().run()
 
-    run._travel = record  # type: ignore[method-assign]
-    run.run()
-    return tokens
+    def _travel(self, m: int, work: Work) -> None:
+        self.tokens.append(work.tokens)
+        super()._travel(m, work)
 
 
 def test_the_host_of_a_device_plans_ahead_of_it() -> None:
@@ -402,8 +400,10 @@ def test_under_a_planned_token_budget_prompts_and_answers_mix_for_good() -> None
     size, on, requests = far.micro_batch_size, machine(1), lengths(10 * far.micro_batch_size, 512, 256)
     assert far.max_batch_tokens < 512
     for budget, mixing in ((far.max_batch_tokens, True), (512, False)):
-        tokens = visit_tokens(plan(1, 1, size, "decode_first", max_batch_tokens=budget), requests, on)
-        usual = tokens[len(tokens) // 4 : 3 * len(tokens) // 4]
+        made = plan(1, 1, size, "decode_first", max_batch_tokens=budget)
+        run = Observed(made, requests, on, LAYERS, 10 * size)
+        run.run()
+        usual = run.tokens[len(run.tokens) // 4 : 3 * len(run.tokens) // 4]
         full = sum(count == budget for count in usual) / len(usual)
         assert full == 1 if mixing else full < 0.9
 

@@ -41,7 +41,7 @@ class Plan:
 
     def slab_pages(self, layers: int) -> float:
         """The memory of the swap slab beside `layers` layers, in pages of all of them."""
-        return self.swap_pages * (slab_slots(layers) / layers if self.rounds > 1 else 1)
+        return self.swap_pages * slab_slots(layers, self.rounds) / layers
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -137,7 +137,7 @@ class _Search:
         self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
         self._capacity = cache(self._pages_that_fit)
 
-    @property
+    @cached_property
     def promise(self) -> float:
         """Output tokens/s of the best plan by the arithmetic."""
         return max(self._paces.values(), default=0.0)
@@ -438,7 +438,7 @@ class _Search:
     def _pages_of(self, rank: int, layers: int, rounds: int, swap: int = 0) -> int:
         """Main pages for which `rank` has room beside the slab of `swap` pages."""
         left = self._kv_bytes(rank, layers, rounds) / self._machine.page_bytes
-        return int((left - swap * (slab_slots(layers) if rounds > 1 else layers)) // layers)
+        return int((left - swap * slab_slots(layers, rounds)) // layers)
 
     def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int = 0) -> int:
         """The same of the rank that can hold the fewest under this split."""
@@ -467,7 +467,7 @@ class _Search:
         room = self._pages_that_fit(candidate.partition, candidate.rounds, swap)
         if (asked or swap) and asked > room:
             layers = shares[rank]
-            slab = swap * (slab_slots(layers) if candidate.rounds > 1 else layers)
+            slab = swap * slab_slots(layers, candidate.rounds)
             gigabytes = (asked * layers + slab) * self._machine.page_bytes / GB
             keys = f"kvcache.main_pages={kv.main_pages} and kvcache.swap_pages={kv.swap_pages}"
             raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")

@@ -17,7 +17,7 @@ class Bucket:
     """Rows of like length that attend together, padded to the longest of them.
 
     `tokens` [n, q] indices of their tokens in the visit (a slice when they lie end to end without padding);
-    `keys`, `values` [n, p] half-page indices, of swap pages where `swapped` [n, p] is 1 and not 0;
+    `keys`, `values` [n, p] half-page indices, of swap pages where `swapped` [n, p] is 1 and not 0, if there are any;
     `mask` [n, 1, q * group, p * page_size] added to the scores;
     `real` [n * q] which of the padded tokens exist, None when all do.
     """
@@ -25,7 +25,7 @@ class Bucket:
     tokens: torch.Tensor | slice
     keys: torch.Tensor
     values: torch.Tensor
-    swapped: torch.Tensor
+    swapped: torch.Tensor | None
     mask: torch.Tensor
     real: torch.Tensor | None
     rows: int
@@ -133,9 +133,11 @@ class TorchBackend(Backend):
                 out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
         return out
 
-    def _placed(self, layer: int, index: torch.Tensor, swapped: torch.Tensor, rows: int) -> torch.Tensor:
+    def _placed(self, layer: int, index: torch.Tensor, swapped: torch.Tensor | None, rows: int) -> torch.Tensor:
         """Where rows `index` of pages lie in the memory of `layer`, of `rows` rows a page; `swapped`: of swap pages."""
-        return index if self._layout is None else index + rows * self._layout.shifts[layer] * swapped
+        if self._layout is None or swapped is None:
+            return index
+        return index + rows * self._layout.shifts[layer] * swapped
 
     def _gather(self, buffer: int, halves: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """The half pages `index` [n, p], one after the other: [n, kv_heads, p * page_size, head_dim].
@@ -192,10 +194,9 @@ class TorchBackend(Backend):
             blocks=[slice(at, at + block) for at in range(0, len(members), block)],
         )
 
-    def _swapped(self, pages: np.ndarray) -> torch.Tensor:
-        """1 for each swap page of `pages`, else 0."""
-        first = self._layout.swap_from if self._layout is not None else np.iinfo(np.int64).max
-        return self._tensor((pages >= first).astype(np.int64))
+    def _swapped(self, pages: np.ndarray) -> torch.Tensor | None:
+        """1 for each swap page of `pages`, else 0; None where all lie as their ids say."""
+        return None if self._layout is None else self._tensor((pages >= self._layout.swap_from).astype(np.int64))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
