@@ -68,27 +68,28 @@ class Stage:
         pages = self._kv.resident(self._table.rows(plan.slots, width))
         rows = Rows(plan.new_tokens, plan.context, pages)
         x = to_device(x, self._device)
-        if self._graphs is not None and self._graphs.decode.fits(rows):
-            y = self._graphs.decode.replay(rows, x)
-            if self._decoder.weights.head is None:
-                return y
-            logits = y if len(plan.sampled) == plan.rows else y.index_select(0, to_device(plan.sampled, self._device))
-        else:
-            if self._decoder.weights.embedding is not None:
-                x = self._decoder.embed(x)
-            if self._graphs is not None and self._graphs.layers.fits(rows):
-                y = self._graphs.layers.replay(rows, x)
-            else:
-                self._decoder.backend.begin_visit(rows)
-                y = self._decoder.forward(x, self._kv.layers, self._slab)
-            if self._decoder.weights.head is None:
-                return y
-            if not len(plan.sampled):
-                return torch.empty(0, dtype=torch.int32)
+        if self._decoder.weights.embedding is not None:
+            x = self._decoder.embed(x)
+        x = self._through_layers(rows, x)
+        if self._decoder.weights.head is None:
+            return x
+        if not len(plan.sampled):
+            return torch.empty(0, dtype=torch.int32)
+        if len(plan.sampled) < plan.tokens:
             last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
-            logits = self._decoder.logits(y.index_select(0, to_device(last_token, self._device)))
+            x = x.index_select(0, to_device(last_token, self._device))
+        logits = self._decoder.logits(x)
         with timeline.on_device("sample", plan.micro_batch):
             return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
+
+    def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""
+        if self._graphs is not None:
+            for graphs in (self._graphs.decode, self._graphs.layers):
+                if graphs.fits(rows):
+                    return graphs.replay(rows, x)
+        self._decoder.backend.begin_visit(rows)
+        return self._decoder.forward(x, self._kv.layers, self._slab)
 
 
 def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:

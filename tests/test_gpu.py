@@ -113,11 +113,18 @@ class Runner:
         return Rows(np.array(new, np.int32), context, self.table[sequences, :width])
 
     @torch.inference_mode()
-    def visit(self, sequences: list[int], new: list[int], tokens: torch.Tensor) -> torch.Tensor:
-        """Logits [T, vocab] of `tokens` [T]."""
-        self.decoder.backend.begin_visit(self.rows(sequences, new))
-        x = self.decoder.forward(self.decoder.embed(to_device(tokens, DEVICE)), self.layers)
-        return self.decoder.logits(x)
+    def visit(self, sequences: list[int], new: list[int], tokens: torch.Tensor, graphs: Any = None) -> torch.Tensor:
+        """Logits [T, vocab] of `tokens` [T], by `graphs` or without."""
+        x = self.decoder.embed(to_device(tokens, DEVICE))
+        return self.decoder.logits(self.through(self.rows(sequences, new), x, graphs))
+
+    def through(self, rows: Rows, x: torch.Tensor, graphs: Any = None) -> torch.Tensor:
+        """Hidden states x [T, hidden] through the layers, by `graphs` or without."""
+        if graphs is not None:
+            assert graphs.fits(rows)
+            return graphs.replay(rows, x)
+        self.decoder.backend.begin_visit(rows)
+        return self.decoder.forward(x, self.layers)
 
 
 def make_runner(
@@ -282,14 +289,7 @@ def generate(runner: Runner, sequences: list[int], steps: int, graphs: Any = Non
     token = torch.arange(len(sequences), device=DEVICE)
     taken = []
     for _ in range(steps):
-        new = [1] * len(sequences)
-        if graphs is None:
-            logits = runner.visit(sequences, new, token)
-        else:
-            rows = runner.rows(sequences, new)
-            assert graphs.fits(rows)
-            logits = graphs.replay(rows, token)
-        token = logits.argmax(-1)
+        token = runner.visit(sequences, [1] * len(sequences), token, graphs).argmax(-1)
         taken.append(token)
     return torch.stack(taken)
 
@@ -328,7 +328,7 @@ def test_graphs_agree_with_float32(graphed):
             fill(each, sequences)
         for seed in range(3):
             tokens = tokens_of(count, seed)
-            found = graphs.replay(runner.rows(sequences, [1] * count), to_device(tokens, DEVICE))
+            found = runner.visit(sequences, [1] * count, tokens, graphs)
             assert relative_error(found, reference.visit(sequences, [1] * count, tokens)) < 1e-2
 
 
@@ -350,11 +350,7 @@ def test_graphs_between_attentions_agree_with_float32(config, dtype):
     print(f"{len(counts)} times {LAYERS + 1} graphs take {pool.taken() / 2**20:.0f} MB")
     for seed, (name, sequences, new) in enumerate(VISITS):
         tokens = tokens_of(sum(new), seed)
-        rows = runner.rows(sequences, new)
-        assert graphs.fits(rows)
-        with torch.inference_mode():
-            x = graphs.replay(rows, runner.decoder.embed(to_device(tokens, DEVICE)))
-            error = relative_error(runner.decoder.logits(x), reference.visit(sequences, new, tokens))
+        error = relative_error(runner.visit(sequences, new, tokens, graphs), reference.visit(sequences, new, tokens))
         print(f"{name}: {error:.1e}")
         assert error < 1e-2, name
 
@@ -375,21 +371,16 @@ def test_two_stages_agree_with_float32(by_graphs):
     decodes = [GraphedDecode(stage.captured, [1, 8, 64], pool) for stage in stages if by_graphs]
     for seed, (name, sequences, new) in enumerate(VISITS):
         tokens = tokens_of(sum(new), seed)
-        x = to_device(tokens, DEVICE)
         with torch.inference_mode():
+            x = stages[0].decoder.embed(to_device(tokens, DEVICE))
             for index, stage in enumerate(stages):
                 rows = stage.rows(sequences, new)
-                if by_graphs and decodes[index].fits(rows):
-                    x = decodes[index].replay(rows, x)
-                    continue
-                x = stage.decoder.embed(x) if index == 0 else x
+                by = None
                 if by_graphs:
-                    x = graphs[index].replay(rows, x)
-                else:
-                    stage.decoder.backend.begin_visit(rows)
-                    x = stage.decoder.forward(x, stage.layers)
-                x = stage.decoder.logits(x) if index == 1 else x
-        error = relative_error(x, reference.visit(sequences, new, tokens))
+                    by = decodes[index] if decodes[index].fits(rows) else graphs[index]
+                x = stage.through(rows, x, by)
+            logits = stages[1].decoder.logits(x)
+        error = relative_error(logits, reference.visit(sequences, new, tokens))
         print(f"{name}: {error:.1e}")
         assert error < 1e-2, name
 
@@ -409,10 +400,7 @@ def test_the_host_may_run_ahead(graphed):
             tokens = to_device(tokens_of(len(decoding), seed), DEVICE)
             if not wait:
                 torch.cuda._sleep(20_000_000)  # about 10 ms
-            if seed % 2:
-                logits.append(graphs.replay(runner.rows(decoding, [1] * len(decoding)), tokens))
-            else:
-                logits.append(runner.visit(decoding, [1] * len(decoding), tokens))
+            logits.append(runner.visit(decoding, [1] * len(decoding), tokens, graphs if seed % 2 else None))
             if wait:
                 torch.cuda.synchronize()
         return logits
@@ -447,7 +435,7 @@ def test_no_visit_waits_for_the_device(graphed):
             logits = runner.visit([0, 1, 2], [1, 1, 50], mixed)
             rows = to_device(np.array([0, 1]), DEVICE)
             sampler.sample(logits.index_select(0, rows), slots, positions)
-            logits = graphs.replay(runner.rows([0, 1], [1, 1]), to_device(mixed[:2], DEVICE))
+            logits = runner.visit([0, 1], [1, 1], mixed[:2], graphs)
             sampler.sample(logits, slots, positions)
 
 

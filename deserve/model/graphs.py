@@ -101,25 +101,17 @@ class Captured:
 
 
 class GraphedDecode:
-    """CUDA graphs for each number of decode rows in `batches`, from the stage's input to its output.
+    """CUDA graphs for each number of decode rows in `batches`, through all layers of the stage.
 
-    One each, or where there is a slab one for each of its spans. Input are token ids [n] where the decoder embeds, else
-    hidden states [n, hidden]; output are logits [n, vocab] where it has the output layer, else hidden states.
+    One each, or where there is a slab one for each of its spans.
     """
 
     @torch.inference_mode()
     def __init__(self, captured: Captured, batches: list[int], pool: GraphPool):
         self._captured, self._decoder = captured, captured.decoder
         self._batches = sorted(batches)
-        decoder, some, largest = captured.decoder, captured.layers[0], self._batches[-1]
-        self._spans = decoder.spans(captured.slab)
-        if decoder.weights.embedding is not None:
-            self._input = torch.zeros(largest, dtype=torch.int32, device=some.device)
-        else:
-            self._input = some.new_zeros(largest, decoder.config.hidden_size)
-        self._logits = None
-        if decoder.weights.head is not None:  # one for all graphs: each would keep logits of its own
-            self._logits = some.new_empty(largest, decoder.config.vocab_size)
+        self._spans = self._decoder.spans(captured.slab)
+        self._input = captured.layers[0].new_zeros(self._batches[-1], self._decoder.config.hidden_size)
         # Largest first: what it allocates serves all others.
         self._graphs = {batch: self._capture(batch, pool) for batch in reversed(self._batches)}
 
@@ -129,7 +121,7 @@ class GraphedDecode:
 
     @torch.inference_mode()
     def replay(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-        """The visit of `rows`, n rows that fit. x: [n] or [n, hidden]; returns [n, vocab] or [n, hidden]."""
+        """The visit of `rows`, which fit. x: hidden states [n, hidden]; returns them after the last layer."""
         count = len(rows.new_tokens)
         batch = self._batches[bisect.bisect_left(self._batches, count)]
         graphs, output, plan = self._graphs[batch]
@@ -138,7 +130,7 @@ class GraphedDecode:
             raise RuntimeError(f"the plan of {batch} decode rows is not the one that their graph was captured with")
         self._input[:count].copy_(x, non_blocking=True)
         if count < batch:
-            self._input[count:batch].zero_()  # a visit's output may stand here, and would grow with every round
+            self._input[count:batch].zero_()  # a visit's output stands here, and would grow with every round
         self._follow([graph.replay for graph in graphs])
         return output[:count].clone()  # the next replay writes there again
 
@@ -156,15 +148,11 @@ class GraphedDecode:
         branch: torch.Tensor | None = None
 
         def run(span: range) -> torch.Tensor:
-            nonlocal x, branch  # what the next span goes on from, in memory that only other batches' graphs share
-            if span is self._spans[0]:
-                x, branch = self._input[:batch], None
-                x = x if decoder.weights.embedding is None else decoder.embed(x)
-            branch = decoder.through(span, x, branch, captured.layers, captured.slab)
-            if span is not self._spans[-1]:
-                return x
-            y = decoder.merge(x, branch)
-            return y if self._logits is None else self._logits[:batch].copy_(decoder.logits(y))
+            nonlocal branch  # what the next span goes on from, in memory that only other batches' graphs share
+            branch = decoder.through(
+                span, x, None if span is self._spans[0] else branch, captured.layers, captured.slab
+            )
+            return decoder.merge(x, branch) if span is self._spans[-1] else x
 
         parts = [partial(run, span) for span in self._spans]
         self._follow(parts)
