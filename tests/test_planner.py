@@ -518,6 +518,17 @@ def test_a_stage_is_measured() -> None:
     assert found.latency_s == 0
 
 
+def test_padded_visits_take_as_long_as_what_they_are_padded_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, of which no part is needed for it."""
+    monkeypatch.setattr(_Probe, "_steps", [32, 48, 64])
+    checkpoint = resolve(load_config(["model=tiny"]).model)
+    found = _Probe(checkpoint, torch.float32, torch.device("cpu"), 16, 64, SamplingParams()).times()
+    tokens = found.layer.tokens
+    assert tokens.at == (1, 2, 16, 17, 32, 33, 48, 49, 64)
+    assert tokens(17) == tokens(20) == tokens(32) and tokens(33) == tokens(48) and tokens(49) == tokens(64)
+    assert found.layer.decodes.at == (1, 2, 16, 64)
+
+
 def test_visits_with_prompts_are_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, of which no part is needed for it."""
     monkeypatch.setattr("deserve.planner.measure.LASTING_S", 0.02)

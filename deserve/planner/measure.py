@@ -1,10 +1,11 @@
 """Measures what a plan needs to know: stages before their weights are loaded, links before they carry anything."""
 
 import gc
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +21,7 @@ from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint
+from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.sampler import encode_sampling
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.memory import available_memory
@@ -34,8 +36,10 @@ from deserve.stage import Stage, load_stage
 from deserve.workload import default_sampling
 
 COLD_BYTES = 48 << 20  # weights or KV pages that pass through a core's cache between two visits of the same
-CONTEXT = 16  # tokens before a decode row in most measurements
-LONG_CONTEXT = 256
+# On a CPU and on a GPU. What a GPU's rows cost each beside their keys and values hides behind these, if they are many.
+CONTEXT = 16, 128  # tokens before a decode row in most measurements
+LONG_CONTEXT = 256, 384
+FAR = 64, 256  # rows with such contexts
 ANSWER = 63  # tokens
 WRITTEN = 8  # lines of results: a few kilobytes, as nobody has asked for them
 PINGS, PONGS = 11, 12  # message tags of the link measurement
@@ -129,7 +133,7 @@ def survey(
 
 def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
     """`stages`, where ranks of one of `kinds` are equally fast: as fast as the fastest of them was measured to be."""
-    visit = Work(decodes=64, decode_kv=64 * CONTEXT)
+    visit = Work(decodes=64, decode_kv=64 * CONTEXT[0])
     best: dict[str, StageTimes] = {}
     for stage, kind in zip(stages, kinds, strict=True):
         if kind not in best or stage.layer(visit) < best[kind].layer(visit):
@@ -256,12 +260,14 @@ class _Probe:
         layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
         self._layers = min(model.num_layers, max(3, -(-COLD_BYTES // layer_bytes)))
         self._max_tokens, self._page_size, self._device = max_tokens, page_size, device
-        self._long_context = min(LONG_CONTEXT, model.max_context // 2)
-        self._context = min(CONTEXT, model.max_context // 4)
+        self._ahead = device.type == "cuda"
+        self._far = min(FAR[self._ahead], max_tokens)
+        self._long_context = min(LONG_CONTEXT[self._ahead], model.max_context // 2)
+        self._context = min(CONTEXT[self._ahead], model.max_context // 4)
         self._width = -(-max(self._long_context + 1, min(max_tokens, model.max_context)) // page_size)
         self._max_prompt = min(max_tokens, model.max_context)
-        self._ahead = device.type == "cuda"
-        pages = max(min(64, max_tokens) * self._width, max_tokens * -(-(self._context + 1) // page_size))
+        near, far = (-(-(context + 1) // page_size) for context in (self._context, self._long_context))
+        pages = max(self._width, self._far * far, max_tokens * near)
         if device.type == "cpu":
             page_bytes = page_size * model.kv_bytes_per_token_per_layer(dtype)
             pages = max(pages, -(-COLD_BYTES // page_bytes))
@@ -286,18 +292,18 @@ class _Probe:
         most = self._max_tokens
         # Two rows may cost far more than one: products of matrices, no longer with a vector.
         sizes = sorted({size for size in (1, 2, 16, 64, 256, 512) if size < most} | {most})
-        far = min(64, most)
-        prompts = [_prompts(size) for size in sizes]
+        counts = sorted({*sizes, *self._steps})
+        prompts = [_prompts(count) for count in counts]
         visits = [(shape, 0) for shape in (*prompts, (self._max_prompt,))]
         visits += [((1,) * size, self._context) for size in sizes]
-        visits += [((1,) * far, self._long_context)]
+        visits += [((1,) * self._far, self._long_context)]
         half = min(64, most // 2)
         self._mixed = ((1,) * half + (half,), self._context)
         visits += [self._mixed] if half > 1 else []
         shapes = [(False, visit, 0) for visit in visits] + [(True, visit, 0) for visit in visits]
         shapes += [(False, ((1,) * size, self._context), size) for size in sizes]
         took = self._time({shape: self._action(*shape) for shape in shapes})
-        some = sorted({1, far, most})
+        some = sorted({1, self._far, most})
         self._alone = {size: took[True, ((1,) * size, self._context), 0] for size in some if size in sizes}
 
         prompts_visit: Visit = (prompts[-1], 0)
@@ -309,8 +315,8 @@ class _Probe:
             rest[visit] = max(0.0, short - layer[visit])
         decodes = [((1,) * size, self._context) for size in sizes]
         head = [max(0.0, took[False, v, len(v[0])] - took[False, v, 0]) for v in decodes]
-        at = tuple(map(float, sizes))
-        times = StageTimes(self._cost(layer, at), self._cost(rest, at), Curve((0.0, *at), (0.0, *head)))
+        layer_cost, rest_cost = (self._cost(seconds, counts, sizes) for seconds in (layer, rest))
+        times = StageTimes(layer_cost, rest_cost, _curve(zip((0, *sizes), (0.0, *head), strict=True)))
         if not self._ahead:
             return times
         launch_s = self._launched[True, prompts_visit, 0] - self._launched[False, prompts_visit, 0]
@@ -396,22 +402,29 @@ class _Probe:
         last.synchronize()
         return first.elapsed_time(last) / 1e3 / row, launched / row
 
-    def _cost(self, seconds: dict[Visit, float], at: tuple[float, ...]) -> Cost:
-        """The cost of visits that took `seconds`; `at` are the counts of tokens measured."""
-        most, far = int(at[-1]), int(min(64, at[-1]))
-        several, one = _prompts(most), (self._max_prompt,)
+    @property
+    def _steps(self) -> list[int]:
+        """The numbers of tokens to which a GPU's larger visits are padded: what lies between takes as long."""
+        return [count for count in graph_tokens(self._max_tokens) if count > MOST_ROWS] if self._ahead else []
+
+    def _cost(self, seconds: dict[Visit, float], counts: Sequence[int], sizes: Sequence[int]) -> Cost:
+        """The cost of visits that took `seconds`, some of `counts` prompt tokens each and some of `sizes` decode rows."""
+        several, one = _prompts(counts[-1]), (self._max_prompt,)
         more_pairs = _pairs(one) - _pairs(several)
         per_pair = seconds[one, 0] - seconds[several, 0]
-        pair_s = max(0.0, per_pair / more_pairs) if sum(one) == most and more_pairs > 0 else 0.0
-        more_kv = far * (self._long_context - self._context)
-        kv_s = max(0.0, (seconds[(1,) * far, self._long_context] - seconds[(1,) * far, self._context]) / more_kv)
-        prompts = [(n, _prompts(int(n))) for n in at]
-        tokens = [max(0.0, seconds[shape, 0] - pair_s * _pairs(shape)) for _, shape in prompts]
+        pair_s = max(0.0, per_pair / more_pairs) if sum(one) == counts[-1] and more_pairs > 0 else 0.0
+        far, more_kv = (1,) * self._far, self._far * (self._long_context - self._context)
+        kv_s = max(0.0, (seconds[far, self._long_context] - seconds[far, self._context]) / more_kv)
+        tokens = {
+            count: max(0.0, seconds[shape, 0] - pair_s * _pairs(shape))
+            for count, shape in zip(counts, map(_prompts, counts), strict=True)
+        }
         decodes = [
-            seconds[(1,) * int(n), self._context] - base - kv_s * n * (self._context + 1)
-            for n, base in zip(at, tokens, strict=True)
+            seconds[(1,) * size, self._context] - tokens[size] - kv_s * size * (self._context + 1) for size in sizes
         ]
-        cost = Cost(Curve(at, tuple(tokens)), Curve(at, tuple(decodes)), kv_s, pair_s)
+        points = list(tokens.items())
+        points += [(before + 1, tokens[step]) for before, step in itertools.pairwise(counts) if step in self._steps]
+        cost = Cost(_curve(sorted(points)), _curve(zip(sizes, decodes, strict=True)), kv_s, pair_s)
         if self._mixed not in seconds:
             return cost
         new, context = self._mixed
@@ -471,6 +484,11 @@ class _Probe:
             return replace(plan, page_writes=entry.page_writes, admitted=entry.admitted)
         stage.forward(entry, self._ids[:0])
         return plan
+
+
+def _curve(points: Iterable[tuple[int, float]]) -> Curve:
+    at, seconds = zip(*points, strict=True)
+    return Curve(tuple(map(float, at)), seconds)
 
 
 def _prompts(tokens: int, length: int = 64) -> tuple[int, ...]:
