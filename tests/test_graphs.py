@@ -14,7 +14,7 @@ from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, graph_batches, graph_tokens
+from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, graph_batches, graph_tokens, worth_capturing
 from deserve.model.weights import Shard, dummy_shard
 
 CPU = torch.device("cpu")
@@ -180,6 +180,13 @@ def test_steps():
     assert graph_tokens(200) == [16, 32, 64, 128, 192, 200]
     assert graph_tokens(4096)[-3:] == [768, 896, 1024]
     assert max(graph_batches(4096)) == 256
+
+
+def test_visits_are_padded_to_what_takes_less_time():
+    assert worth_capturing({1: 1.0, 64: 1.0, 128: 1.2, 256: 2.0}) == [1, 64, 128, 256]
+    assert worth_capturing({256: 1.0, 384: 3.0, 448: 2.0, 512: 1.5}) == [256, 512]
+    assert worth_capturing({384: 3.0, 448: 2.0, 512: 1.95}) == [448, 512]  # by chance
+    assert worth_capturing({1: 9.0}) == [1]
 
 
 def test_padding_lies_on_the_scratch_page():

@@ -408,7 +408,7 @@ class _Probe:
         return [count for count in graph_tokens(self._max_tokens) if count > MOST_ROWS] if self._ahead else []
 
     def _cost(self, seconds: dict[Visit, float], counts: Sequence[int], sizes: Sequence[int]) -> Cost:
-        """The cost of visits that took `seconds`, some of `counts` prompt tokens each and some of `sizes` decode rows."""
+        """The cost of visits that took `seconds`: some of `counts` prompt tokens each, some of `sizes` decode rows."""
         several, one = _prompts(counts[-1]), (self._max_prompt,)
         more_pairs = _pairs(one) - _pairs(several)
         per_pair = seconds[one, 0] - seconds[several, 0]
