@@ -48,7 +48,7 @@ def worth_capturing(seconds: Mapping[int, float]) -> list[int]:
     """The numbers of tokens to pad visits to, of those whose products take `seconds`.
 
     For some numbers the library's choice of a kernel is unlucky, and more tokens take less time: on an H100 a layer of
-    Llama-3-70B takes 1.78 ms for 448 and 1.13 ms for 512, one of Llama-3-8B 0.44 ms for 384 and 0.30 ms for 512.
+    Llama-3-70B takes 1.67 ms for 448 and 0.97 ms for 512, one of Llama-3-8B 0.43 and 0.27 ms.
     """
     worth: list[int] = []
     for count in sorted(seconds, reverse=True):
