@@ -371,7 +371,9 @@ def on_two_gpus(
         budgets=(512, 1024),
     )
     requests = replace(lengths(20000, 512, 256), exact=exact)
-    return choose_plan(config, model, torch.bfloat16, requests, gpus)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deserve.planner.planner.EFFORT", (30_000, 500, 60_000))  # less than for so long a job
+        return choose_plan(config, model, torch.bfloat16, requests, gpus)
 
 
 class Observed(Simulation):
