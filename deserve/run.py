@@ -17,7 +17,7 @@ from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
 from deserve.errors import LinkError, UserError
 from deserve.job import Job
-from deserve.model.checkpoint import Checkpoint, model_dtype, resolve
+from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.measure import survey
 from deserve.planner.plan import Plan
@@ -41,6 +41,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)
+        check_files(checkpoint)
         dtype = model_dtype(config.model, checkpoint.config)
     world.require_same({"the kind of device": device.type, **facts(config, checkpoint)})
     job = None

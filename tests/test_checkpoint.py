@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import make_checkpoint, save_tokenizer
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from deserve.config import ModelSection, config_dir
 from deserve.errors import RequestError, UserError
-from deserve.model.checkpoint import Checkpoint, fetch_shard_files, model_dtype, resolve
+from deserve.model.checkpoint import Checkpoint, check_files, fetch_shard_files, model_dtype, resolve
+from deserve.model.safetensors_folder import INDEX
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from deserve.model.weights import INDEX, Shard, tensor_shapes
+from deserve.model.weights import Shard, tensor_shapes
 
 
 def group(name: str, **overrides) -> ModelSection:
@@ -91,11 +94,50 @@ def test_the_fingerprint_follows_what_decides_the_tokens(tmp_path):
     seen.append(resolve(section).fingerprint())
     save_tokenizer(folder)
     seen.append(resolve(section).fingerprint())
-    with open(folder / "model.safetensors", "ab") as file:
-        file.write(b"more")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors")
     seen.append(resolve(section).fingerprint())
     seen.append(resolve(ModelSection(name="own", path=str(folder), weights="dummy")).fingerprint())
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "100KB"])
+def test_stray_files_do_not_change_the_fingerprint(tmp_path, shard_size):
+    """A job may go on after another tool has put its own files beside the model's."""
+    folder = make_checkpoint(tmp_path, shard_size=shard_size)
+    section = ModelSection(name="own", path=str(folder))
+    before = resolve(section).fingerprint()
+    (folder / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/params.json", "original/consolidated.safetensors"):
+        (folder / name).write_bytes(b"stray")
+    assert resolve(section).fingerprint() == before
+    check_files(resolve(section))
+
+
+def test_the_index_of_a_hub_s_model_is_checked_before_its_weights_come(tmp_path, saved):
+    hub = replace(resolve(ModelSection(name="own", path=str(saved))), folder=tmp_path, hub_id="org/small")
+    check_files(hub)  # a single file, for all that is known
+    (tmp_path / INDEX).write_bytes((saved / INDEX).read_bytes())
+    check_files(hub)
+    shorter = replace(hub, config=replace(hub.config, num_layers=3))
+    with pytest.raises(UserError, match=rf"{INDEX}: holds model\.layers\.3\."):
+        check_files(shorter)
+    longer = replace(hub, config=replace(hub.config, num_layers=5))
+    with pytest.raises(UserError, match=rf"{INDEX}: no tensor model\.layers\.4\."):
+        check_files(longer)
+    name = "model-00001-of-" + next(iter(saved.glob("model-00001-of-*"))).name.split("-of-")[1]
+    (tmp_path / name).write_bytes((saved / name).read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{name}.*truncated"):  # but those that lie here are looked at
+        check_files(hub)
+    check_files(replace(hub, weights="dummy"))
+
+
+def test_a_tokenizer_that_git_has_not_fetched(tmp_path):
+    folder = save_tokenizer(make_checkpoint(tmp_path))
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json: only a pointer to the tokenizer; `git lfs pull`"):
+        check_files(resolve(ModelSection(name="own", path=str(folder))))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.weights import INDEX, Shard, load_shard
+from deserve.model.safetensors_folder import INDEX
+from deserve.model.weights import Shard, load_shard
 
 # Contexts shorter than the prompts, so that every regime of a scaling is at work
 ROPES = {

@@ -23,8 +23,9 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, GraphPool
+from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler, encode_sampling
-from deserve.model.weights import INDEX, LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
+from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.planner.plan import Plan
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES

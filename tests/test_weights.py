@@ -1,6 +1,7 @@
 """Which tensors a rank reads, that they arrive in the right place, and what is said when they cannot."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deserve.errors import UserError
-from deserve.model import weights
+from deserve.model import safetensors_folder
 from deserve.model.config import ModelConfig, parse_config
+from deserve.model.safetensors_folder import INDEX
 from deserve.model.weights import (
     EMBEDDING,
     HEAD,
-    INDEX,
     LayerWeights,
     Shard,
     ShardWeights,
+    check_weights,
     dummy_shard,
     layer_parts,
     load_shard,
@@ -59,7 +61,7 @@ def tensors_of(loaded: ShardWeights) -> dict[str, torch.Tensor]:
 def reads(monkeypatch):
     """The (file name, tensor) pairs read while a test runs."""
     log: list[tuple[str, str]] = []
-    plain = weights.safe_open
+    plain = safetensors_folder.safe_open
 
     class Spy:
         def __init__(self, path, **options):
@@ -82,7 +84,7 @@ def reads(monkeypatch):
             log.append((self.path.name, name))
             return self.handle.get_tensor(name)
 
-    monkeypatch.setattr(weights, "safe_open", Spy)
+    monkeypatch.setattr(safetensors_folder, "safe_open", Spy)
     return log
 
 
@@ -264,20 +266,104 @@ def _elsewhere(folder: Path, name: str, file: str) -> None:
         (lambda f: (f / "model.safetensors").unlink(), ["no model.safetensors"]),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), [".bin", "safetensors"]),
         (lambda f: (f / "model.safetensors").rename(f / "a.safetensors.gz"), ["no model.safetensors"]),
-        (lambda f: _elsewhere(f, DOWN, "gone.safetensors"), ["gone.safetensors", "no such file", DOWN]),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+            [INDEX, "half a download"],
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "model.safetensors.incomplete"),
+            ["no model.safetensors", "half a download", "model.safetensors.incomplete"],
+        ),
+        (
+            lambda f: _elsewhere(f, DOWN, "gone.safetensors"),
+            ["1 of the 2 files", "gone.safetensors", "half a download"],
+        ),
         (lambda f: _index(f, {}), [INDEX, EMBEDDING]),
         (lambda f: (f / INDEX).write_text("{"), [INDEX, "weight_map"]),
         (lambda f: (f / INDEX).write_text("[]"), [INDEX, "weight_map"]),
     ],
 )
 def test_damage_is_named(tmp_path, damage, words):
+    """By the check before the survey, and in the same words by whoever loads all the same."""
     folder = save_dummy(TINY, tmp_path)
     damage(folder)
     with pytest.raises(UserError) as caught:
-        load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT)
+        check_weights(folder, config_of(folder))
     message = str(caught.value)
     assert all(word in message for word in [str(folder), *words]), message
     assert "\n" not in message
+    with pytest.raises(UserError) as again:
+        load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT)
+    assert str(again.value) == message
+
+
+def _add(folder: Path, **tensors: torch.Tensor) -> None:
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tensors_that_nobody_asks_for_are_refused(tmp_path, indexed):
+    """Else the answers would be those of a model without its last layer."""
+    folder = make_checkpoint(tmp_path, shard_size="60KB" if indexed else "1GB")
+    config = replace(config_of(folder), num_layers=3)
+    with pytest.raises(
+        UserError, match=r"model\.layers\.3\.input_layernorm\.weight and 8 more.*config\.json"
+    ) as caught:
+        check_weights(folder, config)
+    assert (INDEX in str(caught.value)) == indexed
+
+
+def test_tensors_beside_the_index_are_refused_too(tmp_path):
+    folder = save_dummy(TINY, tmp_path)
+    _index(folder, dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"))
+    _add(folder, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)})
+    with pytest.raises(UserError, match=r"model\.safetensors: holds model\.layers\.0\.self_attn\.q_proj\.bias,"):
+        check_weights(folder, config_of(folder))
+
+
+def test_tensors_that_follow_from_the_config_are_harmless(tmp_path, reads):
+    folder = save_dummy(TINY, tmp_path)
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.cos_cached", "model.position_ids"]
+    _add(folder, **{name: torch.zeros(8) for name in names})
+    check_weights(folder, config_of(folder))
+    assert not reads  # headers alone
+    assert len(load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT).layers) == 4
+
+
+def test_a_head_that_only_the_config_ties_is_refused(tmp_path):
+    folder = save_dummy(TINY | {"tie_word_embeddings": True}, tmp_path)
+    _add(folder, **{HEAD: torch.zeros(320, 64)})
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        check_weights(folder, config_of(folder))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_stray_files_change_nothing(tmp_path, indexed):
+    folder = make_checkpoint(tmp_path, shard_size="60KB" if indexed else "1GB")
+    expected = tensors_of(load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT))
+    (folder / "original").mkdir()
+    for name in ("consolidated.safetensors", "adapter_model.safetensors", "original/model.safetensors"):
+        save_file({"tok_embeddings.weight": torch.zeros(3)}, folder / name)
+    (folder / "consolidated.00.pth").write_bytes(b"stray")
+    check_weights(folder, config_of(folder))
+    found = tensors_of(load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("place", ["download/.cache/huggingface/download", "blobs"])
+def test_half_a_download_is_called_that(tmp_path, place):
+    """Where the hub's library leaves what it has not finished: in a local folder, and in its cache."""
+    folder = make_checkpoint(tmp_path / ("download" if place != "blobs" else "snapshots/commit"), shard_size="60KB")
+    absent = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))[1:]
+    for name in absent:
+        (folder / name).unlink()
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "0a1b.incomplete").touch()
+    words = rf"{len(absent)} of the {len(absent) + 1} files.*{absent[0]}.*half a download.*0a1b\.incomplete"
+    with pytest.raises(UserError, match=words):
+        check_weights(folder, config_of(folder))
+    check_weights(folder, config_of(folder), fetched=False)  # a hub's snapshot, whose weights come later
 
 
 def test_one_damaged_file_of_several_is_named(tmp_path):
@@ -287,7 +373,7 @@ def test_one_damaged_file_of_several_is_named(tmp_path):
     file = json.loads((folder / INDEX).read_text())["weight_map"][DOWN]
     (folder / file).write_bytes((folder / file).read_bytes()[:-1])
     load_shard(folder, config, Shard(0, 1, True, False), CPU, FLOAT)
-    with pytest.raises(UserError, match=rf"{file}: cannot read model\.layers\.\d\..*truncated"):
+    with pytest.raises(UserError, match=rf"{file}: cannot read its header.*truncated"):
         load_shard(folder, config, WHOLE, CPU, FLOAT)
 
 

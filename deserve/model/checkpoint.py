@@ -13,7 +13,8 @@ from deserve.config import ModelSection
 from deserve.errors import UserError
 from deserve.model import smollm2
 from deserve.model.config import DTYPES, ModelConfig, parse_config
-from deserve.model.weights import INDEX, SINGLE, Shard, read_weight_map, stored_name, tensor_shapes
+from deserve.model.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, is_lfs_pointer
+from deserve.model.weights import Shard, check_weights, stored_name, tensor_shapes
 
 # All of a hub repository that is small: configuration, index and tokenizer
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -52,7 +53,7 @@ class Checkpoint:
         if self.hub_id is not None:
             digest.update(self.folder.name.encode())  # the commit; which weight files lie here varies by rank
         elif self.weights == "auto":
-            for path in sorted(self.folder.glob("*.safetensors")):
+            for path in sorted({self.folder / file for file in SafetensorsFolder(self.folder).weight_map.values()}):
                 digest.update(f"{path.name} {path.stat().st_size}".encode())
                 _digest_samples(digest, path)
         return digest.hexdigest()
@@ -85,6 +86,24 @@ def resolve(model: ModelSection) -> Checkpoint:
     )
 
 
+def check_files(checkpoint: Checkpoint) -> None:
+    """Check what can be checked without reading weights: their index, the headers of those that lie here, pointers.
+
+    Of a hub snapshot, most weight files come only when the plan says which rank needs which; `load_shard` checks those.
+    Raises UserError, naming the file and the tensor.
+    """
+    if checkpoint.folder is None:
+        return
+    for name in TOKENIZING_FILES:
+        path = checkpoint.folder / name
+        if path.is_file() and is_lfs_pointer(path):
+            raise UserError(f"{path}: only a pointer to the tokenizer; `git lfs pull` fetches it")
+    if checkpoint.weights == "dummy":
+        return
+    if checkpoint.hub_id is None or any((checkpoint.folder / name).is_file() for name in (INDEX, SINGLE)):
+        check_weights(checkpoint.folder, checkpoint.config, fetched=checkpoint.hub_id is None)
+
+
 def model_dtype(section: ModelSection, config: ModelConfig) -> torch.dtype:
     """The dtype to compute in: `model.dtype`, or the checkpoint's for `auto`."""
     return config.dtype if section.dtype == "auto" else DTYPES[section.dtype]
@@ -93,20 +112,15 @@ def model_dtype(section: ModelSection, config: ModelConfig) -> torch.dtype:
 def fetch_shard_files(checkpoint: Checkpoint, shard: Shard) -> None:
     """Download the weight files that hold `shard`, and no others; nothing to do for a local or dummy model.
 
-    Raises UserError when the index lacks a tensor, or a file is neither in the cache nor to be had.
+    Raises UserError when a file is neither in the cache nor to be had.
     """
     if checkpoint.hub_id is None or checkpoint.folder is None or checkpoint.weights == "dummy":
         return
     files = {SINGLE}
     if (checkpoint.folder / INDEX).is_file():
-        weight_map = read_weight_map(checkpoint.folder)
-        try:
-            names = [
-                stored_name(name, weight_map, checkpoint.config) for name in tensor_shapes(checkpoint.config, shard)
-            ]
-        except KeyError as error:
-            raise UserError(f"{checkpoint.hub_id}: {INDEX} has no tensor {error.args[0]}") from error
-        files = {weight_map[name] for name in names}
+        weight_map = SafetensorsFolder(checkpoint.folder).weight_map
+        names = tensor_shapes(checkpoint.config, shard)
+        files = {weight_map[stored_name(name, weight_map, checkpoint.config)] for name in names}
     for file in sorted(files):
         _fetch(checkpoint.hub_id, file, checkpoint.folder.name)
 

@@ -4,30 +4,23 @@ One table, `layer_parts`, says which tensors of a checkpoint make up which fused
 and measuring a shard all follow it.
 """
 
-import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
+from deserve.model.safetensors_folder import SafetensorsFolder, Shape
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")  # anything narrower is quantised and needs scales
 
-Shape = tuple[int, ...]
 Parts = tuple[tuple[str, Shape], ...]  # checkpoint tensors and their shapes, stacked along dimension 0
 Fill = Callable[[str, Tensor], None]  # puts the checkpoint's tensor of that name into the given one
 
@@ -141,15 +134,29 @@ def parameter_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> in
     return sum(math.prod(shape) for shape in tensor_shapes(config, shard).values()) * dtype.itemsize
 
 
+def check_weights(folder: Path, config: ModelConfig, fetched: bool = True) -> None:
+    """Check that a folder of safetensors holds the tensors of `config` and no others; reads headers alone.
+
+    Unless all of them are `fetched`, files may be missing, and what they hold is checked by `load_shard`.
+    Raises UserError, naming the file and the tensor, as `SafetensorsFolder.check` does, and for an output head that
+    is said to be tied to the embedding but differs from it.
+    """
+    stored = SafetensorsFolder(folder)
+    files = set(stored.weight_map.values())
+    _check(stored, config, files if fetched else {file for file in files if (folder / file).is_file()})
+
+
 def load_shard(
     folder: Path, config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype
 ) -> ShardWeights:
     """Read a shard's tensors, and no others, from a folder of safetensors into fused weights on `device`.
 
-    Raises UserError, naming the file and the tensor, for a folder without safetensors, a tensor or file that
-    is missing, a shape that config.json does not promise, and a truncated or corrupt file.
+    Raises UserError as `check_weights` does, before reading any tensor, but only for the files that hold the shard's.
     """
-    return _build(config, shard, device, dtype, _Reader(folder, config).fill)
+    stored = SafetensorsFolder(folder)
+    names = {name: stored_name(name, stored.weight_map, config) for name in tensor_shapes(config, shard)}
+    _check(stored, config, {stored.weight_map[name] for name in names.values() if name in stored.weight_map})
+    return _build(config, shard, device, dtype, lambda name, target: stored.read(names[name], target))
 
 
 def dummy_shard(
@@ -169,33 +176,23 @@ def fill_dummy(name: str, target: Tensor, seed: int) -> None:
     target.normal_(0.0, 0.02, generator=generator)
 
 
-def read_weight_map(folder: Path) -> dict[str, str]:
-    """Which file of `folder` holds which tensor: the index's word, or the content of a single file.
-
-    Raises UserError when the folder has no safetensors or they or their index cannot be read.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        single = _single_file(folder)
-        with _opened(single) as opened:
-            return dict.fromkeys(opened.keys(), single.name)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: cannot read the weight_map: {error!r}") from error
+def stored_name(name: str, weight_map: Container[str], config: ModelConfig) -> str:
+    """The name a tensor goes by in the checkpoint: a tied matrix may have been kept as the head's alone."""
+    only_head = config.tied_embeddings and name == EMBEDDING and name not in weight_map and HEAD in weight_map
+    return HEAD if only_head else name
 
 
-def stored_name(name: str, weight_map: dict[str, str], config: ModelConfig) -> str:
-    """The name a tensor goes by in the checkpoint: a tied matrix may have been kept as the head's alone.
-
-    Raises KeyError(name) when the checkpoint lacks it.
-    """
-    if config.tied_embeddings and name == EMBEDDING and name not in weight_map:
-        name = HEAD if HEAD in weight_map else name
-    if name not in weight_map:
-        raise KeyError(name)
-    return name
+def _check(stored: SafetensorsFolder, config: ModelConfig, files: set[str]) -> None:
+    whole = tensor_shapes(config, Shard(0, config.num_layers, True, True))
+    expected = {stored_name(name, stored.weight_map, config): shape for name, shape in whole.items()}
+    twice = config.tied_embeddings and {EMBEDDING, HEAD} <= stored.weight_map.keys()
+    stored.check(expected, files, spare={HEAD} if twice else ())
+    # transformers reads such a head as one of its own.
+    if twice and {stored.weight_map[EMBEDDING], stored.weight_map[HEAD]} <= files and not stored.equal(EMBEDDING, HEAD):
+        raise UserError(
+            f"{stored.source}: {HEAD} differs from {EMBEDDING}, though config.json ties them: set "
+            "tie_word_embeddings=false there"
+        )
 
 
 def _build(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, fill: Fill) -> ShardWeights:
@@ -219,67 +216,3 @@ def _build(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch
     shared = embedding if config.tied_embeddings else None
     head = fuse(table["head"]) if shared is None else shared
     return ShardWeights(layers, embedding, fuse(table["final_norm"]), head)
-
-
-class _Reader:
-    """Copies single tensors out of a folder's safetensors files."""
-
-    def __init__(self, folder: Path, config: ModelConfig):
-        self.folder, self.config = folder, config
-        self.weight_map = read_weight_map(folder)
-
-    def fill(self, name: str, target: Tensor) -> None:
-        """Copy the checkpoint's tensor `name` into `target`, converting its dtype."""
-        try:
-            stored = stored_name(name, self.weight_map, self.config)
-        except KeyError as error:
-            index = self.folder / INDEX
-            source = index if index.is_file() else _single_file(self.folder)
-            raise UserError(f"{source}: no tensor {name}, which config.json calls for") from error
-        path = self.folder / self.weight_map[stored]
-        # Opened anew for each tensor: pages of the mapped file stay in memory only as long as it is open.
-        with _opened(path, stored) as opened:
-            if stored not in set(opened.keys()):
-                raise UserError(f"{path}: no tensor {stored}, which {INDEX} says it holds")
-            header = opened.get_slice(stored)
-            found, expected = list(header.get_shape()), list(target.shape)
-            if found != expected:
-                raise UserError(f"{path}: {stored} has shape {found}, config.json calls for {expected}")
-            if header.get_dtype() not in FLOATS:
-                kinds = ", ".join(FLOATS)
-                raise UserError(f"{path}: {stored} holds {header.get_dtype()}, expected one of {kinds}")
-            target.copy_(opened.get_tensor(stored))
-
-
-@contextmanager
-def _opened(path: Path, tensor: str = "its header") -> Iterator[Any]:
-    """A safetensors file; whatever goes wrong with it is a UserError naming the file and the tensor."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {INDEX} says that it holds {tensor}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        if _is_lfs_pointer(path):
-            raise UserError(f"{path}: only a pointer to the weights; `git lfs pull` fetches them") from error
-        raise UserError(f"{path}: cannot read {tensor} ({error}): truncated or corrupt") from error
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    """Whether git put a file's address in its place, as it does where its large file storage is not installed."""
-    with path.open("rb") as file:
-        return file.read(20) == b"version https://git-"
-
-
-def _single_file(folder: Path) -> Path:
-    """The only safetensors file of a folder without index."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) == 1 or folder / SINGLE in files:
-        return folder / SINGLE if folder / SINGLE in files else files[0]
-    if files:
-        raise UserError(f"{folder}: {len(files)} safetensors files, but no {INDEX} to say what they hold")
-    if any(folder.glob("*.bin")):
-        raise UserError(f"{folder}: only .bin files; save the model as safetensors (save_pretrained does)")
-    raise UserError(f"{folder}: no {SINGLE} and no {INDEX}")
