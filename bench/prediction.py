@@ -57,7 +57,6 @@ def work(settings: list[int], repeats: int, attempts: int, results: Path) -> Non
         for index in settings * attempts:
             if world.rank == 0:
                 wanted = quiet_jobs(results, index) < repeats
-            world.begin_job()
             if not world.share("wanted", world.rank == 0 and wanted):
                 continue
             begun = others_seconds(), time.monotonic()

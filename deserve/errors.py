@@ -1,5 +1,11 @@
 """Errors that a user can cause, each with one message that says what to do."""
 
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
 
 class UserError(Exception):
     """A mistake in the configuration, the input or the model folder; the message names the key, file or line."""
@@ -18,3 +24,15 @@ class RequestError(Exception):
 
 class LinkError(Exception):
     """A rank that this one depends on is gone, or the link to it; the message names both."""
+
+
+def tell_torchrun(message: str) -> None:
+    """Hand `message` to the torchrun that started this process, if one did: its closing summary shows it.
+
+    Source: torch.distributed.elastic.multiprocessing.errors, which reads the file that it names in the environment.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(content))

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import os
 import sys
-import traceback
 from typing import Any
 
 import psutil
@@ -12,10 +11,11 @@ import torch
 from omegaconf import OmegaConf
 
 from deserve import __version__
+from deserve.comm.network import require_one_host
 from deserve.comm.ring import connect
 from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
-from deserve.errors import LinkError, UserError
+from deserve.errors import UserError, tell_torchrun
 from deserve.job import Job
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.pipeline import run_pipeline
@@ -30,7 +30,6 @@ from deserve.stop import STOPPED, Stop
 
 def run(config: Config, world: World) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
-    world.begin_job()
     with Stop(config.output.grace_s, config.time_limit_s) as stop:
         return run_until(stop, config, world)
 
@@ -38,6 +37,7 @@ def run(config: Config, world: World) -> int:
 def run_until(stop: Stop, config: Config, world: World) -> int:
     """The job of `run`, ended early by `stop`."""
     with world.step("device"):
+        require_one_host(config.network, world.hosts)
         device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)
@@ -49,10 +49,11 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         if world.rank == 0:
             job = Job(config, checkpoint)
     machine = survey(world, config, checkpoint, dtype, device)
+    chosen = None
     with world.step("plan"):
         if job is not None and machine is not None:
-            world.publish("plan", job.plan(machine, dtype).to_json())
-    plan = Plan.from_json(world.read("plan"))
+            chosen = job.plan(machine, dtype).to_json()
+    plan = Plan.from_json(world.share("plan", chosen))
     with world.step("load"):
         stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
     hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
@@ -147,19 +148,15 @@ def main() -> int:
         return STOPPED
     try:
         status = run(config, world)
-    except LinkError as error:
-        world.fail(f"rank {world.rank}: {error}")
-    except UserError as error:
-        world.fail(str(error))
     except Exception as error:
-        traceback.print_exc()
-        world.fail(f"rank {world.rank}: {type(error).__name__}: {error}")
+        world.end_with(error)
     world.leave()
     return status
 
 
 def complain(error: UserError, speaks: bool, status: int) -> int:
     """One message for all ranks."""
+    tell_torchrun(f"deserve: error: {error}")
     if speaks:
         print(f"deserve: error: {error}", file=sys.stderr, flush=True)
     return status

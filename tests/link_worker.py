@@ -48,7 +48,7 @@ def burst(world: World) -> dict[str, Any]:
         world.share(f"burst/{index}", None)  # nobody sends before the receives are posted
         if world.rank == 0:
             sender = GlooSender(1, 20, 10, Wire(LATENCY_MS, None))
-            world.read(f"posted/{index}")
+            world.receive(1, f"posted/{index}")
             times = []
             for _ in range(10):
                 times.append(time.monotonic())
@@ -57,7 +57,7 @@ def burst(world: World) -> dict[str, Any]:
             sender.close()
         else:
             receiver = GlooReceiver(0, 20, 400, ahead=10)
-            world.publish(f"posted/{index}", True)
+            world.send(0, f"posted/{index}", True)
             times = []
             for _ in range(10):
                 receiver.receive()
@@ -71,13 +71,13 @@ def large(world: World) -> dict[str, Any]:
     nbytes = 10_000_000
     if world.rank == 0:
         sender = GlooSender(1, 30, 1, Wire(LATENCY_MS, 100))
-        world.read("large")
+        world.receive(1, "large")
         begin = time.monotonic()
         sender.send(torch.zeros(nbytes, dtype=torch.uint8))
         sender.close()
         return {"large_sent": begin}
     receiver = GlooReceiver(0, 30, nbytes, ahead=1)
-    world.publish("large", True)
+    world.send(0, "large", True)
     assert len(receiver.receive()) == nbytes
     return {"large_arrived": time.monotonic()}
 
@@ -127,9 +127,7 @@ def rehearsal(world: World) -> dict[str, Any]:
 if __name__ == "__main__":
     world = World()
     found = ping_pong(world) | burst(world) | large(world) | in_order(world) | rehearsal(world)
-    found[f"shared_{world.rank}"] = len(
-        world.share("long text", "x" * SHARED)
-    )  # more than the store takes in one value
+    found[f"shared_{world.rank}"] = len(world.share("long text", "x" * SHARED))  # as a long trace is
     everything = world.gather("found", found)
     if world.rank == 0:
         first, second = everything

@@ -26,6 +26,8 @@ def failed(output: Path, *overrides: str, ranks: int = 2) -> str:
     assert done.returncode != 0 and time.monotonic() - begin < SECONDS
     messages = [line for line in done.stderr.splitlines() if line.startswith("deserve: error:")]
     assert len(messages) == 1, done.stderr[-3000:]
+    # torchrun's summary, the last thing on the screen, says it again.
+    assert f"traceback : {messages[0]}\n" in done.stderr.split("Root Cause")[-1], done.stderr[-3000:]
     # torchrun's own traceback is its own affair; ours would name a file of the package.
     assert "deserve/" not in done.stderr.replace(messages[0], "")
     return messages[0]

@@ -5,16 +5,25 @@ a simulation must never be faster than the network it stands for.
 """
 
 import json
+import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from launch import torchrun
 from link_worker import LATENCY_MS, SHARED
 
-from deserve.comm.link import Loopback, frame, unframe
-from deserve.comm.network import Wire
+from deserve.comm import nccl, outbox
+from deserve.comm.host import Host
+from deserve.comm.link import Loopback, Receiver, Sender, frame, unframe
+from deserve.comm.nccl import NcclReceiver, NcclSender
+from deserve.comm.network import Wire, require_one_host
+from deserve.comm.outbox import Outbox
+from deserve.config import NetworkSection
+from deserve.errors import LinkError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +87,59 @@ def test_a_ring_of_one_keeps_what_it_is_given() -> None:
     loop.send(torch.empty(0, dtype=torch.int32))
     assert loop.receive().view(torch.int32).tolist() == [1, 2]
     assert loop.receive().tolist() == []
+
+
+def test_a_network_between_hosts_is_not_simulated() -> None:
+    """Frames carry the sender's CLOCK_MONOTONIC, which counts from the boot of its host."""
+    here, there = Host("boot 1", "near"), Host("boot 2", "far")
+    require_one_host(NetworkSection(latency_ms=64), [here, here])
+    require_one_host(NetworkSection(), [here, there])
+    for network in (NetworkSection(latency_ms=64), NetworkSection(bandwidth_mbps=100)):
+        with pytest.raises(UserError, match=r"network\.latency_ms.*2 hosts \(near, far\)"):
+            require_one_host(network, [here, there, there])
+
+
+class Unplugged:
+    """The host's end of a link that fails."""
+
+    def __init__(self, error: BaseException):
+        self._error = error
+
+    def send(self, payload: torch.Tensor, beside: int = 0) -> None:
+        raise self._error
+
+    def take(self) -> None:
+        raise self._error
+
+
+ERRORS = [LinkError("link to rank 1 is lost"), RuntimeError("NCCL error"), ValueError("any other"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("kind", [Outbox, NcclSender, NcclReceiver])
+def test_a_failing_thread_of_a_link_ends_the_job_itself(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Sender | Receiver], error: BaseException
+) -> None:
+    """With one round the main thread has sent its last frame, and waits for one that can no longer come."""
+    cuda = MagicMock()
+    for module in (nccl, outbox):
+        monkeypatch.setattr(module.torch, "cuda", cuda)
+    monkeypatch.setattr(nccl, "dist", MagicMock())
+    monkeypatch.setattr(nccl, "WARM_UP_BYTES", 0)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    failures: queue.Queue[BaseException] = queue.Queue()
+    device, end = torch.device("cpu"), Unplugged(error)
+    links: dict[type, Callable[[], Any]] = {
+        Outbox: lambda: Outbox(end, failures.put),
+        NcclSender: lambda: NcclSender(1, MagicMock(), end, device, failures.put),
+        NcclReceiver: lambda: NcclReceiver(1, MagicMock(), end, 8, 1, device, failures.put),
+    }
+    link = links[kind]()
+    if isinstance(link, Sender):
+        link.send(torch.zeros(2))
+    found = failures.get(timeout=30)
+    if isinstance(error, RuntimeError) and kind is not Outbox:
+        assert isinstance(found, LinkError) and "rank 1" in str(found) and "NCCL error" in str(found)
+    else:
+        assert found is error

@@ -2,6 +2,7 @@
 
 import io
 import json
+import queue
 import threading
 import time
 from collections import defaultdict
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from launch import torchrun
 
 from deserve.batch import Completion, Request
+from deserve.comm.host import Host
 from deserve.comm.link import Loopback
+from deserve.comm.world import World
 from deserve.report import progress as progress_module
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.progress import Progress, clock
@@ -134,31 +136,31 @@ def test_nothing_is_kept_unless_asked_for() -> None:
         assert timeline.counts["compute"] == 1 and timeline.totals["compute"] > 0
 
 
-class Host:
-    """A rank's view of a store that all ranks share."""
+class ThreadWorld(World):
+    """A rank that is a thread: what is sent lies in queues, by sender and receiver, that all ranks share."""
 
-    def __init__(self, rank: int, size: int, store: dist.Store):
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(self, rank: int, hosts: list[Host], mail: dict[tuple[int, int], queue.Queue[object]]):
+        self.rank, self.size, self.hosts, self._mail = rank, len(hosts), hosts, mail
 
-    def publish(self, key: str, value: object) -> None:
+    def send(self, rank: int, key: str, value: object) -> None:
         time.sleep(0.002)  # on the way
-        self._store.set(key, json.dumps(value))
+        self._mail[self.rank, rank].put((key, value))
 
-    def read(self, key: str) -> object:
-        return json.loads(self._store.get(key))
-
-    def gather(self, key: str, value: object) -> None:
-        self.publish(f"{key}/{self.rank}", value)
+    def receive(self, rank: int, key: str) -> object:
+        found, value = self._mail[rank, self.rank].get(timeout=30)
+        assert found == key
+        return value
 
 
 def test_hosts_with_clocks_of_their_own() -> None:
-    hosts, ahead = ["a", "a", "b", "b", "c"], {"a": 0, "b": 7_000_000_000, "c": -3_000_000_000}
-    store = dist.HashStore()
+    names, ahead = ["a", "a", "b", "b", "c"], {"a": 0, "b": 7_000_000_000, "c": -3_000_000_000}
+    hosts = [Host(f"boot of {name}", name) for name in names]
+    mail: dict[tuple[int, int], queue.Queue[object]] = defaultdict(queue.Queue)
     found: dict[int, int] = {}
 
     def rank_(rank: int) -> None:
-        world, host = Host(rank, len(hosts), store), hosts[rank]
-        found[rank] = to_rank_0s_clock(world, host, lambda: time.monotonic_ns() + ahead[host])
+        world = ThreadWorld(rank, hosts, mail)
+        found[rank] = to_rank_0s_clock(world, lambda: time.monotonic_ns() + ahead[names[rank]])
 
     threads = [threading.Thread(target=rank_, args=(rank,)) for rank in range(len(hosts))]
     for thread in threads:
@@ -167,7 +169,7 @@ def test_hosts_with_clocks_of_their_own() -> None:
         thread.join(timeout=30)
     assert [found[rank] for rank in (0, 1)] == [0, 0]
     for rank in (2, 3, 4):
-        assert abs(found[rank] + ahead[hosts[rank]]) < 50e6
+        assert abs(found[rank] + ahead[names[rank]]) < 50e6
 
 
 def completion(prompt: int, answer: int) -> Completion:

@@ -5,7 +5,9 @@ one, an empty one where there is nothing to say), so none is waited for in vain.
 """
 
 import queue
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -59,6 +61,23 @@ def unframe(message: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The payload of `message`, and when the simulated network delivers it (CLOCK_MONOTONIC, ns; 0: at once)."""
     deliver_at, nbytes = message[:HEADER_BYTES].view(torch.int64).tolist()
     return message[HEADER_BYTES : HEADER_BYTES + nbytes], deliver_at
+
+
+def start_thread(name: str, run: Callable[[], None], failed: Callable[[BaseException], object]) -> threading.Thread:
+    """A link's thread. Whatever exception ends `run` goes to `failed` at once, and that must end the job.
+
+    To leave it to the main thread is not enough: that may wait for a frame which now never comes.
+    """
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException as error:
+            failed(error)
+
+    thread = threading.Thread(target=guarded, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 class Loopback(Sender, Receiver):

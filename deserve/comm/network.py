@@ -2,6 +2,11 @@
 
 import threading
 import time
+from collections.abc import Sequence
+
+from deserve.comm.host import Host
+from deserve.config import NetworkSection
+from deserve.errors import UserError
 
 
 class Wire:
@@ -31,3 +36,17 @@ def hold_until(deadline_ns: int) -> float:
         time.sleep(remaining)
         return remaining
     return 0.0
+
+
+def is_simulated(network: NetworkSection) -> bool:
+    return network.latency_ms > 0 or network.bandwidth_mbps is not None
+
+
+def require_one_host(network: NetworkSection, hosts: Sequence[Host]) -> None:
+    """Raises UserError for a simulated network between hosts: `deliver_at` is a time by the sender's clock."""
+    found = dict.fromkeys(hosts)
+    if is_simulated(network) and len(found) > 1:
+        raise UserError(
+            "network.latency_ms and network.bandwidth_mbps simulate a network between ranks of one host, by its clock; "
+            f"these ranks are on {len(found)} hosts ({', '.join(host.name for host in found)}): leave both unset"
+        )

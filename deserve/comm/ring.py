@@ -9,7 +9,7 @@ from deserve.batch import StepPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.nccl import NcclReceiver, NcclSender
-from deserve.comm.network import Wire
+from deserve.comm.network import Wire, is_simulated
 from deserve.comm.outbox import Outbox
 from deserve.comm.world import World
 from deserve.config import Config
@@ -42,10 +42,9 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     """
     if world.size == 1:
         loop = Loopback()
-        return Links(None, None, None, _from(device, loop), loop)
+        return Links(None, None, None, _from(device, loop, world), loop)
     network = config.network
-    simulated = network.latency_ms > 0 or network.bandwidth_mbps is not None
-    wire = Wire(network.latency_ms, network.bandwidth_mbps) if simulated else None
+    wire = Wire(network.latency_ms, network.bandwidth_mbps) if is_simulated(network) else None
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
     depth = plan.rounds + 1
     first, last = world.rank == 0, world.is_last
@@ -57,14 +56,15 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     edge_in, edge_out = edges[before], edges[world.rank]
     # NCCL's ends meet when they are made: whichever of an edge is made first waits for the other.
     if last:
-        output = _from(device, GlooSender(after, TOKENS, depth, wire))
+        output = _from(device, GlooSender(after, TOKENS, depth, wire), world)
     elif edge_out is not None:
-        output = NcclSender(after, edge_out, GlooSender(after, HIDDEN, depth, wire), device)
+        notices_out = GlooSender(after, HIDDEN, depth, wire)
+        output = NcclSender(after, edge_out, notices_out, device, world.end_with)
     else:
-        output = _from(device, GlooSender(after, HIDDEN, depth, wire))
+        output = _from(device, GlooSender(after, HIDDEN, depth, wire), world)
     if not first and edge_in is not None:
-        notices = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
-        hidden_in = NcclReceiver(before, edge_in, notices, most_hidden, plan.rounds, device)
+        notices_in = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
+        hidden_in = NcclReceiver(before, edge_in, notices_in, most_hidden, plan.rounds, device, world.end_with)
     elif not first:
         pinned = device.type == "cuda"
         hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=plan.rounds, pinned=pinned)
@@ -84,6 +84,6 @@ def nccl_edges(world: World, config: Config, device: torch.device) -> list[dist.
     return world.nccl_edges(everywhere=config.comm.backend == "nccl")
 
 
-def _from(device: torch.device, sender: Sender) -> Sender:
+def _from(device: torch.device, sender: Sender, world: World) -> Sender:
     """`sender` for payloads that lie on `device`."""
-    return Outbox(sender) if device.type == "cuda" else sender
+    return Outbox(sender, world.end_with) if device.type == "cuda" else sender

@@ -1,74 +1,74 @@
 """The ranks of a job: how they meet, agree and fail together before the first visit."""
 
 import ipaddress
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import psutil
+import torch
 import torch.distributed as dist
 
+from deserve.comm.gloo import PATIENCE, cause
+from deserve.comm.host import Host, this_host
 from deserve.comm.pulse import Pulse
-from deserve.errors import UserError
+from deserve.errors import LinkError, UserError, tell_torchrun
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
-PIECE_BYTES = 4 << 20  # the store takes no value of more than 8 MiB, and a long trace is larger
-LAST_WORD_S = 3.0  # for the store to say whether somebody else has reported the failure
-NO_TIMEOUT = timedelta(days=365)  # it is the pulse that notices a dead rank
-START_TIMEOUT = timedelta(hours=2)  # a large checkpoint over a slow disk; a rank that dies ends the others at once
+LAST_WORD_S = 3.0  # for the store to answer: it may be out of reach, or have gone with its torchrun
+
+T = TypeVar("T")
 
 
 class World:
-    """This process's place among the ranks. Small things are exchanged as JSON through the store that torchrun keeps.
+    """This process's place among the ranks. Small values travel between ranks as JSON, over Gloo.
 
-    `local_size` counts the ranks on this host. Without torchrun it is a world of one. A neighbour that is silent for
-    `timeout_s` seconds ends this process.
+    torchrun's store is used to meet and to report failures only, so that a job can end in order without torchrun.
+    `hosts` has the host of each rank. Without torchrun it is a world of one. A neighbour that is silent for `timeout_s`
+    seconds ends this process.
     """
 
     def __init__(self, timeout_s: float = 60.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.hosts = [this_host()]
         self._meeting = ""
-        self._store: dist.Store = dist.HashStore()
+        self._pulse = None
+        self._failing = threading.Lock()
+        self._notice_board: dist.Store = dist.HashStore()
+        self._edges: dict[bool, list[dist.ProcessGroup | None]] = {}
         if self.size > 1:
             try:
                 self._meet(max(timeout_s, MEETING_S))
             except RuntimeError as error:
                 raise UserError(self._absence(error)) from error
-        self._store.set_timeout(START_TIMEOUT)
-        self._pulse = None
-        self._failing = threading.Lock()
-        self._notice_board: dist.Store = dist.HashStore()
-        if self.size > 1:
             # A connection of its own: the other one may be waiting for an answer when something must be said.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
-        self._edges: dict[bool, list[dist.ProcessGroup | None]] = {}
-        self._jobs = 0
-        self._names: dist.Store = self._store
+        here = self.hosts[self.rank]
+        self.local_size = self.hosts.count(here)
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.hosts[: self.rank].count(here)))
 
     def _meet(self, timeout_s: float) -> None:
         """Find the other ranks and connect to all of them."""
-        set_interface(self.size > self.local_size)
         store: dist.Store = next(dist.rendezvous("env://"))[0]
-        self._meeting = self._agree_on_name(store)
-        store = dist.PrefixStore(self._meeting, store)
-        self._store = dist.PrefixStore("deserve", store)
+        self._meeting, self.hosts = self._agree(store)
+        set_interface(len(set(self.hosts)) > 1)
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("ring", store),
+            store=dist.PrefixStore(f"{self._meeting}/ring", store),
             rank=self.rank,
             world_size=self.size,
             timeout=timedelta(seconds=timeout_s),
@@ -81,26 +81,29 @@ class World:
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}): {str(error).splitlines()[0]}"
         )
 
-    def _agree_on_name(self, store: dist.Store) -> str:
-        """A name for this meeting that no earlier one had.
+    def _agree(self, store: dist.Store) -> tuple[str, list[Host]]:
+        """A name for this meeting that no earlier one had, and the host of each rank.
 
         torchrun's store outlives the ranks, so what they find there may be left from before a restart: addresses,
-        plans, offers. And its count of restarts differs from host to host. So rank 0 offers a new name, each rank
-        answers to it with a new word, and the name holds for those whose word rank 0 has repeated.
+        offers. And its count of restarts differs from host to host. So rank 0 offers a new name, each rank answers to
+        it with a new word (and its host), and the name holds for those whose word rank 0 has repeated.
         """
-        own = uuid.uuid4().hex
+        own = [uuid.uuid4().hex, *self.hosts[0]]
         store.set_timeout(timedelta(seconds=ARRIVAL_S))
         if self.rank == 0:
-            store.set("deserve/offer", own)
-            words = [store.get(f"{own}/{rank}").decode() for rank in range(1, self.size)]
-            store.set(f"{own}/met", json.dumps(words))
-            return own
+            name = own[0]
+            store.set("deserve/offer", name)
+            words = [own, *(json.loads(store.get(f"{name}/{rank}")) for rank in range(1, self.size))]
+            store.set(f"{name}/met", json.dumps(words))
+            return name, [Host(*host) for _, *host in words]
         deadline = time.monotonic() + ARRIVAL_S
         while time.monotonic() < deadline:
             name = store.get("deserve/offer").decode()
-            store.set(f"{name}/{self.rank}", own)
-            if store.check([f"{name}/met"]) and own in json.loads(store.get(f"{name}/met")):
-                return name
+            store.set(f"{name}/{self.rank}", json.dumps(own))
+            if store.check([f"{name}/met"]):
+                words = json.loads(store.get(f"{name}/met"))
+                if own in words:
+                    return name, [Host(*host) for _, *host in words]
             time.sleep(0.02)
         raise dist.DistStoreError(f"rank 0 has not come within {ARRIVAL_S:g} s")
 
@@ -108,37 +111,49 @@ class World:
     def is_last(self) -> bool:
         return self.rank == self.size - 1
 
-    def begin_job(self) -> None:
-        """Every job of this process names what it exchanges anew. All ranks call it."""
-        self._names = dist.PrefixStore(f"job{self._jobs}", self._store)
-        self._jobs += 1
+    def send(self, rank: int, key: str, value: Any) -> None:
+        """Send `value` (anything JSON can hold) to `rank`, which receives it under `key`. Raises LinkError."""
+        data = torch.frombuffer(bytearray(json.dumps([key, value]).encode()), dtype=torch.uint8)
+        try:
+            works = [dist.isend(message, rank) for message in (torch.tensor([len(data)]), data)]
+            for work in works:
+                assert work is not None
+                work.wait(PATIENCE)
+        except RuntimeError as error:
+            raise LinkError(f"link to rank {rank} is lost: {cause(error)}") from error
 
-    def publish(self, key: str, value: Any) -> None:
-        """Make `value` (anything JSON can hold) readable by all ranks under `key`."""
-        text = json.dumps(value)
-        pieces = [text[begin : begin + PIECE_BYTES] for begin in range(0, len(text), PIECE_BYTES)]
-        for index, piece in enumerate(pieces):
-            self._names.set(f"{key}/piece{index}", piece)
-        self._names.set(key, str(len(pieces)))  # last: whoever waits for `key` finds all of them
+    def receive(self, rank: int, key: str) -> Any:
+        """The next value that `rank` sends, which must be under `key`. Raises LinkError."""
+        size = torch.tensor([0])
+        try:
+            self._fill(size, rank)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            self._fill(data, rank)
+        except RuntimeError as error:
+            raise LinkError(f"link from rank {rank} is lost: {cause(error)}") from error
+        found, value = json.loads(data.numpy().tobytes())
+        assert found == key, f"rank {rank} sends {found}, rank {self.rank} expects {key}"
+        return value
 
-    def read(self, key: str) -> Any:
-        """What some rank publishes under `key`; waits until it has."""
-        count = int(self._names.get(key))
-        return json.loads(b"".join(self._names.get(f"{key}/piece{index}") for index in range(count)))
+    def _fill(self, tensor: torch.Tensor, rank: int) -> None:
+        work = dist.irecv(tensor, rank)
+        assert work is not None
+        work.wait(PATIENCE)
 
     def share(self, key: str, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
-        if self.rank == 0:
-            self.publish(key, value)
-            return value
-        return self.read(key)
+        if self.rank:
+            return self.receive(0, key)
+        for rank in range(1, self.size):
+            self.send(rank, key, value)
+        return value
 
     def gather(self, key: str, value: Any) -> list[Any]:
         """The `value` of every rank, on rank 0; an empty list on the others."""
-        self.publish(f"{key}/{self.rank}", value)
         if self.rank:
+            self.send(0, key, value)
             return []
-        return [self.read(f"{key}/{rank}") for rank in range(self.size)]
+        return [value, *(self.receive(rank, key) for rank in range(1, self.size))]
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -173,8 +188,7 @@ class World:
         group wait for each other, and in a ring a receive that waits would hold up the send behind it.
         """
         if everywhere not in self._edges:
-            hosts = self.share("hosts", self.gather("hosts", os.environ.get("GROUP_RANK")))
-            near = [everywhere or hosts[rank] == hosts[rank + 1] for rank in range(self.size - 1)]
+            near = [everywhere or one == other for one, other in itertools.pairwise(self.hosts)]
             edges = [nccl_group([rank, rank + 1]) if local else None for rank, local in enumerate(near)]
             self._edges[everywhere] = [*edges, None]
         return self._edges[everywhere]
@@ -189,24 +203,41 @@ class World:
         """Whether an earlier start of this job was stopped on purpose."""
         return self._notice_board.check(["deserve/stopped"])
 
+    def end_with(self, error: BaseException) -> NoReturn:
+        """End this process, and so the job, with what `error` says. Any thread may call it."""
+        if isinstance(error, UserError):
+            self.fail(str(error))
+        if isinstance(error, LinkError):
+            self.fail(f"rank {self.rank}: {error}")
+        traceback.print_exception(error)
+        self.fail(f"rank {self.rank}: {type(error).__name__}: {error}")
+
     def fail(self, message: str) -> NoReturn:
-        """Say what went wrong, once for all ranks, and end this process.
+        """Say what went wrong, once for all ranks, and end this process; the torchrun of every host shows it last.
 
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
         self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
-        found: list[bool] = []
-        thread = threading.Thread(target=self._is_first, args=(found,), daemon=True)
-        thread.start()
-        thread.join(LAST_WORD_S)
-        first = all(found)  # also when there is no answer: the store is out of reach, or went down with its host
-        if first:
+        own = f"{self.rank} {message}"
+        # No answer: the store is out of reach, or went down with its host.
+        said = self._ask_board(lambda board: board.compare_set(f"{self._meeting}/failure", "", own).decode()) or own
+        if said == own:
             print(f"deserve: error: {message}", file=sys.stderr, flush=True)
+        tell_torchrun(f"deserve: error: {said.split(' ', 1)[1]}")
         os._exit(1)
 
-    def _is_first(self, found: list[bool]) -> None:
-        with suppress(RuntimeError):
-            found.append(self._notice_board.add(f"{self._meeting}/failures", 1) == 1)
+    def _ask_board(self, question: Callable[[dist.Store], T]) -> T | None:
+        """The answer of torchrun's store to `question`, or None if there is none within `LAST_WORD_S`."""
+        found: list[T] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):
+                found.append(question(self._notice_board))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(LAST_WORD_S)
+        return found[0] if found else None
 
     def leave(self) -> None:
         """Close the connections."""
@@ -219,9 +250,9 @@ class World:
 def nccl_group(ranks: list[int]) -> dist.ProcessGroup:
     """A new NCCL group of `ranks`. Every rank calls it."""
     options = dist.ProcessGroupNCCL.Options()  # of its own: the group notes its name and ranks in it
-    options._timeout = NO_TIMEOUT
+    options._timeout = PATIENCE
     options.config.max_ctas = 4  # megabytes a visit need no more of the device's processors
-    return dist.new_group(ranks, timeout=NO_TIMEOUT, backend="nccl", pg_options=options)
+    return dist.new_group(ranks, timeout=PATIENCE, backend="nccl", pg_options=options)
 
 
 def set_interface(several_hosts: bool) -> None:
