@@ -1,18 +1,20 @@
 """The typed schema of `conf/`, and the composition of a run's configuration from overrides."""
 
-import os
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from deserve.errors import UserError
+from deserve.model.config import parse_config
 
 POLICIES = ("vanilla", "prefill_first", "decode_first")
+MOST = 2**63 - 1  # what an int64 holds
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -138,8 +140,17 @@ def compose_config(overrides: list[str], name: str, schema: type[C]) -> C:
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
             composed = compose(name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: model=5, or an empty key
+        raise UserError(_one_line(error, overrides)) from error
+    return checked(composed, schema, overrides)
+
+
+def checked(composed: DictConfig, schema: type[C], overrides: list[str]) -> C:
+    """What Hydra composed from `overrides`, as `schema`. Raises UserError as `compose_config` does."""
+    try:
+        _check_kinds(composed, schema)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), composed))
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(_one_line(error, overrides)) from error
     assert isinstance(config, schema)
     if config.model.path:
@@ -180,6 +191,25 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     return " ".join(kept) + f" (overrides: {' '.join(overrides) or 'none'})"
 
 
+def _check_kinds(section: DictConfig, schema: Any, prefix: str = "") -> None:
+    """Raises UserError for what OmegaConf would convert in silence or refuse without naming the key."""
+    kinds = {entry.name: entry.type for entry in fields(schema)} if is_dataclass(schema) else {}
+    for name in map(str, section):
+        key, kind, value = f"{prefix}{name}", kinds.get(name, Any), section[name]
+        if is_dataclass(kind) and not isinstance(value, DictConfig):
+            raise UserError(f"{key}={value} must be a section: set {key}.{fields(kind)[0].name} and the like")
+        if key == "model.architecture" and not (value is None or isinstance(value, DictConfig)):
+            raise UserError(f"{key}={value} must hold the keys of a config.json")
+        if kind is bool and not isinstance(value, bool):
+            raise UserError(f"{key}={value} must be true or false")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise UserError(f"{key}={value} is out of range: at most {MOST} is possible")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} must be a finite number")
+        if isinstance(value, DictConfig):
+            _check_kinds(value, kind, f"{key}.")
+
+
 def _auto_or_int(key: str, value: Any, minimum: int) -> None:
     if value == "auto":
         return
@@ -192,11 +222,15 @@ def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key}={value} must be one of {', '.join(choices)}")
 
 
-def _at_least(key: str, value: float | None, minimum: float, exclusive: bool = False) -> None:
+def in_range(key: str, value: float | None, minimum: float, maximum: float = math.inf, exclusive: bool = False) -> None:
+    """Raises UserError unless `value` is None or a number from `minimum`, itself `exclusive`, to `maximum`."""
     if value is None:
         return
-    if not (value > minimum if exclusive else value >= minimum):
-        raise UserError(f"{key}={value} must be {'more than' if exclusive else 'at least'} {minimum:g}")
+    above = value > minimum if exclusive else value >= minimum
+    if not (above and value <= maximum):
+        bounds = f"{'more than' if exclusive else 'at least'} {minimum:g}"
+        bounds += f" and at most {maximum:g}" if math.isfinite(maximum) else ""
+        raise UserError(f"{key}={value} must be a number of {bounds}")
 
 
 def _check(config: Config) -> None:
@@ -211,23 +245,36 @@ def _check(config: Config) -> None:
     _auto_or_int("kvcache.swap_pages", config.kvcache.swap_pages, 0)
     _auto_or_int("workload.concurrency", config.workload.concurrency, 1)
     _auto_or_int("pipeline.max_batch_tokens", config.pipeline.max_batch_tokens, 1)
-    _at_least("kvcache.page_size", config.kvcache.page_size, 1)
-    _at_least("kvcache.buddy_height", config.kvcache.buddy_height, 0)
-    _at_least("kvcache.gpu_memory_gb", config.kvcache.gpu_memory_gb, 0, exclusive=True)
-    _at_least("network.latency_ms", config.network.latency_ms, 0)
-    _at_least("network.bandwidth_mbps", config.network.bandwidth_mbps, 0, exclusive=True)
-    _at_least("comm.timeout_s", config.comm.timeout_s, 0, exclusive=True)
-    _at_least("workload.limit", config.workload.limit, 1)
-    _at_least("sampling.max_tokens", config.sampling.max_tokens, 1)
-    _at_least("sampling.temperature", config.sampling.temperature, 0)
-    _at_least("sampling.top_p", config.sampling.top_p, 0, exclusive=True)
-    _at_least("sampling.top_k", config.sampling.top_k, 0)
-    _at_least("time_limit_s", config.time_limit_s, 0, exclusive=True)
-    _at_least("warmup_s", config.warmup_s, 0)
-    _at_least("output.grace_s", config.output.grace_s, 0)
+    in_range("kvcache.page_size", config.kvcache.page_size, 1)
+    in_range("kvcache.buddy_height", config.kvcache.buddy_height, 0)
+    in_range("kvcache.gpu_memory_gb", config.kvcache.gpu_memory_gb, 0, exclusive=True)
+    in_range("network.latency_ms", config.network.latency_ms, 0)
+    in_range("network.bandwidth_mbps", config.network.bandwidth_mbps, 0, exclusive=True)
+    in_range("comm.timeout_s", config.comm.timeout_s, 0, exclusive=True)
+    in_range("workload.limit", config.workload.limit, 1)
+    in_range("sampling.max_tokens", config.sampling.max_tokens, 1)
+    in_range("sampling.temperature", config.sampling.temperature, 0)
+    in_range("sampling.top_p", config.sampling.top_p, 0, 1, exclusive=True)
+    in_range("sampling.top_k", config.sampling.top_k, 0)
+    in_range("time_limit_s", config.time_limit_s, 0, exclusive=True)
+    in_range("warmup_s", config.warmup_s, 0)
+    in_range("output.grace_s", config.output.grace_s, 0)
+    partition = config.pipeline.partition
+    if partition != "auto" and not (
+        isinstance(partition, list) and all(first == "emb" or type(first) is int for first in partition)
+    ):
+        raise UserError(f"pipeline.partition={partition} must be auto or a list of first layers such as [emb,20,40,60]")
     stop = config.sampling.stop
-    if not (stop is None or isinstance(stop, str) or all(isinstance(item, str) for item in stop)):
-        raise UserError(f"sampling.stop={stop} must be a string or a list of strings")
-    if config.model.path == "":
-        raise UserError("model.path is empty: give a folder or a hub id, or leave it out")
-    os.fspath(config.output.dir)
+    texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"sampling.stop={stop} must be a string or a list of strings, none of them empty")
+    for key, text in {"model.path": config.model.path, "output.dir": config.output.dir}.items():
+        if text == "":
+            raise UserError(f"{key} is empty: give a path, or leave it out")
+    architecture = config.model.architecture
+    if architecture is not None:
+        source = "model.architecture"
+        parse_config(architecture, source)
+        eos = architecture.get("eos_token_id")
+        if not (eos is None or all(type(token) is int for token in (eos if isinstance(eos, list) else [eos]))):
+            raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {eos!r}")

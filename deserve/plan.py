@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from deserve.comm.world import World
-from deserve.config import Config, compose_config
+from deserve.config import Config, compose_config, in_range
 from deserve.errors import UserError
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
@@ -98,14 +98,14 @@ def load_plan_config(overrides: list[str]) -> PlanConfig:
         "ranks": config.ranks,
         "kv_memory_gb": config.kv_memory_gb,
         "memory_gb": config.memory_gb,
+        "host_memory_gb": config.host_memory_gb,
         "stage.bandwidth_gbs": config.stage.bandwidth_gbs,
         "stage.tflops": config.stage.tflops,
         "stage.bus_gbs": config.stage.bus_gbs,
         "stage.time_ms": config.stage.time_ms,
     }
     for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{key}={value} must be more than 0")
+        in_range(key, value, 0, exclusive=True)
     return config
 
 

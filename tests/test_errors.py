@@ -48,7 +48,7 @@ def test_missing_input(tmp_path: Path) -> None:
     [
         ("pipeline.round=3", "pipeline.round"),
         ("pipeline.rounds=many", "pipeline.rounds"),
-        ("pipeline.max_batch_tokens=few", "max_batch_tokens"),
+        ("sampling.stop=5", "sampling.stop"),
         ("kvcache.page_size=0", "kvcache.page_size"),
         ("model=gpt-5", "gpt-5"),
     ],

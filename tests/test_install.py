@@ -28,6 +28,7 @@ def test_it_holds_the_package_and_its_configuration(wheel: Path) -> None:
         name = file.relative_to(ROOT)
         assert str(name if name.parts[0] == "deserve" else Path("deserve") / name) in names
     assert all(name.startswith(("deserve/", "deserve-")) for name in names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
 def test_it_runs_in_any_folder(wheel: Path, tmp_path: Path) -> None:

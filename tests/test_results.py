@@ -155,8 +155,20 @@ def test_one_job_for_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"output\.dir"):
+    with pytest.raises(UserError, match=r"output\.dir=.*/file is a file: give a folder"):
         write(tmp_path / "file" / "results.jsonl")
+    with pytest.raises(UserError, match=r"output\.dir=.*/file/deep cannot be written: .*Not a directory"):
+        write(tmp_path / "file" / "deep" / "results.jsonl")
+
+
+def test_a_full_disk_leaves_no_scratch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"manifest\.json cannot be written: No space"):
+        manifest("fixed1:2:0").write(tmp_path / "manifest.json")
+    assert not list(tmp_path.iterdir())
 
 
 def manifest(source: Path | str, model: Any = "sha", **sampling: Any) -> Manifest:

@@ -181,7 +181,7 @@ def _architecture(keys: _Keys) -> str:
     names = keys.raw.get("architectures")
     if names is None:
         raise keys.fail("architectures", "is missing")
-    if not (isinstance(names, list) and len(names) == 1 and names[0] in FAMILIES):
+    if not (isinstance(names, list) and len(names) == 1 and names[0] in [*FAMILIES]):
         raise keys.fail("architectures", f"{names!r} is not supported; supported are {', '.join(FAMILIES)}")
     return str(names[0])
 

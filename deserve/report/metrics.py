@@ -1,5 +1,6 @@
 """`metrics.json`: what a run did, in figures."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,5 +38,10 @@ def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     """Write `metrics` as JSON in one step: a reader never sees half a file."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(metrics, indent=2) + "\n")
-    scratch.replace(path)
+    try:
+        scratch.write_text(json.dumps(metrics, indent=2) + "\n")
+        scratch.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise

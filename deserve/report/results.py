@@ -65,6 +65,7 @@ class Manifest:
                 os.fsync(file.fileno())
             scratch.replace(path)
         except OSError as error:
+            scratch.unlink(missing_ok=True)  # empty or half, where the disk is full
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
@@ -105,6 +106,8 @@ class ResultsWriter:
                 opened.callback(os.fsync, self._file)
                 self._size = self._read_done()  # bytes, all of whole lines
                 os.ftruncate(self._file, self._size)
+            except FileExistsError:
+                raise UserError(f"output.dir={path.parent} is a file: give a folder, new or old") from None
             except OSError as error:
                 raise UserError(f"output.dir={path.parent} cannot be written: {error}") from error
             self._opened = opened.pop_all()
