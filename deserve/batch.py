@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
 
+NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -42,7 +44,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a request: its output tokens and the OpenAI `finish_reason` (`stop` or `length`)."""
+    """The outcome of a request: its output tokens and the OpenAI `finish_reason`, `stop` or `length`.
+
+    `error` is the reason where the logits after `tokens` are NaN or infinite.
+    """
 
     request: Request
     tokens: IntArray

@@ -13,7 +13,7 @@ from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.kvcache.buddy import BuddyAllocator
-from deserve.model.checkpoint import Checkpoint
+from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
@@ -21,7 +21,7 @@ from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
-from deserve.report.recorder import Recorder
+from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import Manifest, ResultsWriter
 from deserve.report.summary import closing_table
 from deserve.report.timeline import Span, Timeline
@@ -39,6 +39,7 @@ class Job:
 
     def __init__(self, config: Config, checkpoint: Checkpoint):
         self._config, self._checkpoint = config, checkpoint
+        self._dtype = model_dtype(config.model, checkpoint.config)
         self._tokenizer = load_tokenizer(checkpoint)
         self._defaults = default_sampling(config.sampling, checkpoint.generation)
         self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
@@ -64,7 +65,7 @@ class Job:
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
-        self._recorder = Recorder(self._writer, decode, self._progress)
+        self._recorder = Recorder(self._writer, decode, self._progress, self._dtype)
         pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
         requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults)
         items = (within_memory(item, pages.reach, plan.page_size) for item in requests)
@@ -99,6 +100,7 @@ class Job:
         metrics = {
             **self._progress.summary(),
             "stopped_by": stopped,
+            "non_finite_logits": {"requests": self._recorder.non_finite, "remedy": remedy(self._dtype)},
             "stages": stages,
             "memory_pressure": {
                 **asdict(self._counters),

@@ -16,12 +16,14 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
 from launch import torchrun
+from safetensors.torch import load_file, save_file
 
 from deserve.model.sampler import draw, uniforms
 from deserve.model.smollm2 import ensure_smollm2
 
 RANKS = (1, 2, 3)
 MAX_TOKENS = 32
+BROKEN_TOKEN = 319  # in no prompt but those that must fail
 LENGTHS = (1, 2, 3, 5, 8, 13, 15, 16, 17, 21, 31, 32, 33, 34, 55, 63, 64, 65, 80, 89, 100, 127, 128, 129, 144)
 LENGTHS += (150, 161, 190, 200, 257, 400, 700)
 POLICIES = ("prefill_first", "decode_first", "vanilla")
@@ -85,6 +87,14 @@ def sampled(model: Any, prompt: list[int], count: int, temperature: float, top_p
     return ids[len(prompt) :]
 
 
+def break_token(folder: Path) -> None:
+    """Make the embedding of BROKEN_TOKEN NaN, and keep the model from choosing it."""
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][BROKEN_TOKEN] = torch.nan
+    weights["lm_head.weight"][BROKEN_TOKEN] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def text(tokens: list[int]) -> str:
     return " ".join(map(str, tokens))
 
@@ -102,8 +112,9 @@ def truth(tmp_path_factory) -> Truth:
     """A small random model with several end-of-text ids, and requests of every kind."""
     folder = tmp_path_factory.mktemp("truth")
     random = np.random.default_rng(0)
-    prompts = [random.integers(320, size=length).tolist() for length in LENGTHS]
+    prompts = [random.integers(BROKEN_TOKEN, size=length).tolist() for length in LENGTHS]
     make_checkpoint(folder / "model", max_position_embeddings=1024)
+    break_token(folder / "model")
     model = reference_model(folder / "model")
     outputs = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts]
     # Three tokens that some answers hold, and others do not
@@ -136,6 +147,9 @@ def truth(tmp_path_factory) -> Truth:
             }
             drawn = sampled(model, prompt, 16, **choice)
             truth.add(f"drawn-{len(prompt)}", prompt, (text(drawn), "length"), max_tokens=16, ignore_eos=True, **choice)
+    for prompt in prompts[1:20:3]:
+        broken = [*prompt[: len(prompt) // 2], BROKEN_TOKEN, *prompt[len(prompt) // 2 :]]
+        truth.add(f"broken-{len(prompt)}", broken, ("non_finite_logits", "error"))
     reasons = [reason for _, reason in truth.answers.values()]
     assert len(truth.answers) > 45 and 10 < reasons.count("stop") < 40
     return truth
@@ -186,7 +200,10 @@ def wrong_answers(output: Path, truth: Truth) -> dict[str, Any]:
     given = {}
     for line in (output / "results.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        assert entry["error"] is None and entry["custom_id"] not in given, entry
+        assert entry["custom_id"] not in given, entry
+        if entry["error"] is not None:
+            given[entry["custom_id"]] = (entry["error"]["code"], "error")
+            continue
         choice = entry["response"]["body"]["choices"][0]
         given[entry["custom_id"]] = (choice["text"], choice["finish_reason"])
     assert given.keys() == truth.answers.keys()

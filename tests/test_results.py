@@ -1,21 +1,26 @@
 """Results: the format, and that no crash, full disk or second job loses or mixes lines."""
 
 import errno
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deserve.batch import Completion, Request
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.report.progress import Progress
+from deserve.report.recorder import NON_FINITE_LIMIT, Recorder
 from deserve.report.results import Manifest, ResultsWriter
 
 CHAT = "/v1/chat/completions"
@@ -214,3 +219,28 @@ def test_manifest_missing_or_broken(tmp_path: Path) -> None:
 def test_manifest_of_an_unreadable_input(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"workload\.source: .*none\.jsonl cannot be read"):
         manifest(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("healthy", [None, 0, 10])
+def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | None, tmp_path: Path) -> None:
+    """And one in which any of them ends well goes on to its end. `healthy`: the number of that request."""
+    with ResultsWriter(tmp_path / "results.jsonl", True, "model") as writer:
+        progress = Progress(None, 0, io.StringIO())
+        recorder = Recorder(writer, str, progress, torch.float16)
+        for number in range(40):
+            answered = completion(f"{number}")
+            recorder.put(answered if number == healthy else replace(answered, finish_reason="error"))
+            if healthy is None and number == NON_FINITE_LIMIT - 1:
+                break
+        if healthy is None:
+            with pytest.raises(UserError, match=r"first 16 requests all ended with NaN .*float16.*model\.dtype"):
+                recorder.close()
+            assert recorder.non_finite == NON_FINITE_LIMIT == progress.summary()["errors"]
+        else:
+            recorder.close()
+            assert recorder.non_finite == 39 == progress.summary()["errors"]
+    errors = [json.loads(line)["error"] for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
+    message = "NaN or infinite logits after 2 tokens in float16"
+    assert {(error["code"], error["message"].split(",")[0]) for error in errors if error} == {
+        ("non_finite_logits", message)
+    }

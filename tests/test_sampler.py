@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deserve.batch import SamplingParams
+from deserve.batch import NO_TOKEN, SamplingParams
 from deserve.model.sampler import Sampler, argmax, draw, encode_sampling, uniforms
 
 VOCAB = 50
@@ -141,3 +141,25 @@ def test_many_rows_are_drawn_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None
     apart = torch.cat([sampler.sample(logits[part], slots[part], slots[part]) for part in parts])
     assert together.dtype == torch.int32 and torch.equal(together, apart)
     assert not torch.equal(together, logits.argmax(-1).int())
+
+
+@pytest.mark.parametrize("vocab", [320, 512])  # where argmax goes by blocks, and where it does not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_without_finite_logits_give_no_token(vocab: int, dtype: torch.dtype, temperature: float) -> None:
+    """Wherever NaN or infinity stands in a row; the other rows get what they get without such company."""
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sampler = Sampler(6, torch.device("cpu"))
+    slots = np.arange(6, dtype=np.int32)
+    sampling = SamplingParams(temperature=temperature)
+    sampler.admit(np.array([encode_sampling(slot, sampling) for slot in range(6)], np.int32))
+    wanted = sampler.sample(logits, slots, slots)
+    bad = logits.clone()
+    bad[1, vocab - 1] = torch.nan
+    bad[2, 0] = torch.inf
+    bad[3] = -torch.inf
+    bad[4] = torch.nan
+    bad[5, (int(wanted[5]) + 1) % vocab] = -torch.inf  # a token of probability 0, not an error
+    found = sampler.sample(bad, slots, slots)
+    assert found[1:5].tolist() == [NO_TOKEN] * 4 and found[0] == wanted[0]
+    assert found[5] >= 0 and (temperature or found[5] == wanted[5])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Completion, Request, SamplingParams, StepPlan
+from deserve.batch import NO_TOKEN, Completion, Request, SamplingParams, StepPlan
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.scheduler.accounting import PageAccount
 from deserve.scheduler.policy import POLICIES
@@ -40,7 +40,10 @@ class Source:
 
 @dataclass
 class Case:
-    """A workload and the room there is for it. Prompts as (tokens, max_tokens, tokens until end of text or 0)."""
+    """A workload and the room there is for it.
+
+    Prompts as (tokens, max_tokens, end): tokens until end of text, or if negative until the logits are NaN, or 0.
+    """
 
     prompts: list[tuple[int, int, int]]
     policy: str = "prefill_first"
@@ -78,7 +81,10 @@ class Engine:
         return self.main if page < self.case.main else self.swap[micro_batch]
 
     def visit(self, plan: StepPlan, tokens: np.ndarray, stops: dict[int, int]) -> list[int]:
-        """The sampled tokens of a visit. `stops`: the length at which a slot's sequence ends with `EOS`, if it does."""
+        """The sampled tokens of a visit. `stops`: the length at which a slot's sequence ends with `EOS`, if it does.
+
+        A negative length ends it with `NO_TOKEN`.
+        """
         size = self.case.page_size
         for page, host in plan.stash.tolist():
             source = self.memory(plan.micro_batch, page)
@@ -107,7 +113,8 @@ class Engine:
                     memory[page, offset] = int(tokens[at])
                     at += 1
                 content.append(memory[page, offset])
-            sampled[row] = EOS if stops.get(slot) == len(content) else next_token(tuple(content))
+            ends = {len(content): EOS, -len(content): NO_TOKEN}
+            sampled[row] = ends.get(stops.get(slot, 0), next_token(tuple(content)))
         assert at == len(tokens)
         return [sampled[row] for row in plan.sampled.tolist()]
 
@@ -125,8 +132,8 @@ def expected_output(request: Request, end: int) -> tuple[list[int], str]:
     tokens = request.prompt.tolist()
     output: list[int] = []
     while len(output) < request.sampling.max_tokens:
-        if end and len(output) + 1 == end:
-            return [*output, EOS], "stop"
+        if end and len(output) + 1 == abs(end):
+            return ([*output, EOS], "stop") if end > 0 else (output, "error")
         output.append(next_token((*tokens, *output)))
     return output, "length"
 
@@ -164,8 +171,9 @@ def run(case: Case) -> Scheduler:
         stops = {}
         for slot in plan.slots.tolist():
             request = scheduler._request(slot)
-            if ends[request.custom_id]:
-                stops[slot] = len(request.prompt) + ends[request.custom_id] - 1
+            if end := ends[request.custom_id]:
+                length = len(request.prompt) + abs(end) - 1
+                stops[slot] = length if end > 0 else -length
         under_way[micro_batch] = engine.visit(plan, tokens, stops)
         if plan.retires:
             assert not plan.rows
@@ -218,7 +226,7 @@ def cases(draw: Any) -> Case:
     """Any workload in any room that holds its longest request."""
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     lengths = st.integers(1, 40)
-    prompts = draw(st.lists(st.tuples(lengths, lengths, st.integers(0, 20)), max_size=20))
+    prompts = draw(st.lists(st.tuples(lengths, lengths, st.integers(-20, 20)), max_size=20))
     longest = max((length + max_tokens - 1 for length, max_tokens, _ in prompts), default=1)
     least = -(-longest // page_size)
     swap = draw(st.integers(0, 2 * least))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deserve.batch import IntArray, SamplingParams
+from deserve.batch import NO_TOKEN, IntArray, SamplingParams
 from deserve.staging import to_device
 
 DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
@@ -62,11 +62,24 @@ class Sampler:
         self._seed[slots] = np.ascontiguousarray(admitted[:, 4:6]).view(np.uint64)[:, 0]
 
     def sample(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
-        """The next token of each row of `logits` [n, vocab]: int32 [n]. `positions` [n] is where each will stand."""
-        greedy = argmax(logits).to(torch.int32)
+        """The next token of each row of `logits` [n, vocab]: int32 [n]. `positions` [n] is where each will stand.
+
+        NO_TOKEN for a row with NaN or infinity in it. A logit of minus infinity beside finite ones is allowed: that
+        token has probability 0.
+        """
+        greedy = argmax(logits)
+        # NaN counts as the largest, so the largest logit alone tells, and the host does not wait for the answer.
+        finite = logits.gather(1, greedy[:, None]).squeeze(1).isfinite()
+        greedy = greedy.to(torch.int32)
         chance = np.flatnonzero(self._temperature[slots] > 0)
-        if not len(chance):
-            return greedy
+        if len(chance):
+            greedy = self._drawn(greedy, logits, slots, positions, chance)
+        return greedy.masked_fill(~finite, NO_TOKEN)
+
+    def _drawn(
+        self, greedy: torch.Tensor, logits: torch.Tensor, slots: IntArray, positions: IntArray, chance: NDArray[np.intp]
+    ) -> torch.Tensor:
+        """`greedy` [n] with the rows `chance` drawn instead."""
         slots, positions = slots[chance], positions[chance]
         settings = (self._temperature[slots], self._top_p[slots], self._top_k[slots])
         values = [to_device(v, self._device) for v in (*settings, uniforms(self._seed[slots], positions))]

@@ -4,17 +4,30 @@ import queue
 import threading
 from collections.abc import Callable
 
+import torch
+
 from deserve.batch import Completion, IntArray
+from deserve.errors import UserError
 from deserve.report.progress import Progress
 from deserve.report.results import ResultsWriter
 from deserve.workload import Rejected
 
+NON_FINITE_LIMIT = 16  # so many requests, the first of the job, without a finite logit: the others will fare no better
+
 
 class Recorder:
-    """Decodes completions and writes results in a thread, in the order in which they come."""
+    """Decodes completions and writes results in a thread, in the order in which they come.
 
-    def __init__(self, writer: ResultsWriter, decode: Callable[[IntArray], str], progress: Progress):
-        self._writer, self._decode, self._progress = writer, decode, progress
+    `non_finite` counts the requests that ended because their logits, computed in `dtype`, were NaN or infinite. When
+    the first NON_FINITE_LIMIT requests all end so, the next `put` or `close` raises UserError.
+    """
+
+    def __init__(
+        self, writer: ResultsWriter, decode: Callable[[IntArray], str], progress: Progress, dtype: torch.dtype
+    ):
+        self._writer, self._decode, self._progress, self._dtype = writer, decode, progress, dtype
+        self.non_finite = 0
+        self._finite = False  # whether any request ended otherwise
         self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
@@ -40,9 +53,30 @@ class Recorder:
                 if isinstance(outcome, Rejected):
                     self._writer.error(outcome.custom_id, outcome.code, outcome.message)
                     self._progress.request(error=True)
+                elif outcome.finish_reason == "error":
+                    self._non_finite_logits(outcome)
                 else:
+                    self._finite = True
                     text = outcome.text if outcome.text is not None else self._decode(outcome.tokens)
                     self._writer.completion(outcome, text)
                     self._progress.request(outcome)
         except BaseException as error:
             self._error = error
+
+    def _non_finite_logits(self, completion: Completion) -> None:
+        reason = f"NaN or infinite logits after {len(completion.tokens)} tokens in {remedy(self._dtype)}"
+        self._writer.error(completion.request.custom_id, "non_finite_logits", reason)
+        self._progress.request(error=True)
+        self.non_finite += 1
+        if self.non_finite == NON_FINITE_LIMIT and not self._finite:
+            raise UserError(f"the first {NON_FINITE_LIMIT} requests all ended with {reason}")
+
+
+def remedy(dtype: torch.dtype) -> str:
+    """What to do about numbers that left the range of `dtype`; begins with its name."""
+    if dtype == torch.float16:
+        return "float16, whose largest number is 65,504: set model.dtype=bfloat16 or model.dtype=float32"
+    damaged = "the weights are damaged or belong to another architecture"
+    if dtype == torch.bfloat16:
+        return f"bfloat16: set model.dtype=float32; if that does not help, {damaged}"
+    return f"float32: {damaged}"

@@ -14,6 +14,9 @@ def closing_table(metrics: dict[str, Any]) -> str:
         f"({metrics['output_tokens']:,}), {metrics['total_tokens_per_s']:,.1f} with prompts "
         f"({metrics['input_tokens']:,})"
     ]
+    non_finite = metrics["non_finite_logits"]
+    if non_finite["requests"]:
+        lines.append(f"{non_finite['requests']:,} requests ended with NaN or infinite logits in {non_finite['remedy']}")
     after = metrics["after_warmup"]
     if metrics["warmup_s"]:
         lines.append(

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deserve.batch import Completion, IntArray, Request, StepPlan
+from deserve.batch import NO_TOKEN, Completion, IntArray, Request, StepPlan
 from deserve.kvcache.pages import widen
 from deserve.model.sampler import encode_sampling
 from deserve.scheduler.accounting import IdStack, PageAccount
@@ -158,17 +158,19 @@ class Scheduler:
         at = self._length[slots]
         self._tokens = widen(self._tokens, int(at.max()) + 1)
         self._tokens[slots, at] = tokens
-        self._length[slots] += 1
+        failed = tokens == NO_TOKEN
+        self._length[slots] += ~failed
         ended = np.isin(tokens, self._eos_ids) & ~self._ignore_eos[slots]
-        done = ended | (self._length[slots] >= self._end[slots])
+        done = ended | failed | (self._length[slots] >= self._end[slots])
         texts: dict[int, str] = {}
-        for index in np.flatnonzero(self._checked[slots]).tolist():
+        for index in np.flatnonzero(self._checked[slots] & ~failed).tolist():
             text = self._stopped(self._request(slots[index]), self._output(slots[index]))
             if text is not None:
                 texts[index] = text
                 done[index] = ended[index] = True
+        reasons = np.where(failed, "error", np.where(ended, "stop", "length"))
         return [
-            self._finish(micro_batch, int(slots[index]), "stop" if ended[index] else "length", texts.get(index))
+            self._finish(micro_batch, int(slots[index]), str(reasons[index]), texts.get(index))
             for index in np.flatnonzero(done).tolist()
         ]
 

@@ -31,6 +31,7 @@ class Bucket:
     rows: int
     queries: int
     blocks: list[slice]  # of rows that attend in one call
+    past: list[torch.Tensor]  # of each block, the gathered positions in rows' last pages after their last tokens
 
 
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
@@ -117,9 +118,9 @@ class TorchBackend(Backend):
             attended = torch.empty_like(queries)
             of_keys = self._placed(layer, bucket.keys, bucket.swapped, 2)
             of_values = self._placed(layer, bucket.values, bucket.swapped, 2)
-            for block in bucket.blocks:
-                keys = self._gather(0, halves, of_keys[block], kv_heads)
-                values = self._gather(1, halves, of_values[block], kv_heads)
+            for block, past in zip(bucket.blocks, bucket.past, strict=True):
+                keys = self._gather(0, halves, of_keys[block], past, kv_heads)
+                values = self._gather(1, halves, of_values[block], past, kv_heads)
                 attended[block] = F.scaled_dot_product_attention(
                     queries[block], keys, values, attn_mask=bucket.mask[block]
                 )
@@ -139,8 +140,12 @@ class TorchBackend(Backend):
             return index
         return index + rows * self._layout.shifts[layer] * swapped
 
-    def _gather(self, buffer: int, halves: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    def _gather(
+        self, buffer: int, halves: torch.Tensor, index: torch.Tensor, past: torch.Tensor, kv_heads: int
+    ) -> torch.Tensor:
         """The half pages `index` [n, p], one after the other: [n, kv_heads, p * page_size, head_dim].
+
+        Zeros at the positions `past`, counted over all n rows.
 
         Always into the same memory: a fresh large tensor costs more in page faults than the copy itself.
         """
@@ -150,6 +155,7 @@ class TorchBackend(Backend):
             self._gathered[buffer] = torch.empty(size, dtype=halves.dtype, device=halves.device)
         gathered = self._gathered[buffer][:size].view(n * width, -1)
         torch.index_select(halves, 0, index.reshape(-1), out=gathered)
+        gathered.view(n * width * self._page_size, -1).index_fill_(0, past, 0)
         return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
 
     def _address(self, page_size: int) -> None:
@@ -171,8 +177,16 @@ class TorchBackend(Backend):
         queries = int(new.max())
         width = int(-(-(context + new).max() // page_size))
         pages = rows.pages[members, :width].astype(np.int64)
+        # What lies behind a row's tokens is masked, but if another sequence left NaN there, 0 times NaN is NaN. The
+        # row's own first page stands in for the pages it lacks, and the rest of its last page is gathered as zeros.
+        length = context + new
+        held = -(-length // page_size)
+        pages = np.where(np.arange(width) < held[:, None], pages, pages[:, :1])
         row_bytes = 2 * width * page_size * self._config.num_kv_heads * self._config.head_dim * self._dtype.itemsize
         block = max(1, GATHER_BYTES // row_bytes)
+        starts = np.arange(0, len(members), block)
+        row, past = np.nonzero(np.arange(page_size) >= (length - (held - 1) * page_size)[:, None])
+        past += (row % block * width + held[row] - 1) * page_size
         step = np.arange(queries)
         tokens = self._first[members, None] + np.minimum(step, new[:, None] - 1)
         positions = context[:, None] + np.minimum(step, new[:, None] - 1)
@@ -191,7 +205,8 @@ class TorchBackend(Backend):
             real=None if whole else self._tensor((step < new[:, None]).reshape(-1)),
             rows=len(members),
             queries=queries,
-            blocks=[slice(at, at + block) for at in range(0, len(members), block)],
+            blocks=[slice(at, at + block) for at in starts.tolist()],
+            past=[self._tensor(part) for part in np.split(past, np.searchsorted(row, starts[1:]))],
         )
 
     def _swapped(self, pages: np.ndarray) -> torch.Tensor | None:
