@@ -24,7 +24,8 @@ from deserve.config import Config, load_config
 from deserve.errors import UserError
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import resolve
-from deserve.planner.measure import _Probe, survey
+from deserve.model.graphs import MOST_ROWS, graph_tokens
+from deserve.planner.measure import _Probe, _stepped, survey
 from deserve.planner.memory import available_memory, left_by_control_groups
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
@@ -529,6 +530,17 @@ def test_padded_visits_take_as_long_as_what_they_are_padded_to(monkeypatch: pyte
     assert tokens.at == (1, 2, 16, 17, 32, 33, 48, 49, 64)
     assert tokens(17) == tokens(20) == tokens(32) and tokens(33) == tokens(48) and tokens(49) == tokens(64)
     assert found.layer.decodes.at == (1, 2, 16, 64)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "another"])
+def test_a_budget_just_above_a_step_is_measured_too(gpu: str) -> None:
+    """Of 321 tokens at most, the step before 321 is 320: no two points at the same count."""
+    for most in range(1, 1101):
+        steps = [count for count in graph_tokens(most, gpu) if count > MOST_ROWS]
+        counts = {*(size for size in (1, 2, 16, 64, 256, 512) if size < most), most, *steps}
+        curve = _stepped({count: count / 1e3 for count in counts}, steps)
+        assert all(before < after for before, after in itertools.pairwise(curve.at))
+        assert curve(most) == pytest.approx(most / 1e3)
 
 
 def test_visits_with_prompts_are_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:

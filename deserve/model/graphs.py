@@ -5,7 +5,7 @@ thread blocks depends on the lengths, and what lies between one layer's attentio
 """
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
@@ -22,8 +22,13 @@ T = TypeVar("T")
 
 MOST_ROWS = 256  # of a graph of a whole visit; the launches of a larger one hide behind its kernels
 MOST_TOKENS = 1024  # of graphs between attentions, likewise
-SLOWER = 1.05  # times as long as a larger visit's products: more than by chance
-TAKES = 4  # of their time, the least of which counts
+# Token counts that layers are captured for, by GPU. A table, not a stopwatch: how many tokens a product has decides how
+# it rounds, so two runs of one plan must pad alike. cuBLAS takes a slow kernel for 448 and 896 tokens: on an H100, a
+# layer of Llama-3-70B takes 1.67 ms for 448 and 0.97 ms for 512, one of Llama-3-8B 0.43 and 0.27 ms.
+HOPPER_TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, MOST_TOKENS)
+TOKENS_BY_GPU = {"H100": HOPPER_TOKENS, "H200": HOPPER_TOKENS}
+# Elsewhere nothing was measured: powers of two and halfway between them, which whole tiles make up.
+OTHER_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, MOST_TOKENS)
 
 
 def graph_batches(max_rows: int) -> list[int]:
@@ -35,26 +40,10 @@ def graph_batches(max_rows: int) -> list[int]:
     return sorted({min(batch, max_rows) for batch in (1, 2, 4, *range(8, MOST_ROWS + 1, 8))})
 
 
-def graph_tokens(max_tokens: int) -> list[int]:
-    """The numbers of tokens for which layers are captured, where visits have up to `max_tokens`.
-
-    Steps of 64, from 512 on of 128: the products work in tiles of that order.
-    """
-    steps = (16, 32, *range(64, 512, 64), *range(512, MOST_TOKENS + 1, 128))
-    return sorted({min(tokens, max_tokens) for tokens in steps})
-
-
-def worth_capturing(seconds: Mapping[int, float]) -> list[int]:
-    """The numbers of tokens to pad visits to, of those whose products take `seconds`.
-
-    For some numbers the library's choice of a kernel is unlucky, and more tokens take less time: on an H100 a layer of
-    Llama-3-70B takes 1.67 ms for 448 and 0.97 ms for 512, one of Llama-3-8B 0.43 and 0.27 ms.
-    """
-    worth: list[int] = []
-    for count in sorted(seconds, reverse=True):
-        if all(seconds[count] <= SLOWER * seconds[larger] for larger in worth):
-            worth.insert(0, count)
-    return worth
+def graph_tokens(max_tokens: int, gpu: str) -> list[int]:
+    """The numbers of tokens for which layers are captured on a `gpu` of that name; visits have up to `max_tokens`."""
+    counts = next((counts for name, counts in TOKENS_BY_GPU.items() if name in gpu), OTHER_TOKENS)
+    return sorted({min(tokens, max_tokens) for tokens in counts})
 
 
 class Replayable(Protocol):
@@ -114,38 +103,6 @@ class Captured:
         pages[:count, : rows.pages.shape[1]] = rows.pages
         return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
 
-    @torch.inference_mode()
-    def products_s(self, tokens: int) -> float:
-        """Seconds that a layer's products take the device for so many `tokens`."""
-        layer, config, some = self.decoder.weights.layers[0], self.decoder.config, self.layers[0]
-        products = [
-            (some.new_zeros(tokens, size), weight, bias)
-            for size, weight, bias in (
-                (config.hidden_size, layer.qkv, layer.qkv_bias),
-                (config.q_size, layer.output, layer.output_bias),
-                (config.hidden_size, layer.gate_up, layer.gate_up_bias),
-                (config.intermediate_size, layer.down, layer.down_bias),
-            )
-        ]
-
-        def multiply() -> None:
-            for x, weight, bias in products:
-                self.decoder.backend.linear(x, weight, bias)
-
-        multiply()  # kernels cannot be loaded while capturing
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            multiply()
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for _ in range(TAKES):
-            begun.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(begun.elapsed_time(ended) / 1e3)
-        return min(times)
-
 
 class GraphedDecode:
     """CUDA graphs for each number of decode rows in `batches`, through all layers of the stage.
@@ -157,6 +114,7 @@ class GraphedDecode:
     def __init__(self, captured: Captured, batches: list[int], pool: GraphPool):
         self._captured, self._decoder = captured, captured.decoder
         self._batches = sorted(batches)
+        self._told = False  # that a graph does not fit
         self._spans = self._decoder.spans(captured.slab)
         self._input = captured.layers[0].new_zeros(self._batches[-1], self._decoder.config.hidden_size)
         # Largest first: what it allocates serves all others.
@@ -174,12 +132,19 @@ class GraphedDecode:
         graphs, output, plan = self._graphs[batch]
         # The graphs' launch parameters were fixed when they were captured: others would read past their arrays.
         if self._decoder.backend.begin_graph_visit(self._captured.padded(rows, batch - count)) != plan:
-            raise RuntimeError(f"the plan of {batch} decode rows is not the one that their graph was captured with")
+            return self._eager(batch, rows, x)
         self._input[:count].copy_(x, non_blocking=True)
         if count < batch:
             self._input[count:batch].zero_()  # a visit's output stands here, and would grow with every round
         self._follow([graph.replay for graph in graphs])
         return output[:count].clone()  # the next replay writes there again
+
+    def _eager(self, batch: int, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        if not self._told:
+            print(f"the CUDA graph of {batch} decode rows was captured with another plan: such visits run without it")
+            self._told = True
+        self._decoder.backend.begin_visit(rows)
+        return self._decoder.forward(x, self._captured.layers, self._captured.slab)
 
     def _follow(self, parts: Sequence[Callable[[], object]]) -> None:
         """Run `parts`, a span each, and have the slab follow."""
@@ -285,10 +250,10 @@ class Graphs:
 
 def capture(captured: Captured, max_rows: int, max_tokens: int) -> Graphs:
     """The graphs of a stage whose visits have up to `max_rows` rows, and up to `max_tokens` tokens in all."""
-    batches, tokens = graph_batches(min(max_rows, max_tokens)), graph_tokens(max_tokens)
-    took = {count: captured.products_s(count) for count in {*batches, *tokens}}
-    batches, tokens = (worth_capturing({count: took[count] for count in counts}) for counts in (batches, tokens))
-    pool = GraphPool(captured.layers[0].device)
+    device = captured.layers[0].device
+    batches = graph_batches(min(max_rows, max_tokens))
+    tokens = graph_tokens(max_tokens, torch.cuda.get_device_name(device))
+    pool = GraphPool(device)
     decode = GraphedDecode(captured, batches, pool)
     others = GraphedLayers(captured, tokens, pool)
     return Graphs(decode, others, pool.taken())

@@ -5,7 +5,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -405,7 +405,10 @@ class _Probe:
     @property
     def _steps(self) -> list[int]:
         """The numbers of tokens to which a GPU's larger visits are padded: what lies between takes as long."""
-        return [count for count in graph_tokens(self._max_tokens) if count > MOST_ROWS] if self._ahead else []
+        if not self._ahead:
+            return []
+        counts = graph_tokens(self._max_tokens, torch.cuda.get_device_name(self._device))
+        return [count for count in counts if count > MOST_ROWS]
 
     def _cost(self, seconds: dict[Visit, float], counts: Sequence[int], sizes: Sequence[int]) -> Cost:
         """The cost of visits that took `seconds`: some of `counts` prompt tokens each, some of `sizes` decode rows."""
@@ -422,9 +425,7 @@ class _Probe:
         decodes = [
             seconds[(1,) * size, self._context] - tokens[size] - kv_s * size * (self._context + 1) for size in sizes
         ]
-        points = list(tokens.items())
-        points += [(before + 1, tokens[step]) for before, step in itertools.pairwise(counts) if step in self._steps]
-        cost = Cost(_curve(sorted(points)), _curve(zip(sizes, decodes, strict=True)), kv_s, pair_s)
+        cost = Cost(_stepped(tokens, self._steps), _curve(zip(sizes, decodes, strict=True)), kv_s, pair_s)
         if self._mixed not in seconds:
             return cost
         new, context = self._mixed
@@ -489,6 +490,17 @@ class _Probe:
 def _curve(points: Iterable[tuple[int, float]]) -> Curve:
     at, seconds = zip(*points, strict=True)
     return Curve(tuple(map(float, at)), seconds)
+
+
+def _stepped(seconds: dict[int, float], steps: Container[int]) -> Curve:
+    """The curve of `seconds` by count, where counts up to one of `steps` take as long as that."""
+    points = list(seconds.items())
+    points += [
+        (before + 1, seconds[step])
+        for before, step in itertools.pairwise(sorted(seconds))
+        if step in steps and before + 1 < step
+    ]
+    return _curve(sorted(points))
 
 
 def _prompts(tokens: int, length: int = 64) -> tuple[int, ...]:
