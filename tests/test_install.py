@@ -1,10 +1,13 @@
 """The wheel: whole, and good for running anywhere."""
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from launch import ROOT, python
@@ -44,3 +47,26 @@ def test_it_runs_in_any_folder(wheel: Path, tmp_path: Path) -> None:
     assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (3, 0, 12)
     where = python("-c", "import deserve; print(deserve.__file__)", cwd=elsewhere, path=[site])
     assert where.stdout.startswith(str(site))
+
+
+def test_another_version_of_flashinfer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, before a call of something that has changed; the number is that of the extra `gpu`."""
+    names = {"activation": "act_and_mul", "norm": "norm", "page": "page", "prefill": "batch_prefill", "rope": "rope"}
+    package = ModuleType("flashinfer")
+    monkeypatch.setitem(sys.modules, "flashinfer", package)
+    for name, kind in names.items():
+        module = ModuleType(f"flashinfer.{name}")
+        setattr(module, f"get_{kind}_module", None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "deserve.model.backend.flashinfer", raising=False)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (pinned,) = [item.removeprefix("flashinfer-python==") for item in extras["gpu"]]
+
+    package.__version__ = f"{pinned}+cu130"
+    assert pinned == importlib.import_module("deserve.model.backend.flashinfer").FLASHINFER
+    del sys.modules["deserve.model.backend.flashinfer"]
+    package.__version__ = "9.9.9"
+    with pytest.raises(
+        ImportError, match=rf"9\.9\.9 is installed, but {pinned} is needed: pip install 'deserve\[gpu\]'"
+    ):
+        importlib.import_module("deserve.model.backend.flashinfer")

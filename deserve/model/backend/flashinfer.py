@@ -6,8 +6,10 @@ No call here makes the host wait for the device, except to keep it from running 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flashinfer
 import numpy as np
 import torch
 from flashinfer.activation import get_act_and_mul_module
@@ -23,6 +25,15 @@ from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
 from deserve.staging import StagingRing
 
+# The functions called below are not flashinfer's public ones, and the arguments of compiled ones have no names. 0.7.2
+# fits but for one: `plan` of fa2 takes a further argument there, uniform_q_len.
+FLASHINFER = "0.6.13"
+if flashinfer.__version__.split("+")[0] != FLASHINFER:
+    raise ImportError(
+        f"flashinfer-python {flashinfer.__version__} is installed, but {FLASHINFER} is needed: "
+        "pip install 'deserve[gpu]'"
+    )
+
 PLAN_BYTES = 4 << 20  # of the work lists of one attention call; 0.6 MB for 8,192 tokens of 256 rows and 64 heads
 NO_MASK, CAUSAL = 0, 1  # flashinfer's mask modes
 NHD = 0  # flashinfer's code for pages of [page_size, kv_heads, head_dim]
@@ -34,12 +45,9 @@ LARGEST_TILE = 128  # queries times group of one thread block
 class _Call:
     """A planned attention call over some rows of a visit, complete but for what differs from layer to layer."""
 
-    run: Callable[..., Any]
+    run: Callable[..., Any]  # lacks q, paged_k_cache, paged_v_cache and paged_kv_indices
     plan: Any  # launch parameters
     tokens: slice | None  # of those rows; None if they are the visit's only ones
-    before: tuple[Any, ...]  # arguments up to the queries
-    rows: tuple[torch.Tensor, torch.Tensor]  # first token and first page of each row; then come the layer's pages
-    after: tuple[Any, ...]  # arguments from there on
 
 
 @dataclass(frozen=True)
@@ -77,18 +85,29 @@ class _Attention:
         self._page_size = page_size
         self._workspace = workspace
         self._work = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=workspace.device)
-        self._options = (
-            NHD,
-            -1,  # no sliding window
-            pdl,
-            *(None,) * 6,  # custom masks, slopes, scoring of several items
-            0.0,  # no cap on the scores
-            1 / math.sqrt(config.head_dim),
-            *(None,) * 3,  # scales of fp8
-            1.0,
-            1.0,  # rotary embedding is done beforehand
-            0,
-            workspace.numel(),
+        self._run = partial(
+            self._module.paged_run,
+            float_workspace_buffer=workspace,
+            int_workspace_buffer=self._work,
+            maybe_lse=None,
+            layout=NHD,
+            window_left=-1,  # no sliding window
+            enable_pdl=pdl,
+            maybe_custom_mask=None,
+            maybe_mask_indptr=None,
+            maybe_alibi_slopes=None,
+            maybe_prefix_len_ptr=None,
+            maybe_token_pos_in_items_ptr=None,
+            maybe_max_item_len_ptr=None,
+            logits_soft_cap=0.0,  # none
+            sm_scale=1 / math.sqrt(config.head_dim),
+            scale_q=None,
+            scale_k=None,
+            scale_v=None,
+            rope_scale=1.0,
+            rope_theta=1.0,  # rotary embedding is done beforehand
+            token_pos_in_items_len=0,
+            workspace_size=workspace.numel(),
         )
 
     def plan(
@@ -138,14 +157,16 @@ class _Attention:
         if tokens is not None:
             attended = attended[tokens]
         out = attended.view(len(attended), self._config.num_heads, -1)
-        return _Call(
-            run=self._module.paged_run,
-            plan=plan,
-            tokens=tokens,
-            before=(self._workspace, self._work, plan),
-            rows=(queries, indptr),
-            after=(last_page, out, None, mask, *self._options),  # None: no log-sum-exp
+        run = partial(
+            self._run,
+            plan_info_vec=plan,
+            qo_indptr=queries,
+            paged_kv_indptr=indptr,
+            paged_kv_last_page_len=last_page,
+            o=out,
+            mask_mode=mask,
         )
+        return _Call(run, plan, tokens)
 
 
 class FlashInferBackend(Backend):
@@ -338,5 +359,5 @@ class FlashInferBackend(Backend):
         keys, values = pages.unbind(1)
         for call in visit.calls:
             part = q if call.tokens is None else q[call.tokens]
-            call.run(*call.before, part, keys, values, *call.rows, table, *call.after)
+            call.run(q=part, paged_k_cache=keys, paged_v_cache=values, paged_kv_indices=table)
         return visit.attended
