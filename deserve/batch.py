@@ -32,7 +32,8 @@ class Request:
     """One prompt to be answered.
 
     `prompt` holds token ids. `endpoint` is `/v1/chat/completions` or `/v1/completions`: it decides the shape of
-    the result. `line` is the 1-based line of the input file, 0 for a synthetic request.
+    the result. `line` is the 1-based line of the input file, 0 for a synthetic request. `default_length`: the request
+    states no `max_tokens`, and the job's default is what bounds its answer.
     """
 
     custom_id: str
@@ -40,6 +41,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     endpoint: str = "/v1/completions"
     line: int = 0
+    default_length: bool = False
 
 
 @dataclass(frozen=True)

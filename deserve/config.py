@@ -75,13 +75,16 @@ class WorkloadSection:
     path: str | None = None
     limit: int | None = None
     concurrency: Any = "auto"  # requests in the pipeline at once
+    unknown_keys: str = "refuse"  # requests with keys that are not done; ignore: answer them without
+    model_names: Any = "auto"  # what requests may call the model: its own names; more names; or any
+    max_line_mb: float = 32.0  # of a .jsonl file
 
 
 @dataclass
 class SamplingSection:
     """Defaults for what a request does not say itself."""
 
-    max_tokens: int = 256
+    max_tokens: int | None = 256  # null: to the end of the context
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -238,6 +241,7 @@ def _check(config: Config) -> None:
     _one_of("model.weights", config.model.weights, ("auto", "dummy"))
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
+    _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)
     _auto_or_int("pipeline.micro_batch_size", config.pipeline.micro_batch_size, 1)
@@ -252,10 +256,14 @@ def _check(config: Config) -> None:
     in_range("network.bandwidth_mbps", config.network.bandwidth_mbps, 0, exclusive=True)
     in_range("comm.timeout_s", config.comm.timeout_s, 0, exclusive=True)
     in_range("workload.limit", config.workload.limit, 1)
+    in_range("workload.max_line_mb", config.workload.max_line_mb, 0, exclusive=True)
+    names = config.workload.model_names
+    if names not in ("auto", "any") and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"workload.model_names={names} must be auto, any, or a list of names such as [gpt-4o,gpt-5]")
     in_range("sampling.max_tokens", config.sampling.max_tokens, 1)
     in_range("sampling.temperature", config.sampling.temperature, 0)
     in_range("sampling.top_p", config.sampling.top_p, 0, 1, exclusive=True)
-    in_range("sampling.top_k", config.sampling.top_k, 0)
+    in_range("sampling.top_k", config.sampling.top_k, -1)
     in_range("time_limit_s", config.time_limit_s, 0, exclusive=True)
     in_range("warmup_s", config.warmup_s, 0)
     in_range("output.grace_s", config.output.grace_s, 0)

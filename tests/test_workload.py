@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,17 @@ from deserve.config import Config, SamplingSection
 from deserve.errors import RequestError, UserError
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.batch_file import BatchFile
-from deserve.workload.intake import CHAT, COMPLETIONS, Intake
+from deserve.workload.intake import Intake
+from deserve.workload.sampling import with_derived_seed
+from deserve.workload.schema import CHAT, COMPLETIONS, NO_EFFECT, NOT_DONE, ChatBody, CompletionBody, Message
 
 LIMITS = Limits(vocab_size=256, max_context=100)
 
 
 class Bytes:
     """A tokenizer of bytes, whose chat template wants a user's turn at the end."""
+
+    longest_token = 1
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -38,6 +43,7 @@ def configure(source: Path | str, path: Path | None = None, **sampling: Any) -> 
     config = Config()
     config.workload.source = str(source)
     config.workload.path = None if path is None else str(path)
+    config.model.name = "small"
     config.sampling = SamplingSection(**({"max_tokens": 16} | sampling))
     return config
 
@@ -109,7 +115,7 @@ def test_unknown_source() -> None:
 
 
 def test_the_forms_of_a_line(tmp_path: Path) -> None:
-    body = {"model": "any", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "user": "me"}
+    body = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 7, "user": "me"}
     items = read_lines(
         tmp_path,
         {"custom_id": "a", "method": "POST", "url": CHAT, "body": body},
@@ -135,7 +141,7 @@ def test_byte_order_mark_and_no_final_newline(tmp_path: Path) -> None:
 
 
 def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
-    said = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": -1, "stop": "x", "ignore_eos": True}
+    said = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "seed": -2, "stop": "x", "ignore_eos": True}
     job: dict[str, Any] = {"temperature": 2.0, "top_p": 0.5, "top_k": 3, "stop": ["y", "z"]}
     own, plain, nulls, none = (
         request(item).sampling
@@ -148,7 +154,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
             **job,
         )
     )
-    assert own == SamplingParams(16, 0.5, 0.9, 5, 2**63 - 1, ("x",), True)
+    assert own == SamplingParams(16, 0.5, 0.9, 5, 2**63 - 2, ("x",), True)
     for params in plain, nulls:
         assert params == SamplingParams(16, 2.0, 0.5, 3, params.seed, ("y", "z"), False)
     # As many tokens as there are cut nothing off; a temperature that underflows is greedy.
@@ -172,7 +178,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "messages": []}, "missing_parameter", "one of"),
         ({"url": "/v1/embeddings", "body": {}}, "invalid_url", "/v1/embeddings"),
         ({"url": [], "body": {}}, "invalid_url", "a list"),
-        ({"body": {"prompt": "a"}}, "invalid_url", "None"),
+        ({"body": {"max_tokens": 1}}, "missing_parameter", "messages and prompt"),
         ({"url": CHAT, "method": "GET", "body": {}}, "invalid_method", "GET"),
         ({"url": CHAT, "method": "POST"}, "invalid_request", "body"),
         ({"url": CHAT, "body": {"prompt": "a"}}, "missing_parameter", "messages"),
@@ -213,7 +219,8 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "logprobs": 0}, "unsupported_parameter", "logprobs"),
         ({"prompt": "a", "stream": True}, "unsupported_parameter", "stream"),
         ({"prompt": "a", "tools": [{}]}, "unsupported_parameter", "tools"),
-        ({"prompt": "a", "custom_id": 7}, "invalid_value", "custom_id"),
+        ({"prompt": "a", "custom_id": [7]}, "invalid_value", "custom_id"),
+        ({"prompt": "a", "custom_id": True}, "invalid_value", "custom_id"),
         ({"prompt": "a", "custom_id": ""}, "invalid_value", "custom_id"),
         ('{"prompt": "a", "custom_id": "\\udfff"}', "invalid_value", "custom_id"),
     ],
@@ -227,6 +234,197 @@ def test_what_is_wrong_is_said(tmp_path: Path, line: Any, code: str, word: str) 
 def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
     harmless = {"n": 1, "stream": False, "logprobs": None, "tools": [], "presence_penalty": 0.0, "min_p": 0}
     assert text(*read_lines(tmp_path, {"prompt": "a"} | harmless)) == "a"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        (
+            {"prompt": "a", "temprature": 0},
+            "unknown_parameter",
+            ("temprature=0", "did you mean temperature", "leave it"),
+        ),
+        ({"prompt": "a", "answer": "b"}, "unknown_parameter", ("answer='b'", COMPLETIONS, "unknown_keys=ignore")),
+        ({"prompt": "a", "extra_body": {"top_k": 1}}, "unsupported_parameter", ("extra_body", "client")),
+        ({"prompt": "a", "add_special_tokens": False}, "unsupported_parameter", ("add_special_tokens=False",)),
+        ({"url": CHAT, "body": {"messages": [], "prompt": "a"}}, "unknown_parameter", ("prompt='a'", CHAT)),
+        ({"url": CHAT, "max_tokens": 5, "body": {"messages": []}}, "unknown_parameter", ("max_tokens=5", "beside")),
+        ({"prompt": "a", "tool_choice": "required"}, "unsupported_parameter", ("tool_choice='required'",)),
+        ({"prompt": "a", "response_format": {"type": "json_object"}}, "unsupported_parameter", ("response_format",)),
+        *(
+            ({"messages": [{"role": "user", "content": "hi"}], key: value}, "unsupported_parameter", (key,))
+            for key, value in {
+                "chat_template_kwargs": {"enable_thinking": False},
+                "guided_json": {},
+                "structured_outputs": {"regex": "a"},
+                "bad_words": ["a"],
+                "allowed_token_ids": [1],
+                "add_special_tokens": True,
+                "truncate_prompt_tokens": 5,
+                "continue_final_message": True,
+                "reasoning_effort": "low",
+                "logit_bias": {"5": 1},
+            }.items()
+        ),
+        (
+            {"messages": [{"role": "user", "content": "hi", "tool_call": 1}]},
+            "unknown_parameter",
+            ("messages[0].tool_c",),
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "unsupported_parameter",
+            ("messages[0].tool_calls",),
+        ),
+    ],
+)
+def test_a_key_that_is_not_done_is_named(tmp_path: Path, line: Any, code: str, words: tuple[str, ...]) -> None:
+    first, second = read_lines(tmp_path, "", {"custom_id": "a"} | line, {"prompt": "fine"})
+    assert rejected(first, code, "line 2: ", *words).custom_id == "a"
+    assert text(second) == "fine"
+
+
+def test_keys_that_change_nothing(tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]} | dict.fromkeys(NO_EFFECT, 1)
+    for key, (neutral, *_) in ((key, values) for key, values in NOT_DONE.items() if values):
+        body[key] = neutral
+    line = {"url": CHAT, "metadata": {"a": "b"}, "body": body | {"add_special_tokens": False, "temprature": None}}
+    assert text(*read_lines(tmp_path, line)) == "u:hi;"
+
+
+def test_ignored_keys_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"prompt": "a", "n": 2, "answer": 1}\n{"url": "/v1/completions", "x": 1, "body": {"prompt": "b", "n": 3}}\n'
+        '{"messages": [{"role": "user", "content": "c", "tool_calls": [1]}], "n": 1, "user": "u"}\n{"prompt": 5}\n'
+    )
+    config = configure(path)
+    config.workload.unknown_keys = "ignore"
+    ignored: Counter[str] = Counter()
+    *items, ill = open_workload(config, Bytes(), LIMITS, ignored=ignored)
+    assert [text(item) for item in items] == ["a", "b", "u:c;"]
+    rejected(ill, "invalid_value", "prompt")
+    assert ignored == {"n": 2, "answer": 1, "x": 1, "messages[].tool_calls": 1}
+
+
+def test_every_key_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "requests.md").read_text()
+    models = (ChatBody, CompletionBody, Message)
+    keys = {key for model in models for key in (*model.model_fields, *model.not_done, *model.no_effect)}
+    assert not [key for key in sorted(keys) if f"`{key}`" not in page]
+
+
+def test_a_request_for_another_model(tmp_path: Path) -> None:
+    folder = tmp_path / "Llama-7B"
+    folder.mkdir()
+    names = ["small", "org/small", "gpt-4o", "Llama-7B", str(folder), "meta/Llama-7B", "meta/llama-8b"]
+    path = tmp_path / "in.jsonl"
+    path.write_text(json_lines([{"prompt": "a", "model": name} for name in names]))
+
+    def accepted(model_names: Any, model_path: str | None) -> list[str]:
+        config = configure(path)
+        config.workload.model_names, config.model.path = model_names, model_path
+        items = list(open_workload(config, Bytes(), LIMITS))
+        for item in items:
+            if isinstance(item, Rejected):
+                rejected(item, "model_not_found", "model is '", "runs small", "workload.model_names=any")
+        return [name for name, item in zip(names, items, strict=True) if isinstance(item, Request)]
+
+    assert accepted("auto", None) == ["small"]
+    assert accepted("auto", "org/small") == ["small", "org/small"]
+    assert accepted("auto", str(folder)) == ["small", "Llama-7B", str(folder), "meta/Llama-7B"]
+    assert accepted(["gpt-4o"], None) == ["small", "gpt-4o"]
+    assert accepted("any", None) == names
+
+
+def test_values_of_other_programs_files(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    turns = [
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": [], "annotations": []},
+        {"role": "assistant"},
+        {"role": "user", "content": ["a", {"type": "input_text", "text": "b"}], "name": "Ann"},
+    ]
+    items = read_lines(
+        tmp_path,
+        {"custom_id": 7, "body": chat | {"max_tokens": 8.0, "top_k": -1, "stop": None, "seed": -1}},
+        {"custom_id": 7.5, "url": "/chat/completions", "body": chat | {"tools": None}},
+        {"custom_id": "7", "prompt": "a"},
+        {"prompt": ["one"]},
+        {"prompt": [[1, 2]], "custom_id": "line-4"},
+        {"messages": turns},
+        {"prompt": "a", "top_k": -1},
+        top_k=3,
+    )
+    assert [item.custom_id for item in items] == ["7", "7.5", "line-3", "line-4", "line-5", "line-6", "line-7"]
+    sampling = request(items[0]).sampling
+    assert (sampling.max_tokens, sampling.top_k, sampling.stop) == (8, 0, ())
+    assert sampling.seed == with_derived_seed(SamplingParams(), "7").seed
+    rejected(items[2], "duplicate_custom_id", "line 1")
+    assert text(items[3]) == "one" and request(items[1]).endpoint == CHAT
+    rejected(items[4], "duplicate_custom_id", "line 4")
+    assert text(items[5]) == "a:;a:;u:ab;"
+    assert request(items[6]).sampling.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "whose"),
+    [("params", "Anthropic"), ("request", "Gemini"), ("modelInput", "Bedrock"), ("response", "results")],
+)
+def test_a_line_made_for_another_program(tmp_path: Path, key: str, whose: str) -> None:
+    (item,) = read_lines(tmp_path, {"custom_id": "a", key: {"messages": []}})
+    assert rejected(item, "invalid_request", "line 1: ", key, whose, '"body"').custom_id == "a"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_a_file_that_is_not_utf8(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes('{"prompt": "a"}\n'.encode(encoding))
+    for opened in (open_workload, peek_lengths):
+        with pytest.raises(UserError, match=r"workload\.source=.*in\.jsonl is in UTF-(16|32).*iconv -f UTF"):
+            opened(configure(path), Bytes(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(b'{"prompt": "a"}'), "compressed with gzip.*gunzip"),
+        (b"PAR1....", "a Parquet file"),
+        (b'[\n  {"prompt": "a"}\n]', r"spread over lines.*jq -c"),
+        (b'{\n  "prompt": "a"\n}', r"spread over lines.*jq -c"),
+    ],
+)
+def test_a_file_that_is_not_of_lines(tmp_path: Path, data: bytes, words: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=words):
+        open_workload(configure(path), Bytes(), LIMITS)
+
+
+def test_long_lines(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    fitting = json.dumps({"prompt": "a" * 985}).encode()
+    assert len(fitting) == 1000 - 1
+    path.write_bytes(b"x" * 2_500_000 + b"\n" + fitting + b" \n" + fitting + b"  \n" + fitting + b" ")
+    config = configure(path)
+    config.workload.max_line_mb = 0.001
+    items = read(config)
+    assert [item.line for item in items] == [1, 2, 3, 4]
+    for item in (items[0], items[2]):
+        rejected(item, "line_too_long", f"line {item.line}: ", "workload.max_line_mb=0.001")
+    for item in (items[1], items[3]):
+        rejected(item, "context_length_exceeded")
+    assert peek_lengths(config, Bytes(), LIMITS).count == 4
+
+
+def test_a_text_that_no_context_holds_is_not_tokenized(tmp_path: Path) -> None:
+    class Never(Bytes):
+        def encode(self, text: str) -> list[int]:
+            raise AssertionError
+
+    path = tmp_path / "in.jsonl"
+    path.write_text(json_lines([{"prompt": "é" * 151}, {"messages": [{"role": "user", "content": "x" * 301}]}]))
+    for item in open_workload(configure(path), Never(), LIMITS):
+        rejected(item, "context_length_exceeded", "30", "bytes", "100")
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -366,12 +564,10 @@ def mutated(draw: st.DrawFn) -> bytes:
 @settings(max_examples=150, deadline=None)
 @given(lines=st.lists(st.binary(max_size=40) | mutated(), max_size=30))
 def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
-    data = b"\n".join(lines)
+    data = b"\n".join([b"{}", *lines])  # how a file begins decides whether it is one of lines at all
     path = tmp_path_factory.mktemp("fuzz") / "in.jsonl"
     path.write_bytes(data)
-    numbers = [
-        number for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1) if line.strip()
-    ]
+    numbers = [number for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     items = read(configure(path))
     assert [item.line for item in items] == numbers
     assert len({item.custom_id for item in items}) == len(items)
@@ -389,7 +585,7 @@ def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempP
 @settings(max_examples=1500, deadline=None)
 @given(raw=mutated())
 def test_a_mutated_line_is_an_item(raw: bytes) -> None:
-    reader = BatchFile(Intake(Bytes(), LIMITS, SamplingParams()))
+    reader = BatchFile(Intake(Bytes(), LIMITS, SamplingParams()), 32)
     assert isinstance(reader.item(1, raw), Request | Rejected)
 
 

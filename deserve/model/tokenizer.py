@@ -1,6 +1,8 @@
 """Text to token ids and back. Only rank 0 needs this, so transformers is imported where it is used."""
 
+import sys
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ class Tokenizer:
         except Exception as error:  # a tokenizer class may raise anything on a bad file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
+        self._remarked = False  # that a prompt brought its own BOS
 
     @property
     def vocab_size(self) -> int:
@@ -33,9 +36,24 @@ class Tokenizer:
         eos: int | None = self._tokenizer.eos_token_id
         return eos
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that one token can stand for, at most; tokens of bytes are spelt with up to two bytes each."""
+        return max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt, with the special tokens that the model expects around it."""
-        return list(self._tokenizer(text)["input_ids"])
+        """Token ids of a completion's prompt, with the special tokens that the model expects around it.
+
+        A text that begins with the BOS token gets no second one; the first such text is remarked on.
+        """
+        ids: list[int] = list(self._tokenizer(text)["input_ids"])
+        bos, bos_text = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+        if bos is not None and ids[:2] == [bos, bos] and text.startswith(bos_text):
+            if not self._remarked:
+                self._remarked = True
+                print(f"deserve: prompts that begin with {bos_text} get no second one", file=sys.stderr, flush=True)
+            del ids[0]
+        return ids
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the assistant answers, by the model's chat template.
@@ -62,6 +80,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    longest_token = 1
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of the text."""

@@ -2,29 +2,85 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deserve.errors import RequestError, UserError
-from deserve.workload.checks import brief, checked_text
-from deserve.workload.intake import CHAT, COMPLETIONS, Intake
+from deserve.workload.intake import Intake
 from deserve.workload.item import Item, Rejected
+from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, brief, check_keys, validated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
+MB = 10**6
+URLS = {CHAT: CHAT, COMPLETIONS: COMPLETIONS, "/chat/completions": CHAT, "/completions": COMPLETIONS}  # Azure's lack v1
+
+# How a file begins that is not made of lines of UTF-8, what it is, and how to make it so.
+FOREIGN = {
+    b"\x1f\x8b": ("compressed with gzip", "unpack it with gunzip"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"PAR1": ("a Parquet file", "write it as JSON lines, with pandas' DataFrame.to_json(orient='records', lines=True)"),
+    **{
+        begin: (f"in {code}", f"convert it with iconv -f {code} -t UTF-8")
+        for code, begins in {
+            "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+            "UTF-32LE": (b"{\0\0\0",),
+            "UTF-32BE": (b"\0\0\0{",),
+            "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+            "UTF-16LE": (b"{\0",),
+            "UTF-16BE": (b"\0{",),
+        }.items()
+        for begin in begins
+    },
+}
+# Keys that only lines of other programs have, and whose they are.
+OTHERS = {
+    "params": "Anthropic's Message Batches",
+    "request": "Gemini's batches",
+    "modelInput": "Amazon Bedrock's batches",
+    "response": "a file of results",
+}
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their 1-based numbers. Raises UserError where reading fails."""
+def lines(path: Path, max_line_mb: float) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank, with their 1-based numbers; None in place of one of more than `max_line_mb`.
+
+    Raises UserError where reading fails, or the file is not one of lines in UTF-8.
+    """
+    most = int(max_line_mb * MB)
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
+            _refuse_foreign(path, file.peek(4))
+            for number, raw in enumerate(_bounded(file, most), start=1):
+                if number == 1 and raw is not None:
                     raw = raw.removeprefix(BYTE_ORDER_MARK)
-                if raw and not raw.isspace():
+                    if raw.strip() in (b"{", b"["):
+                        raise UserError(
+                            f"workload.source={path} holds JSON that is spread over lines; each request needs a line "
+                            "of its own: convert it with jq -c . (for an array: jq -c '.[]')"
+                        )
+                if raw is None or (raw and not raw.isspace()):
                     yield number, raw
     except OSError as error:
         raise UserError(f"workload.source={path} cannot be read: {error.strerror}") from error
+
+
+def _refuse_foreign(path: Path, begin: bytes) -> None:
+    for magic, (what, remedy) in FOREIGN.items():
+        if begin.startswith(magic):
+            raise UserError(f"workload.source={path} is {what}, but must hold lines in UTF-8: {remedy}")
+
+
+def _bounded(file: BufferedReader, most: int) -> Iterator[bytes | None]:
+    while raw := file.readline(most + 1):
+        if len(raw) <= most or raw.endswith(b"\n"):
+            yield raw
+            continue
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(MB)
+        yield None
 
 
 class BatchFile:
@@ -34,25 +90,31 @@ class BatchFile:
     another line's, as a result under the repeated id would be taken for the other line's.
     """
 
-    def __init__(self, intake: Intake):
-        self._intake = intake
+    def __init__(self, intake: Intake, max_line_mb: float):
+        self._intake, self._max_line_mb = intake, max_line_mb
         self._line_of: dict[int, int] = {}  # by a 64-bit hash: a million ids would be much memory for rank 0
 
-    def item(self, line: int, raw: bytes) -> Item:
-        """The item of one line."""
+    def item(self, line: int, raw: bytes | None) -> Item:
+        """The item of one line, of which `lines` gave the bytes."""
         custom_id = None
         try:
+            if raw is None:
+                raise RequestError(
+                    "line_too_long",
+                    f"the line is longer than workload.max_line_mb={self._max_line_mb:g}: shorten it, or raise that",
+                )
             entry = _parse(raw)
-            custom_id = self._custom_id(entry, line)
-            endpoint, body = _endpoint_and_body(entry)
+            custom_id = self._custom_id(entry.pop("custom_id", None), line)
+            endpoint, body = _endpoint_and_body(entry, self._intake.ignored)
             return self._intake.request(custom_id, line, endpoint, body)
         except RequestError as error:
             return Rejected(custom_id or self._line_id(line), line, error.code, f"line {line}: {error}")
 
-    def _custom_id(self, entry: dict[str, Any], line: int) -> str:
-        if entry.get("custom_id") is None:
+    def _custom_id(self, given: Any, line: int) -> str:
+        """A number is taken by its decimal text: as a string it is joined to what the line came from."""
+        if given is None:
             return self._line_id(line)
-        custom_id = checked_text(entry["custom_id"], "custom_id")
+        custom_id = validated(Id, {"custom_id": given}).custom_id
         if not custom_id:
             raise RequestError("invalid_value", "custom_id is empty")
         first = self._claim(custom_id, line)
@@ -94,18 +156,30 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _endpoint_and_body(entry: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Tell the two forms apart by `url` and `body`, which the short ones do not have."""
-    if "url" not in entry and "body" not in entry:
-        given = [key for key in ("messages", "prompt") if entry.get(key) is not None]
-        if len(given) != 1:
-            raise RequestError("missing_parameter", "the line needs url and body, or one of messages and prompt")
-        return (CHAT if given == ["messages"] else COMPLETIONS), entry
-    url, body, method = entry.get("url"), entry.get("body"), entry.get("method")
-    if method is not None and method != "POST":
+def _endpoint_and_body(entry: dict[str, Any], ignored: Counter[str] | None) -> tuple[str, dict[str, Any]]:
+    """Tell the two forms apart by `url` and `body`, which the short ones do not have. `entry` holds no `custom_id`."""
+    short = "url" not in entry and "body" not in entry
+    body: Any = entry if short else entry.get("body")
+    other = next((key for key in OTHERS if entry.get(key) is not None), None)
+    if other is not None and not (body.keys() & {"messages", "prompt"} if short else body):
+        raise RequestError(
+            "invalid_request",
+            f"the line holds {other}, as {OTHERS[other]} do, but no body: it must be OpenAI's form, "
+            '{"custom_id": ..., "method": "POST", "url": ..., "body": {...}}',
+        )
+    if not short:
+        check_keys(Line, entry, "a line beside its body", "", ignored)
+    method = entry.get("method")
+    if not short and method is not None and method != "POST":
         raise RequestError("invalid_method", f"method is {brief(method)}, but must be POST")
-    if url not in (CHAT, COMPLETIONS):
+    url = entry.get("url")
+    if url is not None and (not isinstance(url, str) or url not in URLS):
         raise RequestError("invalid_url", f"url is {brief(url)}, but must be {CHAT} or {COMPLETIONS}")
     if not isinstance(body, dict):
         raise RequestError("invalid_request", f"body is {brief(body)}, but must be an object")
-    return url, body
+    if url is not None:
+        return URLS[url], body
+    given = [key for key in ("messages", "prompt") if body.get(key) is not None]
+    if len(given) != 1:
+        raise RequestError("missing_parameter", "the line needs url and body, or one of messages and prompt")
+    return (CHAT if given == ["messages"] else COMPLETIONS), body

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deserve.errors import RequestError, UserError
-from deserve.workload.checks import brief
-from deserve.workload.intake import CHAT, Intake
+from deserve.workload.intake import Intake
 from deserve.workload.item import Item, Rejected
 from deserve.workload.records import data_files, read_records
+from deserve.workload.schema import CHAT, brief
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deserve.batch import Request, SamplingParams
 from deserve.errors import UserError
 from deserve.workload.item import Lengths, Limits
-from deserve.workload.sampling import with_derived_seed
+from deserve.workload.sampling import TO_THE_END, with_derived_seed
 
 PATTERN = re.compile(r"fixed([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})")
 
@@ -39,11 +39,12 @@ class Fixed:
     def check_fits(self, limits: Limits, max_tokens: int) -> None:
         """Raises UserError where the longest prompt and its answer exceed the model's context."""
         longest = self.length + self.variation
-        if longest + max_tokens > limits.max_context:
+        to_the_end = max_tokens == TO_THE_END
+        if longest + (1 if to_the_end else max_tokens) > limits.max_context:
             raise UserError(
                 f"workload.source has prompts of up to {longest} tokens; with "
-                f"sampling.max_tokens={max_tokens} that is more than the {limits.max_context} tokens "
-                "that the model takes: lower one of them"
+                f"sampling.max_tokens={'null' if to_the_end else max_tokens} that is more than the "
+                f"{limits.max_context} tokens that the model takes: lower one of them"
             )
 
     def requests(self, limits: Limits, defaults: SamplingParams) -> Iterator[Request]:
@@ -53,10 +54,14 @@ class Fixed:
             length = random.integers(self.length - self.variation, self.length + self.variation, endpoint=True)
             prompt = random.integers(limits.vocab_size, size=length, dtype=np.int32)
             custom_id = f"fixed-{index}"
-            yield Request(custom_id, prompt, with_derived_seed(defaults, custom_id))
+            sampling = with_derived_seed(defaults, custom_id)
+            room = limits.max_context - int(length)
+            yield Request(custom_id, prompt, replace(sampling, max_tokens=min(sampling.max_tokens, room)))
 
-    def lengths(self, max_tokens: int, limit: int | None = None) -> Lengths:
+    def lengths(self, limits: Limits, max_tokens: int, limit: int | None = None) -> Lengths:
         """Those of the distribution, of which the first `limit` prompts are taken."""
         count = self.count if limit is None else min(self.count, limit)
         longest = self.length + self.variation
-        return Lengths(count, float(self.length), float(max_tokens), longest + max_tokens, longest)
+        answer = min(max_tokens, limits.max_context - self.length)
+        total = min(longest + max_tokens, limits.max_context)
+        return Lengths(count, float(self.length), float(answer), total, longest)

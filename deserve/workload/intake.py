@@ -1,81 +1,103 @@
 """From a prompt and its parameters to a request that the model can take."""
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from deserve.batch import Request, SamplingParams
 from deserve.errors import RequestError
-from deserve.workload.checks import brief, checked_text, checked_whole
-from deserve.workload.item import Limits, Tokenizer
+from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
+from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, brief, check_keys, validated
 
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
-
-# `developer` is OpenAI's newer name for `system`; chat templates know the older one.
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+# A normalizer may shorten a text before it is cut into tokens: NFC makes one syllable of three jamo.
+NORMALIZED = 3
 
 
 @dataclass(frozen=True)
 class Intake:
     """Makes requests of one job; `defaults` hold what a request does not say itself.
 
-    Without a `tokenizer` only prompts of token ids are taken.
+    Without a `tokenizer` only prompts of token ids are taken. `names` are those of the model, None takes any. Keys that
+    are not done refuse the request; where `ignored` is given, they are counted there and passed over.
     """
 
     tokenizer: Tokenizer | None
     limits: Limits
     defaults: SamplingParams
+    names: ModelNames | None = None
+    ignored: Counter[str] | None = field(default=None, compare=False)
 
-    def request(self, custom_id: str, line: int, endpoint: str, body: dict[str, Any]) -> Request:
-        """The request of an OpenAI `body`: `messages` at the chat endpoint, else `prompt`, text or token ids.
+    def request(self, custom_id: str, line: int, endpoint: str, values: dict[str, Any]) -> Request:
+        """The request of an OpenAI body: `messages` at the chat endpoint, else `prompt`, text or token ids.
 
         A `max_tokens` that does not fit behind the prompt is cut to what does; an answer that gets there ends
         with `finish_reason` `length`. Raises RequestError where the body is no request, or leaves no room for
         a single token.
         """
-        sampling = request_sampling(body, with_derived_seed(self.defaults, custom_id))
-        ids = self._chat_ids(body) if endpoint == CHAT else self._prompt_ids(body)
+        form: type[ChatBody] | type[CompletionBody] = ChatBody if endpoint == CHAT else CompletionBody
+        main = "messages" if endpoint == CHAT else "prompt"
+        if values.get(main) is None:
+            raise RequestError("missing_parameter", f"{main} is missing")
+        check_keys(form, values, form.endpoint, "", self.ignored)
+        body = validated(form, values)
+        self._check_model(body)
+        ids = self._chat_ids(body, values["messages"]) if isinstance(body, ChatBody) else self._prompt_ids(body.prompt)
         room = self.limits.max_context - len(ids)
         if room < 1:
             raise RequestError(
                 "context_length_exceeded",
                 f"the prompt has {len(ids)} tokens; with the answer, {self.limits.max_context} is the limit",
             )
+        sampling = request_sampling(body, with_derived_seed(self.defaults, custom_id))
+        unstated = body.max_tokens is None and body.max_completion_tokens is None
+        default_length = unstated and sampling.max_tokens < room
         sampling = replace(
             sampling,
             max_tokens=min(sampling.max_tokens, room),
             # No more than the vocabulary to choose from: the same as no cut, and small enough for int32.
             top_k=sampling.top_k if sampling.top_k < self.limits.vocab_size else 0,
         )
-        return Request(custom_id, np.array(ids, dtype=np.int32), sampling, endpoint, line)
+        return Request(custom_id, np.array(ids, dtype=np.int32), sampling, endpoint, line, default_length)
 
-    def _chat_ids(self, body: dict[str, Any]) -> list[int]:
-        messages = body.get("messages")
-        if messages is None:
-            raise RequestError("missing_parameter", "messages is missing")
-        if not isinstance(messages, list):
-            raise RequestError("invalid_value", f"messages is {brief(messages)}, but must be a list")
-        checked = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        if not any(message["content"].strip() for message in checked):
+    def _check_model(self, body: Body) -> None:
+        if body.model is not None and self.names is not None and body.model not in self.names:
+            raise RequestError(
+                "model_not_found",
+                f"model is {brief(body.model)}, but this job runs {self.names}: correct it, or set "
+                "workload.model_names=any (or to the names that mean this model)",
+            )
+
+    def _chat_ids(self, body: ChatBody, values: list[dict[str, Any]]) -> list[int]:
+        messages = []
+        for index, (message, value) in enumerate(zip(body.messages, values, strict=True)):
+            name = f"messages[{index}]"
+            if value.keys() - message.model_fields_set:
+                check_keys(Message, value, "a message", f"{name}.", self.ignored)
+            messages.append(_for_template(message, message.text(f"{name}.content")))
+        if not any(message["content"].strip() for message in messages):
             raise RequestError("empty_prompt", "messages hold no text")
-        return self._in_vocabulary(self._needed_tokenizer().encode_chat(checked))
+        tokenizer = self._tokenizer_for([message["content"] for message in messages])
+        return self._in_vocabulary(tokenizer.encode_chat(messages))
 
-    def _prompt_ids(self, body: dict[str, Any]) -> list[int]:
-        prompt = body.get("prompt")
-        if prompt is None:
-            raise RequestError("missing_parameter", "prompt is missing")
+    def _prompt_ids(self, prompt: str | list[Any]) -> list[int]:
         if isinstance(prompt, list):
-            if prompt and isinstance(prompt[0], str | list):
-                raise RequestError("unsupported_parameter", "prompt holds several prompts: give each its own line")
             return self._in_vocabulary(prompt)
-        return self._in_vocabulary(self._needed_tokenizer().encode(checked_text(prompt, "prompt")))
+        return self._in_vocabulary(self._tokenizer_for([prompt]).encode(prompt))
 
-    def _needed_tokenizer(self) -> Tokenizer:
+    def _tokenizer_for(self, texts: list[str]) -> Tokenizer:
+        """The tokenizer, for texts that can fit: tokenizing takes 80 times the memory of a text."""
         if self.tokenizer is None:
             raise RequestError("no_tokenizer", "the model has no tokenizer: give the prompt as a list of token ids")
+        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        longest = NORMALIZED * self.tokenizer.longest_token
+        if size > self.limits.max_context * longest:
+            raise RequestError(
+                "context_length_exceeded",
+                f"the prompt has {size} bytes, which no {self.limits.max_context} tokens can hold, the limit",
+            )
         return self.tokenizer
 
     def _in_vocabulary(self, ids: list[Any]) -> list[int]:
@@ -84,27 +106,20 @@ class Intake:
         # An id outside the embedding would bring down the whole job, not just this request.
         last = self.limits.vocab_size - 1
         if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > last:
-            for token in ids:
-                checked_whole(token, "a token id of the prompt", 0, last)
+            ill = next(token for token in ids if type(token) is not int or not 0 <= token <= last)
+            raise RequestError(
+                "invalid_value",
+                f"a token id of the prompt is {brief(ill)}, but must be a whole number from 0 to {last}",
+            )
         return ids
 
 
-def _message(message: Any, name: str) -> dict[str, str]:
-    """A chat message with its text in one piece; parts are joined as they stand."""
-    if not isinstance(message, dict):
-        raise RequestError("invalid_value", f"{name} is {brief(message)}, but must be an object")
-    for key in ("tool_calls", "function_call"):
-        if message.get(key):
-            raise RequestError("unsupported_parameter", f"{name}.{key} is not supported")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise RequestError("invalid_value", f"{name}.role is {brief(role)}, but must be one of {', '.join(ROLES)}")
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise RequestError("unsupported_parameter", f"{name}.content holds a part that is not text")
-    return {
-        "role": ROLES[role],
-        "content": "".join(checked_text(part.get("text"), f"{name}.content") for part in parts),
-    }
+def _for_template(message: Message, text: str) -> dict[str, Any]:
+    """A message as chat templates know it. `developer` is OpenAI's newer name for `system`."""
+    turn = {"role": "system" if message.role == "developer" else message.role, "content": text}
+    if message.name is not None:
+        turn["name"] = message.name
+    reasoning = message.reasoning_content or message.reasoning  # the older and the newer name
+    if reasoning:
+        turn["reasoning_content"] = reasoning
+    return turn

@@ -9,6 +9,10 @@ from deserve.batch import Request
 class Tokenizer(Protocol):
     """The part of the model's tokenizer that a workload needs."""
 
+    @property
+    def longest_token(self) -> int:
+        """Bytes of text that one token can stand for, at most."""
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
 
@@ -22,6 +26,23 @@ class Limits:
 
     vocab_size: int
     max_context: int
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What a request may call the model that runs.
+
+    `folder` is set for a model folder, whose hub id is not known: then any organisation may stand before its name.
+    """
+
+    names: tuple[str, ...]
+    folder: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names or (self.folder is not None and name.rpartition("/")[2] == self.folder)
+
+    def __str__(self) -> str:
+        return " alias ".join(self.names)
 
 
 @dataclass(frozen=True)

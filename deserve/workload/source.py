@@ -1,5 +1,6 @@
 """`workload.source`: what it names, opened, and the lengths of what lies in it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -12,24 +13,34 @@ from deserve.errors import UserError
 from deserve.workload import batch_file, dialogues
 from deserve.workload.fixed import Fixed
 from deserve.workload.intake import Intake
-from deserve.workload.item import Item, Lengths, Limits, Tokenizer
+from deserve.workload.item import Item, Lengths, Limits, ModelNames, Rejected, Tokenizer
 from deserve.workload.records import data_files
 from deserve.workload.sampling import default_sampling
 
 T = TypeVar("T")
 
 
+# Errors of single requests whose cause lies in the job: where they meet every request, the job is refused instead.
+CAUSED_BY_THE_JOB = ("no_tokenizer", "no_chat_template", "model_not_found")
+
+
 def open_workload(
-    config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams | None = None
+    config: Config,
+    tokenizer: Tokenizer | None,
+    limits: Limits,
+    defaults: SamplingParams | None = None,
+    ignored: Counter[str] | None = None,
 ) -> Iterator[Item]:
     """The first `workload.limit` items of `workload.source`, made as they are asked for.
 
-    `defaults` come from `default_sampling`; without them the model's own generation settings do not count.
+    `defaults` come from `default_sampling`; without them the model's own generation settings do not count. `ignored`
+    counts the keys that `workload.unknown_keys=ignore` passes over, as they are met.
     Raises UserError at once for a source that is malformed, missing, unreadable, too long for the model
     (synthetic prompts only, others are rejected one by one), or that needs a tokenizer where there is none.
     """
     defaults = defaults or default_sampling(config.sampling, {})
-    return islice(_items(config, tokenizer, limits, defaults), config.workload.limit)
+    intake = _intake(config, tokenizer, limits, defaults, Counter() if ignored is None else ignored)
+    return islice(_items(config, intake), config.workload.limit)
 
 
 def peek_lengths(
@@ -42,7 +53,7 @@ def peek_lengths(
     """How long the requests are, from up to `sample` of them; a JSONL file's are spread over the whole file.
 
     Where the sample holds no request at all, the lengths are those of a prompt of one token. Raises UserError
-    as `open_workload` does.
+    as `open_workload` does, and where the job itself is why none of the sample can be answered.
     """
     defaults = defaults or default_sampling(config.sampling, {})
     limit = config.workload.limit
@@ -50,18 +61,24 @@ def peek_lengths(
     path = _batch_file(source)
     count: int | None = None
     if path is not None:
-        intake = Intake(tokenizer, limits, defaults)
-        count = sum(1 for _ in islice(batch_file.lines(path), limit))
-        reader = batch_file.BatchFile(intake)
+        most = config.workload.max_line_mb
+        count = sum(1 for _ in islice(batch_file.lines(path, most), limit))
+        reader = batch_file.BatchFile(_intake(config, tokenizer, limits, defaults, Counter()), most)
         step = max(1, -(-count // sample))
-        items: Iterator[Item] = (reader.item(*line) for line in islice(batch_file.lines(path), 0, limit, step))
+        items = [reader.item(*line) for line in islice(batch_file.lines(path, most), 0, limit, step)]
     elif source in dialogues.SOURCES:
-        items = islice(open_workload(config, tokenizer, limits, defaults), sample)
+        items = list(islice(open_workload(config, tokenizer, limits, defaults), sample))
     else:
         fixed = Fixed.parse(source)
         fixed.check_fits(limits, defaults.max_tokens)
-        return replace(fixed.lengths(defaults.max_tokens, limit), exact=runs_full(defaults))
+        return replace(fixed.lengths(limits, defaults.max_tokens, limit), exact=runs_full(defaults))
     requests = [item for item in items if isinstance(item, Request)]
+    refused = [item for item in items if isinstance(item, Rejected)]
+    if refused and not requests and all(item.code in CAUSED_BY_THE_JOB for item in refused):
+        raise UserError(
+            f"workload.source={source}: none of the {len(refused)} requests looked at can be answered: "
+            f"{refused[0].message}"
+        )
     sizes = [(len(request.prompt), request.sampling.max_tokens) for request in requests]
     whole = bool(sizes) and len(sizes) == count
     sizes = sizes or [(1, min(defaults.max_tokens, limits.max_context - 1))]
@@ -98,19 +115,44 @@ def _batch_file(source: str) -> Path | None:
     return path if named and source not in dialogues.SOURCES else None
 
 
-def _items(config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams) -> Iterator[Item]:
-    source = config.workload.source
+def _intake(
+    config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults: SamplingParams, ignored: Counter[str]
+) -> Intake:
+    return Intake(
+        tokenizer,
+        limits,
+        defaults,
+        _model_names(config),
+        ignored if config.workload.unknown_keys == "ignore" else None,
+    )
+
+
+def _model_names(config: Config) -> ModelNames | None:
+    """What requests may call the model, None for anything."""
+    more, model = config.workload.model_names, config.model
+    if more == "any":
+        return None
+    names = [model.name, *([] if more == "auto" else more)]
+    folder = None
+    if model.path is not None:
+        path = Path(model.path).expanduser()
+        folder = path.resolve().name if path.is_dir() else None
+        names += [model.path, str(path), folder or path.name]
+    return ModelNames(tuple(dict.fromkeys(names)), folder)
+
+
+def _items(config: Config, intake: Intake) -> Iterator[Item]:
+    source, most = config.workload.source, config.workload.max_line_mb
     path = _batch_file(source)
     if path is not None:
-        reader = batch_file.BatchFile(Intake(tokenizer, limits, defaults))
-        return (reader.item(*line) for line in _started(batch_file.lines(path)))
+        reader = batch_file.BatchFile(intake, most)
+        return (reader.item(*line) for line in _started(batch_file.lines(path, most)))
     if source in dialogues.SOURCES:
-        if tokenizer is None:
+        if intake.tokenizer is None:
             raise UserError(
                 f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
                 "has one, or prompts of token ids"
             )
-        intake = Intake(tokenizer, limits, defaults)
         return _started(dialogues.items(source, config.workload.path, intake))
     if not source.startswith("fixed"):
         raise UserError(
@@ -118,8 +160,8 @@ def _items(config: Config, tokenizer: Tokenizer | None, limits: Limits, defaults
             f"{', '.join(dialogues.SOURCES)}, or the path of a .jsonl file"
         )
     fixed = Fixed.parse(source)
-    fixed.check_fits(limits, defaults.max_tokens)
-    return fixed.requests(limits, defaults)
+    fixed.check_fits(intake.limits, intake.defaults.max_tokens)
+    return fixed.requests(intake.limits, intake.defaults)
 
 
 def _started(generator: Iterator[T]) -> Iterator[T]:

@@ -1,0 +1,326 @@
+"""The keys of a request: those that are done, those known to change nothing, and those that are refused by name.
+
+To do a key, give it a field in one of the models and take it out of `NOT_DONE`; docs/requests.md lists all of them.
+"""
+
+import difflib
+from collections import Counter
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from deserve.errors import RequestError
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+SEEDS = 2**63  # a seed is in [-SEEDS, SEEDS), an int64
+
+# Keys that change no answer of a job that runs offline and does not stream.
+NO_EFFECT = {
+    "user": "names the end user",
+    "safety_identifier": "names the end user",
+    "metadata": "labels for the provider's dashboard",
+    "store": "whether the provider keeps the answer",
+    "service_tier": "price and speed",
+    "priority": "order of answering",
+    "prediction": "expected output, to answer sooner",
+    "prompt_cache_key": "prefix caching",
+    "prompt_cache_retention": "prefix caching",
+    "cache_salt": "prefix caching",
+    "request_id": "names the request in the server's log",
+    "session_id": "names the conversation in the server's log",
+    "stream_options": "streaming, which is refused",
+    "stream_interval": "streaming, which is refused",
+    "parallel_tool_calls": "tools, which are refused",
+    "guided_decoding_backend": "guided decoding, which is refused",
+    "truncation_side": "truncate_prompt_tokens, which is refused",
+    "return_tokens_as_token_ids": "logprobs, which are refused",
+}
+
+# Keys that would change the answer and are not done, with the values at which they ask for nothing (null never does).
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "logprob_token_ids": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "repetition_detection": (),
+    "length_penalty": (1, 1.0),
+    "use_beam_search": (False,),
+    "early_stopping": (False,),
+    "min_p": (0, 0.0),
+    "typical_p": (1, 1.0),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt_embeds": (),
+    "return_token_ids": (False,),
+    "return_prompt_text": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "reasoning_effort": (),
+    "reasoning": (),
+    "include_reasoning": (True,),
+    "thinking_token_budget": (-1,),
+    "verbosity": ("medium",),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    "watermarking": (False,),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "vllm_xargs": ({},),
+    "extra_body": ({},),
+}
+HINTS = {"extra_body": "it is an argument of OpenAI's Python client, which puts its keys into the body: do that"}
+
+
+def brief(value: Any) -> str:
+    """A JSON value for an error message: short whatever it holds."""
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    text = repr(value[:40] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def _encodable(text: str) -> str:
+    """Raises ValueError for a lone surrogate, which a JSON escape can hold and UTF-8 cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds a lone surrogate, which is no character") from None
+    return text
+
+
+def _whole(value: Any) -> Any:
+    """16.0 as 16: tables with gaps are often exported so, and for JSON both are the same number."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _texts(value: str | list[str]) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, list) else (value,)
+    if "" in texts:
+        raise ValueError("holds an empty string, which would end every answer at once")
+    return texts
+
+
+def _one_prompt(value: Any) -> Any:
+    """A list of one prompt as that prompt; RequestError for several, which would need several answers."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise RequestError("unsupported_parameter", "prompt holds several prompts: give each its own line")
+        return value[0]
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class Keys(BaseModel):
+    """Keys that are done. A field's description says which values it takes, for error messages; null is always one."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    no_effect: ClassVar[dict[str, str]] = {}
+    not_done: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class Sampling(Keys):
+    """How the tokens of an answer are chosen."""
+
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = Field(None, description="a whole number of at least 1")
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, description="a whole number of at least 1"
+    )
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="a finite number of at least 0"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="a number over 0 and at most 1")
+    top_k: Annotated[Whole, Field(ge=-1)] | None = Field(
+        None, description="a whole number of at least 1, or 0 or -1 for all tokens"
+    )
+    seed: Annotated[Whole, Field(ge=-SEEDS, lt=SEEDS)] | None = Field(
+        None, description=f"a whole number from {-SEEDS} to {SEEDS - 1}"
+    )
+    stop: Annotated[Text | list[Text], AfterValidator(_texts)] | None = Field(
+        None, description="a string or a list of strings"
+    )
+    ignore_eos: bool | None = Field(None, description="true or false")
+
+
+class Message(Keys):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="one of system, developer, user, assistant"
+    )
+    content: Text | list[Any] | None = Field(None, description="a string or a list of parts")
+    name: Text | None = Field(None, description="a string")
+    reasoning_content: Text | None = Field(None, description="a string")
+    reasoning: Text | None = Field(None, description="a string")
+
+    no_effect = {"id": "names the message", "annotations": "the provider's notes on its answer"}
+    not_done = {"tool_calls": ([],), "function_call": (), "tool_call_id": (), "refusal": ("",), "audio": ()}
+
+    def text(self, name: str) -> str:
+        """The content in one piece, parts joined as they stand; RequestError, naming `name`, where it is not text."""
+        if isinstance(self.content, str):
+            return self.content
+        if self.content is None:  # as OpenAI, of assistants alone
+            if self.role != "assistant":
+                raise RequestError("invalid_value", f"{name} is None, but must be a string or a list of parts")
+            return ""
+        return "".join(_part_text(part, name) for part in self.content)
+
+
+def _part_text(part: Any, name: str) -> str:
+    text = part
+    if isinstance(part, dict):
+        if part.get("type") not in ("text", "input_text", "output_text"):
+            raise RequestError(
+                "unsupported_parameter", f"{name} holds a part of type {brief(part.get('type'))}, which is not text"
+            )
+        text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError("invalid_value", f"{name} holds a part whose text is {brief(text)}, but must be a string")
+    try:
+        return _encodable(text)
+    except ValueError as error:
+        raise RequestError("invalid_value", f"{name} {error}") from None
+
+
+class Body(Sampling):
+    """What both endpoints take."""
+
+    model: Text | None = Field(None, description="a string")
+
+    endpoint: ClassVar[str]
+    no_effect = NO_EFFECT
+
+
+class ChatBody(Body):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(description="a list of objects")
+
+    endpoint = CHAT
+    not_done = NOT_DONE | {"add_special_tokens": (False,)}
+
+
+class CompletionBody(Body):
+    """The body of `/v1/completions`; token ids are checked where the vocabulary is known."""
+
+    prompt: Annotated[Text | list[Any], BeforeValidator(_one_prompt)] = Field(
+        description="a string or a list of token ids"
+    )
+
+    endpoint = COMPLETIONS
+    not_done = NOT_DONE | {"add_special_tokens": (True,)}
+
+
+def _decimal(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class Id(Keys):
+    """What names a line's result."""
+
+    custom_id: Annotated[Text, BeforeValidator(_decimal)] = Field(description="a string or a number")
+
+
+class Line(Keys):
+    """A line around its body."""
+
+    method: Any = None
+    url: Any = None
+    body: Any = None
+
+    no_effect = {"metadata": "labels for the provider's dashboard"}
+
+
+K = TypeVar("K", bound=Keys)
+
+
+def validated(keys: type[K], values: dict[str, Any]) -> K:
+    """`values` as `keys`, which pass over all others. Raises RequestError, naming the first value that is wrong."""
+    try:
+        return keys.model_validate(values)
+    except ValidationError as error:
+        raise RequestError("invalid_value", _words(error, keys)) from None
+
+
+def _words(error: ValidationError, keys: type[Keys]) -> str:
+    errors = error.errors(include_url=False)
+    first = next((entry for entry in errors if entry["type"] == "value_error"), errors[0])
+    name, *inner = first["loc"]
+    wanted = keys.model_fields[str(name)].description
+    if name == "messages" and inner:
+        name, wanted = f"messages[{inner[0]}]", "an object"
+        if len(inner) > 1:
+            name, wanted = f"{name}.{inner[1]}", Message.model_fields[str(inner[1])].description
+    if first["type"] == "value_error":
+        return f"{name} {first['ctx']['error']}"
+    if first["type"] == "missing":
+        return f"{name} is missing, but must be {wanted}"
+    return f"{name} is {brief(first['input'])}, but must be {wanted}"
+
+
+def check_keys(keys: type[Keys], values: dict[str, Any], where: str, prefix: str, ignored: Counter[str] | None) -> None:
+    """Refuse the keys of `values` that are neither done nor without effect, or count them where `ignored` is given.
+
+    `where` says what the keys belong to, `prefix` where in the line they lie. Raises RequestError.
+    """
+    for key, value in values.items():
+        if value is None or key in keys.model_fields or key in keys.no_effect:
+            continue
+        asks = keys.not_done.get(key)
+        # The types are compared too: `logprobs: 0` asks for something, `logprobs: false` does not.
+        if asks is not None and any(type(value) is type(other) and value == other for other in asks):
+            continue
+        if ignored is not None:
+            ignored[f"{prefix.partition('[')[0]}{'[].' if prefix else ''}{key}"] += 1
+            continue
+        advice = "leave it out, or set workload.unknown_keys=ignore to answer without it"
+        if asks is not None:
+            raise RequestError(
+                "unsupported_parameter", f"{prefix}{key}={brief(value)} is not supported: {HINTS.get(key, advice)}"
+            )
+        name = brief(key)[1:-1]
+        near = difflib.get_close_matches(key, [*keys.model_fields, *keys.not_done, *keys.no_effect], n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise RequestError(
+            "unknown_parameter", f"{prefix}{name}={brief(value)} is not a key of {where}{meant}: {advice}"
+        )
