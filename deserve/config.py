@@ -99,6 +99,7 @@ class OutputSection:
 
     dir: str = "outputs"
     resume: bool = True
+    retry_errors: str = "auto"  # auto: those that another plan, setting or model folder may mend; all; none
     grace_s: float = 20.0  # time for visits in flight after SIGTERM
 
 
@@ -242,6 +243,7 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
+    _one_of("output.retry_errors", config.output.retry_errors, ("auto", "all", "none"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)
     _auto_or_int("pipeline.micro_batch_size", config.pipeline.micro_batch_size, 1)

@@ -1,7 +1,8 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deserve.batch import IntArray, Request
 from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
+from deserve.errors import UserError
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import load_tokenizer
@@ -22,7 +24,7 @@ from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder, remedy
-from deserve.report.results import Manifest, ResultsWriter
+from deserve.report.results import WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.summary import closing_table
 from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
@@ -35,21 +37,23 @@ from deserve.workload.read_ahead import ReadAhead
 
 
 class Job:
-    """What rank 0 knows of a job before and after the visits: its input, its plan and its results."""
+    """What rank 0 knows of a job before and after the visits: its input, its plan and its results.
 
-    def __init__(self, config: Config, checkpoint: Checkpoint):
+    With `resume` it goes on from the results in `output.dir`.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, resume: bool):
         self._config, self._checkpoint = config, checkpoint
         self._dtype = model_dtype(config.model, checkpoint.config)
         self._tokenizer = load_tokenizer(checkpoint)
         self._defaults = default_sampling(config.sampling, checkpoint.generation)
         self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
         self._folder = Path(config.output.dir)
+        self._manifest = Manifest.of(config, checkpoint.fingerprint(), str(self._dtype).removeprefix("torch."))
         self._writer = ResultsWriter(
-            self._folder / "results.jsonl",
-            config.output.resume,
-            checkpoint.name,
-            Manifest.of(config, checkpoint.fingerprint()),
+            self._folder / "results.jsonl", resume, checkpoint.name, self._manifest, config.output.retry_errors
         )
+        self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         count = self._lengths.count
         self._progress = Progress(None if count is None else count - len(self._writer.done), config.warmup_s)
@@ -67,9 +71,13 @@ class Job:
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
         self._recorder = Recorder(self._writer, decode, self._progress, self._dtype)
         pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
-        requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults)
-        items = (within_memory(item, pages.reach, plan.page_size) for item in requests)
-        ahead = ReadAhead(items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        # From here, as tokenising the first prompts is work too; it goes on behind the visits.
+        self._progress.start()
+        requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults, done=self._writer.done)
+        items = (within_memory(item, pages.reach, plan.page_size) for item in self._counted(requests))
+        self._ahead = ahead = ReadAhead(
+            items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency)
+        )
         scheduler = Scheduler(
             POLICIES[plan.policy],
             pages,
@@ -83,13 +91,20 @@ class Job:
         )
         self._counters, self._host_pool = scheduler.counters, pages.host
         ahead.wait(plan.concurrency)
-        self._progress.start()
         return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline)
+
+    def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
+        """As many of `items` as were counted at the start; what is appended meanwhile is for the next start."""
+        yield from islice(items, self._lengths.count)
+        self._changed = self._manifest.changed_file()
 
     def report(
         self, plan: Plan, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
     ) -> None:
-        """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies."""
+        """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
+
+        Raises UserError if not all requests were answered, although nothing stopped the job.
+        """
         self._progress.close()
         if spans:
             ranks = [[Span(*span) for span in rank] for rank in spans]
@@ -101,6 +116,7 @@ class Job:
             **self._progress.summary(),
             "stopped_by": stopped,
             "non_finite_logits": {"requests": self._recorder.non_finite, "remedy": remedy(self._dtype)},
+            "earlier_starts": {"results": len(self._writer.done), "errors_tried_again": self._writer.retried},
             "stages": stages,
             "memory_pressure": {
                 **asdict(self._counters),
@@ -118,6 +134,22 @@ class Job:
         write_metrics(self._folder / "metrics.json", metrics)
         print(closing_table(metrics))
         print(f"results in {self._writer.path}", flush=True)
+        if stopped is None:
+            self._check_whole(metrics["requests"])
+
+    def _check_whole(self, recorded: int) -> None:
+        """Raises UserError unless there are results for all that was counted, and it was read as it was counted."""
+        begun = self._ahead.read if self._lengths.count is None else self._lengths.count
+        answered = self._ahead.skipped + recorded
+        source = f"workload.source={self._config.workload.source}"
+        changed = f"{self._changed} was changed while the job ran" if self._changed else ""
+        if answered != begun:
+            raise UserError(
+                f"{source}: {begun:,} requests were counted, and {answered:,} have results: {begun - answered:,} are "
+                f"missing{changed and f'. {changed}'}. Restore the input and start again. {WAYS_OUT}"
+            )
+        if changed:
+            raise UserError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
     def _hindsight(self, plan: Plan) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
@@ -161,7 +193,7 @@ def token_text(tokens: IntArray) -> str:
 
 def within_memory(item: Item, pages: int, page_size: int) -> Item:
     """`item`, rejected if it may come to hold more than `pages` pages of KV cache, as then it could never finish."""
-    if isinstance(item, Rejected):
+    if not isinstance(item, Request):
         return item
     prompt, answer = len(item.prompt), item.sampling.max_tokens
     if prompt + answer - 1 <= pages * page_size:

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import os
 import sys
+import time
 from typing import Any
 
 import psutil
@@ -30,7 +31,7 @@ from deserve.stop import STOPPED, Stop
 
 def run(config: Config, world: World) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
-    with Stop(config.output.grace_s, config.time_limit_s) as stop:
+    with Stop(config.output.grace_s, seconds_left(config, world)) as stop:
         return run_until(stop, config, world)
 
 
@@ -47,7 +48,10 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     job = None
     with world.step("workload"):
         if world.rank == 0:
-            job = Job(config, checkpoint)
+            # Once begun, a job goes on when torchrun starts the ranks again, with output.resume=false too.
+            begun = f"begun/{config.output.dir}"
+            job = Job(config, checkpoint, resume=config.output.resume or world.note(begun) is not None)
+            world.leave_note(begun, "")
     machine = survey(world, config, checkpoint, dtype, device)
     chosen = None
     with world.step("plan"):
@@ -77,6 +81,16 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         if stop.reason is not None:
             world.announce_stop()
     return STOPPED if world.share("stopped", stop.reason) else 0
+
+
+def seconds_left(config: Config, world: World) -> float | None:
+    """What is left of `time_limit_s`, which counts from the first start of the ranks under one torchrun."""
+    if config.time_limit_s is None or world.rank > 0:
+        return None  # rank 0 watches it
+    key = f"began/{config.output.dir}"
+    began = float(world.note(key) or time.time())
+    world.leave_note(key, str(began))
+    return began + config.time_limit_s - time.time()
 
 
 def facts(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:

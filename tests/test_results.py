@@ -31,8 +31,10 @@ def completion(custom_id: str, endpoint: str = "/v1/completions") -> Completion:
     return Completion(request, np.arange(2, dtype=np.int32), "stop")
 
 
-def write(path: Path, *custom_ids: str, resume: bool = True, manifest: Manifest | None = None) -> set[str]:
-    with ResultsWriter(path, resume, "model", manifest) as writer:
+def write(
+    path: Path, *custom_ids: str, resume: bool = True, manifest: Manifest | None = None, retry: str = "auto"
+) -> set[str]:
+    with ResultsWriter(path, resume, "model", manifest, retry) as writer:
         for custom_id in custom_ids:
             writer.completion(completion(custom_id), "text")
         return writer.done
@@ -181,7 +183,7 @@ def manifest(source: Path | str, model: Any = "sha", **sampling: Any) -> Manifes
     config.workload.source = str(source)
     for key, value in sampling.items():
         setattr(config.sampling, key, value)
-    return Manifest.of(config, model)
+    return Manifest.of(config, model, "float32")
 
 
 def test_manifest_stops_a_resume_of_another_job(tmp_path: Path) -> None:
@@ -244,3 +246,99 @@ def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | N
     assert {(error["code"], error["message"].split(",")[0]) for error in errors if error} == {
         ("non_finite_logits", message)
     }
+
+
+def codes(path: Path) -> list[tuple[str, str | None]]:
+    entries = [json.loads(line) for line in path.read_bytes().splitlines()]
+    return [(entry["custom_id"], entry["error"] and entry["error"]["code"]) for entry in entries]
+
+
+@pytest.mark.parametrize(("retry", "retried"), [("auto", {"plan"}), ("all", {"plan", "input"}), ("none", set())])
+def test_errors_that_are_tried_again(tmp_path: Path, retry: str, retried: set[str]) -> None:
+    """The last line of a request counts; an error that stays the same is not written again."""
+    path = tmp_path / "results.jsonl"
+    errors = {"plan": "kv_memory_exceeded", "input": "invalid_json"}
+    written = [("a", None), *errors.items()]
+    with ResultsWriter(path, True, "model") as writer:
+        writer.completion(completion("a"), "text")
+        for name, code in errors.items():
+            writer.error(name, code, "4 pages")
+    with ResultsWriter(path, True, "model", retry_errors=retry) as writer:
+        assert (writer.done, writer.retried) == ({"a", "plan", "input"} - retried, len(retried))
+        for name in sorted(retried):
+            writer.error(name, errors[name], "4 pages")
+    assert codes(path) == written
+    with ResultsWriter(path, True, "model", retry_errors=retry) as writer:
+        for name in sorted(retried):
+            writer.error(name, errors[name], "8 pages")
+    assert write(path, *retried, retry=retry) == {"a", "plan", "input"} - retried
+    assert codes(path)[3:] == [*((name, errors[name]) for name in sorted(retried)), *((name, None) for name in retried)]
+    assert write(path, retry=retry) == {"a", "plan", "input"}
+
+
+def test_errors_to_be_tried_again_stand_in_no_other_jobs_way(tmp_path: Path) -> None:
+    path, other = tmp_path / "results.jsonl", manifest("fixed1:2:0", "with a tokenizer")
+    with ResultsWriter(path, True, "model", manifest("fixed1:2:0")) as writer:
+        writer.error("a", "no_tokenizer", "none")
+    assert write(path, manifest=manifest("fixed1:2:0")) == set()
+    assert codes(path) == [("a", "no_tokenizer")]
+    assert write(path, "a", manifest=other) == set()
+    assert (ids(tmp_path / "results.jsonl.1"), ids(path)) == (["a"], ["a"])
+    assert write(path, manifest=other) == {"a"}
+    with pytest.raises(UserError, match="with other model"):
+        write(path, manifest=manifest("fixed1:2:0"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "resumed"),
+    [
+        ("1\n2\n", "1\n2\n3\n", True),
+        ("1\n2\n", "1\n2\n3", True),
+        ("1\n2", "1\n2\n3\n", True),
+        ("1\n2", "1\n23\n", False),
+        ("1\n2\n", "1\n3\n4\n", False),
+        ("1\n2\n", "0\n1\n2\n", False),
+        ("1\n2\n", "1\n", False),
+        ("1\n2\n", "1\n2", False),
+    ],
+)
+def test_an_input_that_grew_by_lines_is_resumed(tmp_path: Path, before: str, now: str, resumed: bool) -> None:
+    path, source = tmp_path / "out" / "results.jsonl", tmp_path / "in.jsonl"
+    source.write_text(before)
+    write(path, "a", manifest=manifest(source))
+    source.write_text(now)
+    if not resumed:
+        with pytest.raises(UserError, match=r"other input \(workload\.source\)\. "):
+            write(path, manifest=manifest(source))
+        return
+    assert write(path, manifest=manifest(source)) == {"a"}
+    source.write_text(before)  # what has grown may not shrink again
+    with pytest.raises(UserError, match="other input"):
+        write(path, manifest=manifest(source))
+
+
+def test_what_else_the_manifest_tells_apart(tmp_path: Path) -> None:
+    path, data = tmp_path / "out" / "results.jsonl", tmp_path / "in.json"
+    data.write_text("[]")
+    config = Config()
+    config.workload.source, config.workload.path = "oasst1", str(data)
+    write(path, "a", manifest=Manifest.of(config, "sha", "float32"))
+    with pytest.raises(UserError, match=r"with other model\.dtype\. "):
+        write(path, manifest=Manifest.of(config, "sha", "bfloat16"))
+    config.workload.source = "sharegpt"  # the same file, read as other requests
+    with pytest.raises(UserError, match="with other input"):
+        write(path, manifest=Manifest.of(config, "sha", "float32"))
+
+
+def test_files_that_change_under_a_job(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("1\n2\n")
+    record = manifest(source)
+    assert record.changed_file() is None
+    source.write_text("1\n2\n3\n")
+    assert record.changed_file() is None  # what was counted is still there
+    for content in ("1\n3\n", "1\n", ""):
+        source.write_text(content)
+        assert record.changed_file() == source
+    source.unlink()
+    assert record.changed_file() is None  # an open file can be read to its end

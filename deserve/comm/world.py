@@ -193,6 +193,15 @@ class World:
             self._edges[everywhere] = [*edges, None]
         return self._edges[everywhere]
 
+    def leave_note(self, key: str, text: str) -> None:
+        """Leave word for later starts of the ranks under the same torchrun, on whichever host it counts them."""
+        self._ask_board(lambda board: board.set(f"deserve/notes/{key}", text))
+
+    def note(self, key: str) -> str | None:
+        """What an earlier start left under `key`."""
+        name = f"deserve/notes/{key}"
+        return self._notice_board.get(name).decode() if self._notice_board.check([name]) else None
+
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
         # Not under the name of this meeting: it is for the next.

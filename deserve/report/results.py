@@ -16,32 +16,67 @@ from deserve.batch import Completion
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.workload import data_paths
+from deserve.workload.dialogues import SOURCES
 
 WAYS_OUT = "Start afresh with output.resume=false (old results are kept aside), or give a new output.dir"
+CHUNK_BYTES = 1 << 20
+
+# Codes of errors that another plan, setting or model folder may mend; all others are the input's own.
+MENDABLE = {
+    "context_length_exceeded",
+    "kv_memory_exceeded",
+    "line_too_long",
+    "model_not_found",
+    "no_chat_template",
+    "no_tokenizer",
+    "non_finite_logits",
+    "unknown_parameter",
+}
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a job's results depend on; results of different manifests do not belong into one file.
 
-    `input` identifies the requests: the source's name, or size and sha256 of each file, wherever it lies.
-    `model` is whatever JSON value identifies weights and tokenizer. `workload.limit` is left out on purpose:
-    a job may be resumed with a larger one.
+    `input` identifies the requests: the source's name, and size and sha256 of each file, wherever it lies.
+    `model` is whatever JSON value identifies weights and tokenizer, `dtype` the one that is computed in.
+    Left out on purpose: `workload.limit`, as a job may be resumed with a larger one; what decides only whether a
+    request is accepted; devices and the plan, which move answers no further than rounding does.
     """
 
-    input: Any
+    input: dict[str, Any]
     model: Any
+    dtype: str
     sampling: dict[str, Any]
+    paths: tuple[Path, ...] = ()  # of the input's files, in their order
 
     @classmethod
-    def of(cls, config: Config, model: Any) -> "Manifest":
+    def of(cls, config: Config, model: Any, dtype: str) -> "Manifest":
         """The manifest of a job. Raises UserError where an input file cannot be read."""
         paths = data_paths(config)
-        files = [_file_fingerprint(path) for path in paths]
-        return cls(files or config.workload.source, model, dataclasses.asdict(config.sampling))
+        source = config.workload.source
+        try:
+            files = [_file_fingerprint(path) for path in paths]
+        except OSError as error:
+            raise UserError(f"workload.source: {error.filename} cannot be read: {error.strerror}") from error
+        named = {"source": None if paths and source not in SOURCES else source, "files": files}
+        return cls(named, model, dtype, dataclasses.asdict(config.sampling), tuple(paths))
 
-    def check(self, path: Path) -> None:
-        """Raises UserError, saying what changed, if the manifest at `path` is that of another job."""
+    def changed_file(self) -> Path | None:
+        """A file of the input that does not begin any more as it was when this manifest was made."""
+        for path, fingerprint in zip(self.paths, self.input["files"], strict=True):
+            try:
+                if _file_fingerprint(path, fingerprint["size"]) != fingerprint:
+                    return path
+            except FileNotFoundError:
+                pass  # whoever has it open still reads it to its end
+        return None
+
+    def check(self, path: Path) -> bool:
+        """Whether the input has grown by lines since the manifest at `path` was written.
+
+        Raises UserError, saying what changed, if that manifest is of another job.
+        """
         try:
             before = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -49,11 +84,35 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}). {WAYS_OUT}") from error
         now = self._as_json()
-        names = {"input": "input (workload.source)", "model": "model", "sampling": "sampling parameters"}
+        names = {
+            "input": "input (workload.source)",
+            "model": "model",
+            "dtype": "model.dtype",
+            "sampling": "sampling parameters",
+        }
         before = before if isinstance(before, dict) else {}
-        changed = ", ".join(name for key, name in names.items() if before.get(key) != now[key])
+        grown = self._has_grown(before.get("input"))
+        changed = ", ".join(
+            name for key, name in names.items() if before.get(key) != now[key] and not (key == "input" and grown)
+        )
         if changed:
             raise UserError(f"{path.parent} holds results of another job, with other {changed}. {WAYS_OUT}")
+        return grown
+
+    def _has_grown(self, before: Any) -> bool:
+        """Whether the input is a file of requests whose first lines are all of the file that `before` describes."""
+        try:
+            (old,) = before["files"]
+            (now,) = self.input["files"]
+            if self.input["source"] is not None or before["source"] is not None or old["size"] >= now["size"]:
+                return False
+            if _file_fingerprint(self.paths[0], old["size"]) != old:
+                return False
+            with self.paths[0].open("rb") as file:
+                file.seek(max(0, old["size"] - 1))
+                return old["size"] == 0 or b"\n" in file.read(2)  # the last line has not grown, but ended there
+        except (TypeError, KeyError, ValueError, OSError):
+            return False
 
     def write(self, path: Path) -> None:
         """Replace the file at `path` in one step, so that a crash leaves the old or the new one."""
@@ -69,25 +128,37 @@ class Manifest:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
-        as_json: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        shown = {"input": self.input, "model": self.model, "dtype": self.dtype, "sampling": self.sampling}
+        as_json: dict[str, Any] = json.loads(json.dumps(shown))
         return as_json
 
 
 class ResultsWriter:
     """The one writer of a results file, from opening to `close`; a context manager.
 
-    With `resume`, `done` holds the `custom_id`s that earlier runs answered, and a line torn by a crash is cut
-    off so that its request is answered again; without it, an old file is kept aside as `results.jsonl.1`,
-    `.2`, ...
+    With `resume`, `done` holds the `custom_id`s of earlier starts that are not to be answered again, and a line
+    torn by a crash is cut off; without it, an old file is kept aside as `results.jsonl.1`, `.2`, ... Of several
+    lines of one request the last one counts: `retry_errors` (`auto`: those in `MENDABLE`, `all`, `none`) says
+    which errors are tried again, `retried` how many. A file of nothing but such errors is kept aside if it is of
+    another job.
 
     Raises UserError if the folder cannot be written, if another process writes to it, if a line other than
     the last is corrupt, or if the results there are of another job than `manifest` says.
     """
 
-    def __init__(self, path: Path, resume: bool, model_name: str, manifest: Manifest | None = None):
+    def __init__(
+        self,
+        path: Path,
+        resume: bool,
+        model_name: str,
+        manifest: Manifest | None = None,
+        retry_errors: str = "auto",
+    ):
         self.path = path
         self.done: set[str] = set()
-        self._model_name = model_name
+        self._to_retry: dict[str, int] = {}  # the hash of code and message by custom_id
+        self._model_name, self._retry_errors = model_name, retry_errors
+        self._size = 0  # bytes, all of whole lines
         with contextlib.ExitStack() as opened:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,15 +167,14 @@ class ResultsWriter:
                 _lock(self._lock, path.parent)
                 if not resume:
                     _set_aside(path)
-                exists = path.exists() and path.stat().st_size > 0
-                if manifest is not None and exists:
-                    manifest.check(path.parent / "manifest.json")
-                elif manifest is not None:
+                if path.exists():
+                    self._size = self._read_done()
+                self.retried = len(self._to_retry)
+                if manifest is not None and self._must_write(manifest, path.parent / "manifest.json"):
                     manifest.write(path.parent / "manifest.json")
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
                 opened.callback(os.close, self._file)
                 opened.callback(os.fsync, self._file)
-                self._size = self._read_done()  # bytes, all of whole lines
                 os.ftruncate(self._file, self._size)
             except FileExistsError:
                 raise UserError(f"output.dir={path.parent} is a file: give a folder, new or old") from None
@@ -135,7 +205,9 @@ class ResultsWriter:
         self._append(request.custom_id, response, None)
 
     def error(self, custom_id: str, code: str, message: str) -> None:
-        """Append the line of a request that cannot be answered."""
+        """Append the line of a request that cannot be answered, unless it is the one that an earlier start wrote."""
+        if self._to_retry.pop(custom_id, None) == hash((code, message)):
+            return
         self._append(custom_id, None, {"code": code, "message": message})
 
     def close(self) -> None:
@@ -172,6 +244,17 @@ class ResultsWriter:
             raise UserError(f"{self.path} cannot be written: {problem.strerror}") from problem
         self._size += len(line)
 
+    def _must_write(self, manifest: Manifest, path: Path) -> bool:
+        if self.done:
+            return manifest.check(path)
+        try:
+            return self._size == 0 or manifest.check(path)
+        except UserError:
+            _set_aside(self.path)
+            self._to_retry.clear()
+            self.retried = self._size = 0
+            return True
+
     def _read_done(self) -> int:
         """Fill `done` from the file; returns its length in bytes up to the last whole line."""
         size, torn = 0, None
@@ -179,23 +262,31 @@ class ResultsWriter:
             for number, line in enumerate(file, start=1):
                 if torn is not None:
                     raise UserError(f"{self.path}: line {torn} is corrupt; mend or remove it. {WAYS_OUT}")
-                custom_id = _custom_id(line)
-                if custom_id is None:
+                entry = _entry(line)
+                if entry is None:
                     torn = number
                     continue
+                custom_id, error = entry["custom_id"], entry.get("error")
                 self.done.add(custom_id)
+                self._to_retry.pop(custom_id, None)
+                if isinstance(error, dict) and self._is_retried(error.get("code")):
+                    self.done.remove(custom_id)
+                    self._to_retry[custom_id] = hash((error.get("code"), error.get("message")))
                 size += len(line)
         return size
 
+    def _is_retried(self, code: Any) -> bool:
+        return self._retry_errors == "all" or (self._retry_errors == "auto" and code in MENDABLE)
 
-def _custom_id(line: bytes) -> str | None:
-    """The `custom_id` of a line of results, None if the line is not whole."""
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line of results, None if it is not whole."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
-    return custom_id if isinstance(custom_id, str) and line.endswith(b"\n") else None
+    named = isinstance(entry, dict) and isinstance(entry.get("custom_id"), str)
+    return entry if named and line.endswith(b"\n") else None
 
 
 def _name(custom_id: str) -> str:
@@ -219,10 +310,11 @@ def _set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def _file_fingerprint(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"sha256": digest, "size": file.tell()}
-    except OSError as error:
-        raise UserError(f"workload.source: {path} cannot be read: {error.strerror}") from error
+def _file_fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
+    """Size and sha256 of a file, or of its first `size` bytes."""
+    digest, left = hashlib.sha256(), size
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES)):
+            digest.update(chunk)
+            left = None if left is None else left - len(chunk)
+        return {"sha256": digest.hexdigest(), "size": file.tell()}

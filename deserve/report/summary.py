@@ -23,6 +23,12 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"after {metrics['warmup_s']:g} s of warm-up: {after['output_tokens_per_s']:,.1f} output tokens/s, "
             f"{after['total_tokens_per_s']:,.1f} with prompts"
         )
+    earlier = metrics["earlier_starts"]
+    if earlier["results"] or earlier["errors_tried_again"]:
+        lines.append(
+            f"{earlier['results']:,} requests had results from earlier starts, and "
+            f"{earlier['errors_tried_again']:,} errors of earlier starts were tried again"
+        )
     lines.append("rank      busy  bubble  of it waiting  planning  sending   visits  swapped in, out")
     stages = metrics["stages"]
     for rank, stage in enumerate(stages):

@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deserve.errors import RequestError, UserError
 from deserve.workload.intake import Intake
-from deserve.workload.item import Item, Rejected
+from deserve.workload.item import Answered, Item, Rejected
 from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, brief, check_keys, validated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
+FIRST_KEY = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([^"\\]+)"')  # as most programs write lines
 MB = 10**6
 URLS = {CHAT: CHAT, COMPLETIONS: COMPLETIONS, "/chat/completions": CHAT, "/completions": COMPLETIONS}  # Azure's lack v1
 
@@ -90,12 +92,16 @@ class BatchFile:
     another line's, as a result under the repeated id would be taken for the other line's.
     """
 
-    def __init__(self, intake: Intake, max_line_mb: float):
-        self._intake, self._max_line_mb = intake, max_line_mb
+    def __init__(self, intake: Intake, max_line_mb: float, done: Container[str] = ()):
+        self._intake, self._max_line_mb, self._done = intake, max_line_mb, done
         self._line_of: dict[int, int] = {}  # by a 64-bit hash: a million ids would be much memory for rank 0
 
     def item(self, line: int, raw: bytes | None) -> Item:
-        """The item of one line, of which `lines` gave the bytes."""
+        """The item of one line, of which `lines` gave the bytes; `Answered` if its `custom_id` is in `done`."""
+        if self._done and raw:
+            answered = self._answered(line, raw)
+            if answered is not None:
+                return answered
         custom_id = None
         try:
             if raw is None:
@@ -105,10 +111,23 @@ class BatchFile:
                 )
             entry = _parse(raw)
             custom_id = self._custom_id(entry.pop("custom_id", None), line)
+            if custom_id in self._done:
+                return Answered(custom_id)
             endpoint, body = _endpoint_and_body(entry, self._intake.ignored)
             return self._intake.request(custom_id, line, endpoint, body)
         except RequestError as error:
             return Rejected(custom_id or self._line_id(line), line, error.code, f"line {line}: {error}")
+
+    def _answered(self, line: int, raw: bytes) -> Answered | None:
+        """What a line is that was answered before, where that can be told without parsing the line."""
+        named = raw.count(b'"custom_id"')
+        if not named:
+            custom_id = self._line_id(line)
+        elif named == 1 and (match := FIRST_KEY.match(raw)):
+            custom_id = match[1].decode(errors="replace")
+        else:
+            return None
+        return Answered(custom_id) if custom_id in self._done and self._claim(custom_id, line) == line else None
 
     def _custom_id(self, given: Any, line: int) -> str:
         """A number is taken by its decimal text: as a string it is joined to what the line came from."""

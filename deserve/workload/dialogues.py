@@ -9,14 +9,14 @@
 """
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deserve.errors import RequestError, UserError
 from deserve.workload.intake import Intake
-from deserve.workload.item import Item, Rejected
+from deserve.workload.item import Answered, Item, Rejected
 from deserve.workload.records import data_files, read_records
 from deserve.workload.schema import CHAT, brief
 
@@ -37,7 +37,7 @@ SOURCES = {
 Messages = list[dict[str, Any]]
 
 
-def items(source: str, path: str | None, intake: Intake) -> Iterator[Item]:
+def items(source: str, path: str | None, intake: Intake, done: Container[str] = ()) -> Iterator[Item]:
     """The requests of `source` from a file or folder, or without a `path` through the `datasets` library.
 
     A turn that makes no request becomes a `Rejected`. Raises UserError for missing or broken files.
@@ -46,6 +46,9 @@ def items(source: str, path: str | None, intake: Intake) -> Iterator[Item]:
     turns = _oasst_turns(records) if source == "oasst1" else _sharegpt_turns(records)
     for line, (name, messages) in enumerate(turns, start=1):
         custom_id = f"{source}-{name}"
+        if custom_id in done:
+            yield Answered(custom_id)
+            continue
         try:
             if isinstance(messages, str):
                 raise RequestError("invalid_request", messages)

@@ -1,14 +1,14 @@
 """Synthetic workloads, `fixedCOUNT:LENGTH:VARIATION`: random token ids, the same in every run."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from deserve.batch import Request, SamplingParams
 from deserve.errors import UserError
-from deserve.workload.item import Lengths, Limits
+from deserve.workload.item import Answered, Lengths, Limits
 from deserve.workload.sampling import TO_THE_END, with_derived_seed
 
 PATTERN = re.compile(r"fixed([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})")
@@ -47,13 +47,18 @@ class Fixed:
                 f"{limits.max_context} tokens that the model takes: lower one of them"
             )
 
-    def requests(self, limits: Limits, defaults: SamplingParams) -> Iterator[Request]:
+    def requests(
+        self, limits: Limits, defaults: SamplingParams, done: Container[str] = ()
+    ) -> Iterator[Request | Answered]:
         """The prompts `fixed-0`, `fixed-1`, ...; each depends on its index and the vocabulary size alone."""
         for index in range(self.count):
+            custom_id = f"fixed-{index}"
+            if custom_id in done:
+                yield Answered(custom_id)
+                continue
             random = np.random.default_rng(index)
             length = random.integers(self.length - self.variation, self.length + self.variation, endpoint=True)
             prompt = random.integers(limits.vocab_size, size=length, dtype=np.int32)
-            custom_id = f"fixed-{index}"
             sampling = with_derived_seed(defaults, custom_id)
             room = limits.max_context - int(length)
             yield Request(custom_id, prompt, replace(sampling, max_tokens=min(sampling.max_tokens, room)))

@@ -55,7 +55,14 @@ class Rejected:
     message: str
 
 
-Item: TypeAlias = Request | Rejected
+@dataclass(frozen=True)
+class Answered:
+    """A request that an earlier start has answered, known by its `custom_id` alone."""
+
+    custom_id: str
+
+
+Item: TypeAlias = Request | Rejected | Answered
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ import threading
 from collections.abc import Callable, Iterable
 
 from deserve.batch import Request
-from deserve.workload.item import Item, Rejected
+from deserve.workload.item import Answered, Item, Rejected
 
 
 class ReadAhead:
     """Reads the workload ahead in a thread, so that parsing and tokenizing never hold up a visit.
 
-    Items already answered are passed over, rejected ones go to `reject`. An error in the thread is raised by `poll`.
+    Items already answered are passed over (`skipped` counts them, `read` all), rejected ones go to `reject`. An error
+    in the thread is raised by `poll`.
     """
 
     def __init__(self, items: Iterable[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
@@ -19,14 +20,15 @@ class ReadAhead:
         self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
         self._ended = threading.Event()
         self._error: BaseException | None = None
-        self.skipped = 0
+        self.read = self.skipped = 0
         self._thread = threading.Thread(target=self._read, name="read ahead", daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
         try:
             for item in self._items:
-                if item.custom_id in self._done:
+                self.read += 1
+                if isinstance(item, Answered) or item.custom_id in self._done:
                     self.skipped += 1
                 elif isinstance(item, Rejected):
                     self._reject(item)

@@ -1,7 +1,7 @@
 """`workload.source`: what it names, opened, and the lengths of what lies in it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -30,17 +30,19 @@ def open_workload(
     limits: Limits,
     defaults: SamplingParams | None = None,
     ignored: Counter[str] | None = None,
+    done: Container[str] = (),
 ) -> Iterator[Item]:
     """The first `workload.limit` items of `workload.source`, made as they are asked for.
 
     `defaults` come from `default_sampling`; without them the model's own generation settings do not count. `ignored`
-    counts the keys that `workload.unknown_keys=ignore` passes over, as they are met.
+    counts the keys that `workload.unknown_keys=ignore` passes over, as they are met. A request whose `custom_id` is in
+    `done` becomes an `Answered`, neither checked nor tokenised.
     Raises UserError at once for a source that is malformed, missing, unreadable, too long for the model
     (synthetic prompts only, others are rejected one by one), or that needs a tokenizer where there is none.
     """
     defaults = defaults or default_sampling(config.sampling, {})
     intake = _intake(config, tokenizer, limits, defaults, Counter() if ignored is None else ignored)
-    return islice(_items(config, intake), config.workload.limit)
+    return islice(_items(config, intake, done), config.workload.limit)
 
 
 def peek_lengths(
@@ -141,11 +143,11 @@ def _model_names(config: Config) -> ModelNames | None:
     return ModelNames(tuple(dict.fromkeys(names)), folder)
 
 
-def _items(config: Config, intake: Intake) -> Iterator[Item]:
+def _items(config: Config, intake: Intake, done: Container[str]) -> Iterator[Item]:
     source, most = config.workload.source, config.workload.max_line_mb
     path = _batch_file(source)
     if path is not None:
-        reader = batch_file.BatchFile(intake, most)
+        reader = batch_file.BatchFile(intake, most, done)
         return (reader.item(*line) for line in _started(batch_file.lines(path, most)))
     if source in dialogues.SOURCES:
         if intake.tokenizer is None:
@@ -153,7 +155,7 @@ def _items(config: Config, intake: Intake) -> Iterator[Item]:
                 f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
                 "has one, or prompts of token ids"
             )
-        return _started(dialogues.items(source, config.workload.path, intake))
+        return _started(dialogues.items(source, config.workload.path, intake, done))
     if not source.startswith("fixed"):
         raise UserError(
             f"workload.source={source} must be fixedCOUNT:LENGTH:VARIATION, "
@@ -161,7 +163,7 @@ def _items(config: Config, intake: Intake) -> Iterator[Item]:
         )
     fixed = Fixed.parse(source)
     fixed.check_fits(intake.limits, intake.defaults.max_tokens)
-    return fixed.requests(intake.limits, intake.defaults)
+    return fixed.requests(intake.limits, intake.defaults, done)
 
 
 def _started(generator: Iterator[T]) -> Iterator[T]:

@@ -1,0 +1,170 @@
+"""Starting again: what was answered is passed over unread, and what was counted is answered or said to be missing."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import deserve.run
+from deserve.comm.world import World
+from deserve.config import Config, load_config
+from deserve.errors import UserError
+from deserve.planner.measure import survey
+from deserve.run import run, seconds_left
+from deserve.workload import Answered, Item, Limits, open_workload
+
+LIMITS = Limits(vocab_size=320, max_context=100)
+
+
+class Unused:
+    """A tokenizer that nobody may call."""
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError(text)
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        raise AssertionError(messages)
+
+
+def items(source: Path | str, done: set[str], tokenizer: Any = None, path: Path | None = None) -> list[Item]:
+    config = Config()
+    config.workload.source, config.workload.path = str(source), path and str(path)
+    config.sampling.max_tokens = 4
+    return list(open_workload(config, tokenizer, LIMITS, done=done))
+
+
+def test_answered_lines_are_not_tokenised(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    lines = [
+        {"custom_id": "first", "method": "POST", "url": "/v1/chat/completions", "body": body},
+        {"prompt": "hello", "custom_id": "last"},
+        {"prompt": 'a "custom_id": in the text', "custom_id": 'quo"ted'},
+        {"prompt": "hello"},
+        {"prompt": "hello", "custom_id": None},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ids = ["first", "last", 'quo"ted', "line-4", "line-5"]
+    assert items(source, set(ids), Unused()) == [Answered(custom_id) for custom_id in ids]
+
+
+def test_answered_requests_of_other_sources(tmp_path: Path) -> None:
+    assert items("fixed3:5:0", {"fixed-0", "fixed-2"})[::2] == [Answered("fixed-0"), Answered("fixed-2")]
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps([{"conversations": [{"from": "human", "value": "hello"}]}]))
+    assert items("sharegpt", {"sharegpt-0-0"}, Unused(), path) == [Answered("sharegpt-0-0")]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", "c", "line-1", "line-3", "é", None]), st.integers(0, 3)), max_size=8),
+    st.data(),
+)
+def test_what_is_left_is_as_in_one_start(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str | None, int]], data: st.DataObject
+) -> None:
+    """Whatever ids repeat, and whatever was answered: the rest comes as if it were read for the first time."""
+    source = tmp_path_factory.mktemp("lines") / "in.jsonl"
+    with source.open("w") as file:
+        for custom_id, form in lines:
+            named = {} if custom_id is None else {"custom_id": custom_id}
+            entry = {"prompt": [1, 2, 3]}
+            file.write(json.dumps(named | entry if form % 2 else entry | named, ensure_ascii=form > 1) + "\n")
+    whole = items(source, set())
+    done = data.draw(st.sets(st.sampled_from([item.custom_id for item in whole]))) if whole else set()
+    again = items(source, done)
+    assert [item.custom_id for item in again] == [item.custom_id for item in whole]
+    assert [type(item) is Answered or item.custom_id in done for item in again] == [i.custom_id in done for i in whole]
+    assert str([item for item in again if item.custom_id not in done]) == str(
+        [item for item in whole if item.custom_id not in done]
+    )
+
+
+def test_the_time_limit_counts_from_the_first_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, world, now = Config(), World(), 100.0
+    monkeypatch.setattr("time.time", lambda: now)
+    assert seconds_left(config, world) is None
+    config.time_limit_s = 10
+    assert seconds_left(config, world) == 10
+    now = 103.0
+    assert seconds_left(config, world) == 7
+
+
+def write_prompts(source: Path, names: str) -> None:
+    """A prompt of 4 tokens for each name, of 40 for a capital letter."""
+    lines = [{"custom_id": name, "prompt": [5] * (40 if name.isupper() else 4), "ignore_eos": True} for name in names]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def surveyed_once() -> Iterator[None]:
+    """All jobs of this file run on one machine."""
+    found: list[Any] = []
+
+    def survey_once(*arguments: Any) -> Any:
+        if not found:
+            found.append(survey(*arguments))
+        return found[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deserve.run, "survey", survey_once)
+        yield
+
+
+def start(tmp_path: Path, *overrides: str) -> int:
+    """A job in this process."""
+    job = ["model=tiny", "device=cpu", f"workload.source={tmp_path}/in.jsonl", "sampling.max_tokens=4", *overrides]
+    return run(load_config([*job, f"output.dir={tmp_path}/out"]), World())
+
+
+def results(tmp_path: Path) -> list[tuple[str, str | None]]:
+    entries = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    return [(entry["custom_id"], entry["error"] and entry["error"]["code"]) for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ("abc", r"9 requests were counted, and 3 have results: 6 are missing\. .*in\.jsonl was changed while the job"),
+        ("abcdefgxi", r"in\.jsonl was changed while the job ran, so results may answer lines"),
+        ("abcdefghijk", None),
+    ],
+)
+def test_an_input_that_changes_under_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: str, message: str | None
+) -> None:
+    survey_once: Callable[..., Any] = deserve.run.survey
+    write_prompts(tmp_path / "in.jsonl", "abcdefghi")
+
+    def survey_and_change(*arguments: Any) -> Any:
+        write_prompts(tmp_path / "in.jsonl", now)
+        return survey_once(*arguments)
+
+    monkeypatch.setattr(deserve.run, "survey", survey_and_change)
+    if message is None:  # lines that were appended are for the next start
+        assert start(tmp_path) == 0
+        assert sorted(name for name, _ in results(tmp_path)) == list("abcdefghi")
+        return
+    with pytest.raises(UserError, match=message):
+        start(tmp_path)
+    assert sorted(name for name, _ in results(tmp_path)) == sorted(now)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["requests"] == len(now)
+
+
+def test_a_larger_plan_and_a_longer_input_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["kvcache.main_pages=2", "kvcache.swap_pages=0"]
+    write_prompts(tmp_path / "in.jsonl", "Aab")
+    assert start(tmp_path, *small) == 0
+    assert sorted(results(tmp_path)) == [("A", "kv_memory_exceeded"), ("a", None), ("b", None)]
+    write_prompts(tmp_path / "in.jsonl", "AabB")
+    assert start(tmp_path, *small) == 0
+    assert results(tmp_path)[3:] == [("B", "kv_memory_exceeded")]  # the same error is not written again
+    capsys.readouterr()
+    assert start(tmp_path) == 0
+    assert sorted(results(tmp_path)[4:]) == [("A", None), ("B", None)]
+    said = "2 requests had results from earlier starts, and 2 errors of earlier starts were tried again"
+    assert said in capsys.readouterr().out
