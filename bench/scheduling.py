@@ -11,10 +11,8 @@ import time
 
 import numpy as np
 
-from deserve.batch import Request, SamplingParams
-from deserve.kvcache.buddy import BuddyAllocator
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
+from deserve.batch import Request, SamplingParams, VisitResult
+from deserve.planner.plan import Plan
 from deserve.scheduler.scheduler import Scheduler
 
 ANSWER = 128  # tokens
@@ -38,22 +36,15 @@ class Source:
 def visit_times(in_flight: int, rounds: int, context: int, visits: int = 400) -> list[float]:
     """Milliseconds of each of the last `visits` visits."""
     size = in_flight // rounds
-    scheduler = Scheduler(
-        POLICIES["decode_first"],
-        PageAccount(in_flight * (-(-(context + ANSWER) // 16) + 1), 0, rounds, BuddyAllocator(0)),
-        Source(context),
-        page_size=16,
-        micro_batch_size=size,
-        max_batch_tokens=max(512, 2 * size),
-        concurrency=in_flight,
-        eos_ids=(2,),
-    )
+    pages = in_flight * (-(-(context + ANSWER) // 16) + 1)
+    layout = Plan((0,), rounds, size, in_flight, max(512, 2 * size), "decode_first", 16, pages, 0, 0)
+    scheduler = Scheduler(layout, Source(context), eos_ids=(2,))
     times = []
     for visit in range(2 * rounds * ANSWER + visits):
         micro_batch = visit % rounds
-        tokens = np.zeros(len(scheduler.micro_batches[micro_batch].awaited), np.int32)
+        result = VisitResult(np.zeros(scheduler.awaited(micro_batch), np.int32))
         begin = time.perf_counter()
-        scheduler.commit(micro_batch, tokens)
+        scheduler.commit(micro_batch, result)
         scheduler.plan(micro_batch)[0].encode()
         times.append(1e3 * (time.perf_counter() - begin))
     return times[-visits:]

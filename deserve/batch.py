@@ -1,11 +1,13 @@
-"""The words everybody speaks: a request, how it is sampled, and the plan of one visit."""
+"""The words everybody speaks: a request, how it is sampled, and the plan and the result of a visit."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+Ints = NDArray[np.signedinteger[Any]]  # counts and indices, which do not travel
 
 NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
 
@@ -62,11 +64,12 @@ def _empty(*shape: int) -> IntArray:
 
 
 @dataclass
-class StepPlan:
+class VisitPlan:
     """What every rank does in one visit of one micro-batch.
 
     A row is one sequence of the visit. All arrays are int32; page ids and slots mean the same on every rank.
-    Decode rows come first, prefill rows after them.
+    Decode rows come first, prefill rows after them. The first `ADMISSION_WORDS` words of an admission are the slot and
+    how its sequence is sampled; what follows them is as long as it needs to be.
     """
 
     micro_batch: int
@@ -74,11 +77,11 @@ class StepPlan:
     slots: IntArray = field(default_factory=lambda: _empty(0))  # [rows] where the sequence's state lies
     new_tokens: IntArray = field(default_factory=lambda: _empty(0))  # [rows] tokens that this visit computes
     context: IntArray = field(default_factory=lambda: _empty(0))  # [rows] tokens already in the KV cache
-    sampled: IntArray = field(default_factory=lambda: _empty(0))  # [n] rows whose last token is followed by a sample
+    samples: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many last tokens are followed by a sample
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
-    admitted: IntArray = field(default_factory=lambda: _empty(0, 6))  # [n, 6] slot and how it is sampled
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
+    admissions: list[IntArray] = field(default_factory=list)  # one for each sequence that is new
 
     @property
     def rows(self) -> int:
@@ -89,38 +92,72 @@ class StepPlan:
         """Tokens this visit computes, over all rows."""
         return int(self.new_tokens.sum())
 
+    @property
+    def sampled(self) -> int:
+        """Tokens this visit samples, over all rows."""
+        return int(self.samples.sum())
+
+    def sampled_positions(self) -> tuple[Ints, Ints, Ints]:
+        """Of each sample, [sampled] each: the row, the token among all of the visit's, and where the sample will stand
+        in its sequence."""
+        row = np.repeat(np.arange(self.rows), self.samples)
+        back = np.cumsum(self.samples)[row] - np.arange(len(row))  # 1 for the last token of a row
+        token = np.cumsum(self.new_tokens)[row] - back
+        return row, token, (self.context + self.new_tokens)[row] - back + 1
+
     def encode(self) -> IntArray:
         """The plan as one int32 array [words], as it travels."""
-        parts = [getattr(self, name).reshape(-1) for name in _SECTIONS]
-        counts = [len(getattr(self, name)) for name in _SECTIONS]
-        header = np.array([self.micro_batch, self.retires, *counts], np.int32)
-        return np.concatenate([header, *parts])
+        lengths = np.array([len(admission) for admission in self.admissions], np.int32)
+        sections = [getattr(self, name) for name in _SECTIONS]
+        header = np.array([self.micro_batch, self.retires, *map(len, sections), len(lengths)], np.int32)
+        return np.concatenate([header, *(section.reshape(-1) for section in sections), lengths, *self.admissions])
 
     @staticmethod
-    def decode(words: IntArray) -> "StepPlan":
+    def decode(words: IntArray) -> "VisitPlan":
         """The plan that `encode` turned into `words`."""
-        plan = StepPlan(micro_batch=int(words[0]), retires=bool(words[1]))
+        plan = VisitPlan(micro_batch=int(words[0]), retires=bool(words[1]))
+        *counts, admissions = words[2:_HEADER_WORDS].tolist()
         at = _HEADER_WORDS
-        for count, (name, width) in zip(words[2:_HEADER_WORDS].tolist(), _SECTIONS.items(), strict=True):
+        for count, (name, width) in zip(counts, _SECTIONS.items(), strict=True):
             section = words[at : at + count * width]
             setattr(plan, name, section if width == 1 else section.reshape(count, width))
             at += count * width
+        ends = at + admissions + np.cumsum(words[at : at + admissions])
+        plan.admissions = np.split(words[at + admissions :], ends[:-1] - at - admissions) if admissions else []
         return plan
 
     @staticmethod
     def max_words(rows: int, pages: int) -> int:
         """Words of the longest plan of at most `rows` sequences, where a micro-batch can own `pages` pages."""
-        return _HEADER_WORDS + rows * (4 + 6) + pages * (3 + 2 + 2)
+        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (3 + 2 + 2)
 
 
-_SECTIONS = {
-    "slots": 1,
-    "new_tokens": 1,
-    "context": 1,
-    "sampled": 1,
-    "page_writes": 3,
-    "admitted": 6,
-    "stash": 2,
-    "restore": 2,
-}
-_HEADER_WORDS = 2 + len(_SECTIONS)
+ADMISSION_WORDS = 6
+_SECTIONS = {"slots": 1, "new_tokens": 1, "context": 1, "samples": 1, "page_writes": 3, "stash": 2, "restore": 2}
+_HEADER_WORDS = 2 + len(_SECTIONS) + 1
+
+
+@dataclass(frozen=True)
+class VisitResult:
+    """What a visit brings back to rank 0: the sampled tokens, in the order of the plan's rows.
+
+    `beside` [sampled, width] holds further int32 words of each token (float bits of log probabilities, say); its width
+    is 0 where nobody asked for any, and then the words of the result are its tokens.
+    """
+
+    tokens: IntArray  # [sampled]
+    beside: IntArray = field(default_factory=lambda: _empty(0, 0))
+
+    def encode(self) -> IntArray:
+        """The result as one int32 array [words], as it travels: all tokens, then all that stands beside them."""
+        return np.concatenate([self.tokens, self.beside.reshape(-1)])
+
+    @staticmethod
+    def decode(words: IntArray, sampled: int) -> "VisitResult":
+        """The result that `encode` turned into `words`, of a visit that sampled `sampled` tokens."""
+        return VisitResult(words[:sampled], words[sampled:].reshape(sampled, -1) if sampled else _empty(0, 0))
+
+    @staticmethod
+    def max_words(sampled: int, width: int = 0) -> int:
+        """Words of the longest result of at most `sampled` tokens with `width` words beside each."""
+        return sampled * (1 + width)

@@ -4,7 +4,7 @@ from collections import deque
 
 import torch
 
-from deserve.batch import IntArray, StepPlan
+from deserve.batch import IntArray, VisitPlan, VisitResult
 from deserve.comm.link import Receiver
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder
@@ -29,11 +29,11 @@ class Controller:
     ):
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._recorder, self._progress = requests, recorder, progress
-        self._under_way: deque[int] = deque()  # the micro-batches whose tokens are to come, in that order
+        self._under_way: deque[tuple[int, int]] = deque()  # micro-batches whose tokens are to come, and how many
 
-    def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
+    def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        while micro_batch in self._under_way:
+        while any(micro_batch == visited for visited, _ in self._under_way):
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if self._stop.reason is not None:
             self._scheduler.admitting = False
@@ -44,16 +44,16 @@ class Controller:
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
-        self._under_way.append(micro_batch)
+        self._under_way.append((micro_batch, plan.sampled))
         return plan, tokens
 
     def _collect(self) -> None:
-        micro_batch = self._under_way.popleft()
-        tokens = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
+        micro_batch, sampled = self._under_way.popleft()
+        words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
         with self._timeline.span("commit", micro_batch):
-            for completion in self._scheduler.commit(micro_batch, tokens):
+            for completion in self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled)):
                 self._recorder.put(completion)
-            self._progress.tokens(len(tokens))
+            self._progress.tokens(sampled)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

@@ -14,7 +14,6 @@ from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.errors import UserError
-from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.plan import Plan
@@ -28,8 +27,6 @@ from deserve.report.results import WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.summary import closing_table
 from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
@@ -70,26 +67,22 @@ class Job:
         """Open the workload and start reading."""
         decode = self._tokenizer.decode if self._tokenizer is not None else token_text
         self._recorder = Recorder(self._writer, decode, self._progress, self._dtype)
-        pages = PageAccount(plan.main_pages, plan.swap_pages, plan.rounds, BuddyAllocator(plan.host_height))
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
         requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults, done=self._writer.done)
-        items = (within_memory(item, pages.reach, plan.page_size) for item in self._counted(requests))
+        items = (
+            within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
+        )
         self._ahead = ahead = ReadAhead(
             items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency)
         )
         scheduler = Scheduler(
-            POLICIES[plan.policy],
-            pages,
+            plan,
             ahead,
-            page_size=plan.page_size,
-            micro_batch_size=plan.micro_batch_size,
-            max_batch_tokens=plan.max_batch_tokens,
-            concurrency=plan.concurrency,
             eos_ids=self._checkpoint.eos_ids,
             stopped=stop_finder(decode),
         )
-        self._counters, self._host_pool = scheduler.counters, pages.host
+        self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         ahead.wait(plan.concurrency)
         return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline)
 

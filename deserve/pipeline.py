@@ -5,17 +5,17 @@ from typing import Protocol
 
 import torch
 
-from deserve.batch import IntArray, StepPlan
+from deserve.batch import IntArray, VisitPlan
 from deserve.comm.link import Receiver, Sender
 from deserve.comm.ring import Links
 from deserve.report.timeline import Timeline
 from deserve.stage import Stage
 
 
-class Controller(Protocol):
+class VisitSource(Protocol):
     """Rank 0's other half: it decides each visit."""
 
-    def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
+    def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The plan of the micro-batch's next visit and the token ids [T] that it embeds."""
 
     def close(self) -> None:
@@ -23,7 +23,7 @@ class Controller(Protocol):
 
 
 def run_pipeline(
-    stage: Stage, links: Links, controller: Controller | None, rounds: int, hidden: int, timeline: Timeline
+    stage: Stage, links: Links, visits: VisitSource | None, rounds: int, hidden: int, timeline: Timeline
 ) -> None:
     """Visit the `rounds` micro-batches in turn until all have retired. `hidden` is the width of the hidden states.
 
@@ -33,13 +33,13 @@ def run_pipeline(
     turn = deque(range(rounds))
     while turn:
         micro_batch = turn.popleft()
-        if controller is not None:
-            plan, tokens = controller.next_visit(micro_batch)
+        if visits is not None:
+            plan, tokens = visits.next_visit(micro_batch)
             x = torch.from_numpy(tokens)
         else:
             assert links.plans_in is not None and links.hidden_in is not None
             words = timeline.receive(links.plans_in, micro_batch).view(torch.int32)
-            plan = StepPlan.decode(words.numpy().copy())
+            plan = VisitPlan.decode(words.numpy().copy())
         if links.plans_out is not None:
             with timeline.span("send", micro_batch):
                 links.plans_out.send(torch.from_numpy(plan.encode()))
@@ -60,6 +60,6 @@ def run_pipeline(
     for end in ends:
         if end is not None:
             end.close()
-    if controller is not None:
-        controller.close()
+    if visits is not None:
+        visits.close()
     timeline.finish()

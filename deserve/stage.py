@@ -1,9 +1,8 @@
 """A stage: one rank's share of the layers and the KV cache that belongs to it."""
 
-import numpy as np
 import torch
 
-from deserve.batch import StepPlan
+from deserve.batch import VisitPlan
 from deserve.errors import UserError
 from deserve.kvcache.layout import PageLayout
 from deserve.kvcache.pages import KVPages, PageTable
@@ -53,14 +52,14 @@ class Stage:
         self._kv.end_visit(next_micro_batch, timeline)
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, x: torch.Tensor, timeline: Timeline = UNTIMED) -> torch.Tensor:
+    def forward(self, plan: VisitPlan, x: torch.Tensor, timeline: Timeline = UNTIMED) -> torch.Tensor:
         """One visit. x: token ids [T] on the first rank, hidden states [T, hidden] on the others.
 
-        Returns hidden states [T, hidden], or on the last rank the sampled tokens, int32 [len(plan.sampled)].
+        Returns hidden states [T, hidden], or on the last rank the words of a VisitResult, int32 [words].
         """
         self._table.write(plan.page_writes)
         self._kv.begin_visit(plan, self._table, timeline)
-        self._sampler.admit(plan.admitted)
+        self._sampler.admit(plan.admissions)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         length = plan.context + plan.new_tokens
@@ -73,14 +72,14 @@ class Stage:
         x = self._through_layers(rows, x)
         if self._decoder.weights.head is None:
             return x
-        if not len(plan.sampled):
+        row, token, position = plan.sampled_positions()
+        if not len(row):
             return torch.empty(0, dtype=torch.int32)
-        if len(plan.sampled) < plan.tokens:
-            last_token = (np.cumsum(plan.new_tokens) - 1)[plan.sampled]
-            x = x.index_select(0, to_device(last_token, self._device))
+        if len(row) < plan.tokens:
+            x = x.index_select(0, to_device(token, self._device))
         logits = self._decoder.logits(x)
         with timeline.on_device("sample", plan.micro_batch):
-            return self._sampler.sample(logits, plan.slots[plan.sampled], length[plan.sampled])
+            return self._sampler.sample(logits, plan.slots[row], position)
 
     def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""

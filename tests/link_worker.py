@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deserve.batch import StepPlan
+from deserve.batch import VisitPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.network import Wire
 from deserve.comm.world import World
@@ -114,7 +114,9 @@ def rehearsal(world: World) -> dict[str, Any]:
     is said to take longer than all of that."""
     rows = 4
     index = np.arange(rows, dtype=np.int32)
-    plan = StepPlan(0, slots=index, new_tokens=np.ones(rows, np.int32), context=0 * index, sampled=index)
+    plan = VisitPlan(
+        0, slots=index, new_tokens=np.ones(rows, np.int32), context=0 * index, samples=np.ones(rows, np.int32)
+    )
     scene = Scene(plan, torch.zeros(rows, 16), 0.0)
     config, cpu = load_config(["model=tiny"]), torch.device("cpu")
     start_s, none_s = (

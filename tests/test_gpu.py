@@ -15,8 +15,7 @@ from checkpoints import make_checkpoint
 from launch import torchrun
 from safetensors.torch import load_file, save_file
 
-from deserve.batch import Request, SamplingParams, StepPlan
-from deserve.kvcache.buddy import BuddyAllocator
+from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
@@ -27,8 +26,6 @@ from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler, encode_sampling
 from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.planner.plan import Plan
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
 from deserve.staging import to_device
@@ -426,7 +423,7 @@ def test_no_visit_waits_for_the_device(graphed):
     fill(runner, [0, 1, 2])
     sampler = Sampler(MAX_ROWS, DEVICE)
     random = SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=5)
-    sampler.admit(np.array([encode_sampling(1, random), encode_sampling(0, SamplingParams())], np.int32))
+    sampler.admit([encode_sampling(1, random), encode_sampling(0, SamplingParams())])
     slots, positions = np.array([0, 1], np.int32), np.array([9, 9], np.int32)
     mixed = tokens_of(2 + 50, 0)
     with pytest.raises(RuntimeError), no_waiting():
@@ -466,11 +463,11 @@ def test_a_stage_decodes_by_graphs_without_waiting():
             stage._graphs = None
         # The prompts need no padding: it would change the shape of the products, and so their rounding.
         context, new = np.array([34, 30], np.int32), np.array([34, 30], np.int32)
-        prefill = StepPlan(0, slots=both, new_tokens=new, context=0 * new, sampled=both, page_writes=pages)
-        prefill.admitted = np.array([encode_sampling(slot, SamplingParams()) for slot in (0, 1)], np.int32)
+        prefill = VisitPlan(0, slots=both, new_tokens=new, context=0 * new, samples=ones, page_writes=pages)
+        prefill.admissions = [encode_sampling(slot, SamplingParams()) for slot in (0, 1)]
         taken = [stage.forward(prefill, tokens_of(64, 0))]
         for step in range(20):
-            decode = StepPlan(0, slots=both, new_tokens=ones, context=context + step, sampled=both)
+            decode = VisitPlan(0, slots=both, new_tokens=ones, context=context + step, samples=ones)
             with no_waiting():
                 taken.append(stage.forward(decode, taken[-1]))
         found.append(torch.stack(taken))
@@ -499,7 +496,7 @@ class Prompts:
         return not self._requests
 
 
-def moved(plan: StepPlan, main: int, swap: int) -> StepPlan:
+def moved(plan: VisitPlan, main: int, swap: int) -> VisitPlan:
     """`plan` for a stage without a slab, in whose main pages every round has its swap pages for itself."""
 
     def each(pages: np.ndarray) -> np.ndarray:
@@ -530,22 +527,12 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
             for name in ("qkv", "output", "gate_up", "down"):
                 getattr(layer, name).copy_(getattr(other, name))
         stage._decoder.weights.embedding.copy_(weights.embedding)
-    pages = PageAccount(main, swap, rounds, BuddyAllocator(layout.host_height))
-    scheduler = Scheduler(
-        POLICIES[policy],
-        pages,
-        Prompts(100),
-        page_size=16,
-        micro_batch_size=size,
-        max_batch_tokens=64,
-        concurrency=48,
-        eos_ids=(),
-    )
+    scheduler = Scheduler(layout, Prompts(100))
     turn = deque((index, torch.zeros(0, dtype=torch.int32)) for index in range(rounds))
-    steps: list[tuple[StepPlan, torch.Tensor, torch.Tensor]] = []
+    steps: list[tuple[VisitPlan, torch.Tensor, torch.Tensor]] = []
     while turn:
         micro_batch, tokens = turn.popleft()
-        scheduler.commit(micro_batch, tokens.cpu().numpy())
+        scheduler.commit(micro_batch, VisitResult(tokens.cpu().numpy()))
         plan, ids = scheduler.plan(micro_batch)
         if plan.retires:
             swapping.end_visit(turn[0][0] if turn else None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deserve.batch import StepPlan
+from deserve.batch import VisitPlan
 from deserve.kvcache.pages import KVPages, PageTable
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
@@ -127,17 +127,17 @@ class Swapping:
         self.decoder = Decoder(config, weights, backend(config, torch.float32, CPU, 256, self.kv.layout))
         self.table = PageTable(8)
 
-    def begin(self, plan: StepPlan) -> Rows:
+    def begin(self, plan: VisitPlan) -> Rows:
         self.table.write(plan.page_writes)
         self.kv.begin_visit(plan, self.table)
         width = -(-int((plan.context + plan.new_tokens).max()) // PAGE)
         return Rows(plan.new_tokens, plan.context, self.kv.resident(self.table.rows(plan.slots, width)))
 
-    def end(self, plan: StepPlan) -> None:
+    def end(self, plan: VisitPlan) -> None:
         self.kv.end_visit(1 - plan.micro_batch)
 
 
-def steps() -> Iterator[StepPlan]:
+def steps() -> Iterator[VisitPlan]:
     """Two rounds of two sequences each, in main and in swap pages: prompts, then decodes, between them a chunk."""
     pages = {0: [[0, 4, 5], [6, 7, 8]], 1: [[1, 4, 6], [5, 2, 8]]}
     context = np.zeros((2, 2), np.int32)
@@ -147,7 +147,7 @@ def steps() -> Iterator[StepPlan]:
             writes = [
                 [slot, at, page] for slot, row in zip(slots, pages[round_], strict=True) for at, page in enumerate(row)
             ]
-            plan = StepPlan(round_, slots=slots, new_tokens=np.array(new, np.int32), context=context[round_].copy())
+            plan = VisitPlan(round_, slots=slots, new_tokens=np.array(new, np.int32), context=context[round_].copy())
             yield replace(plan, page_writes=np.array(writes, np.int32))
             context[round_] += np.array(new, np.int32)
 

@@ -10,12 +10,11 @@ from checkpoints import make_checkpoint, reference_model, reference_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Completion, Request, SamplingParams
+from deserve.batch import Completion, Request, SamplingParams, VisitResult
 from deserve.config import load_config
-from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint, resolve
 from deserve.planner.plan import Plan
-from deserve.scheduler.accounting import PageAccount
+from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
@@ -86,23 +85,15 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
         for index, count in lengths
         if -(-(len(reference.prompts[index]) + count - 1) // page_size) <= main + swap
     ]
-    pages = PageAccount(main, swap, plan.rounds, BuddyAllocator(plan.host_height))
-    scheduler = Scheduler(
-        POLICIES[plan.policy],
-        pages,
-        Queue(requests),
-        page_size=page_size,
-        micro_batch_size=plan.micro_batch_size,
-        max_batch_tokens=plan.max_batch_tokens,
-        concurrency=plan.concurrency,
-        eos_ids=(),
-    )
+    gathers = data.draw(st.booleans(), "gathers")
+    scheduler = Scheduler(plan, Queue(requests), cycle_s=(lambda rounds, rows: rounds) if gathers else None)
+    pages = scheduler.pages
     stage = load_stage(reference.checkpoint, plan, plan.shard(0, 2), torch.float32, torch.device("cpu"))
     completions: list[Completion] = []
     turn = deque((index, np.zeros(0, np.int32)) for index in range(plan.rounds))
     while turn:
         micro_batch, tokens = turn.popleft()
-        completions += scheduler.commit(micro_batch, tokens)
+        completions += scheduler.commit(micro_batch, VisitResult(tokens))
         step, ids = scheduler.plan(micro_batch)
         sampled = stage.forward(step, torch.from_numpy(ids)).numpy()
         check_ownership(scheduler, pages)
@@ -117,11 +108,11 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
         assert completion.tokens.tolist() == expected
 
 
-def check_ownership(scheduler: Scheduler, pages: PageAccount) -> None:
+def check_ownership(scheduler: Scheduler, pages: Pages) -> None:
     """No page is owned twice and none is lost."""
     main_owned = []
     for micro_batch, batch in enumerate(scheduler.micro_batches):
-        owned = scheduler.pages_of(micro_batch)
+        owned = np.concatenate([pages.owned(slot) for slot in batch.slots] or [np.zeros(0, np.int32)])
         assert len(np.unique(owned)) == len(owned)
         swap = owned[owned >= pages.main]
         main_owned.append(owned[owned < pages.main])

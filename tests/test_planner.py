@@ -18,11 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deserve.plan
-from deserve.batch import Request, SamplingParams
+from deserve.batch import Request, SamplingParams, VisitResult
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
-from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import resolve
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.planner.measure import _Probe, _stepped, survey
@@ -31,8 +30,6 @@ from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work, stated_times
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.workload import Lengths
 
@@ -196,26 +193,17 @@ class Requests:
 
 def scheduled(made: Plan, sizes: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], int]:
     """What the scheduler puts into each visit (micro-batch, tokens, samples), and how often it suspends."""
-    scheduler = Scheduler(
-        POLICIES[made.policy],
-        PageAccount(made.main_pages, made.swap_pages, made.rounds, BuddyAllocator(made.host_height)),
-        Requests(sizes),
-        page_size=made.page_size,
-        micro_batch_size=made.micro_batch_size,
-        max_batch_tokens=made.max_batch_tokens,
-        concurrency=made.concurrency,
-        eos_ids=(),
-    )
+    scheduler = Scheduler(made, Requests(sizes))
     visits: list[tuple[int, ...]] = []
     turn = list(range(made.rounds))
     while turn:
         live = []
         for micro_batch in turn:
-            scheduler.commit(micro_batch, np.zeros(len(scheduler.micro_batches[micro_batch].awaited), np.int32))
+            scheduler.commit(micro_batch, VisitResult(np.zeros(scheduler.awaited(micro_batch), np.int32)))
             visit, _ = scheduler.plan(micro_batch)
             if not visit.retires:
                 live.append(micro_batch)
-                visits.append((micro_batch, visit.tokens, len(visit.sampled)))
+                visits.append((micro_batch, visit.tokens, visit.sampled))
         turn = live
     return visits, scheduler.counters.suspensions
 

@@ -111,16 +111,16 @@ def test_what_a_row_gets_does_not_depend_on_its_company() -> None:
     slots, positions = np.array([5, 1, 6, 2], np.int32), np.array([10, 20, 30, 30], np.int32)
     words = [encode_sampling(int(slot), sampling) for slot, sampling in zip(slots, wanted, strict=True)]
     sampler = Sampler(8, torch.device("cpu"))
-    sampler.admit(np.array(words, np.int32))
+    sampler.admit(words)
     together = sampler.sample(logits, slots, positions).tolist()
     assert together[0] == int(logits[0].argmax())
     for row in range(4):
         alone = Sampler(8, torch.device("cpu"))
-        alone.admit(np.array([[3, *words[row][1:]]], np.int32))
+        alone.admit([np.array([3, *words[row][1:], 77], np.int32)])  # whatever else the admission holds
         one = slice(row, row + 1)
         assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [together[row]]
         # A slot that is given to the next sequence keeps nothing of the last.
-        alone.admit(np.array([encode_sampling(3, SamplingParams())], np.int32))
+        alone.admit([encode_sampling(3, SamplingParams())])
         assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [
             int(logits[row].argmax())
         ]
@@ -135,7 +135,7 @@ def test_many_rows_are_drawn_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None
     some = [
         SamplingParams(temperature=float(slot % 3 > 0), top_p=0.9, top_k=slot % 7, seed=slot) for slot in range(rows)
     ]
-    sampler.admit(np.array([encode_sampling(slot, sampling) for slot, sampling in enumerate(some)], np.int32))
+    sampler.admit([encode_sampling(slot, sampling) for slot, sampling in enumerate(some)])
     together = sampler.sample(logits, slots, slots)
     parts = [slice(begin, begin + 10) for begin in range(0, rows, 10)]
     apart = torch.cat([sampler.sample(logits[part], slots[part], slots[part]) for part in parts])
@@ -152,7 +152,7 @@ def test_rows_without_finite_logits_give_no_token(vocab: int, dtype: torch.dtype
     sampler = Sampler(6, torch.device("cpu"))
     slots = np.arange(6, dtype=np.int32)
     sampling = SamplingParams(temperature=temperature)
-    sampler.admit(np.array([encode_sampling(slot, sampling) for slot in range(6)], np.int32))
+    sampler.admit([encode_sampling(slot, sampling) for slot in range(6)])
     wanted = sampler.sample(logits, slots, slots)
     bad = logits.clone()
     bad[1, vocab - 1] = torch.nan

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import NO_TOKEN, Completion, Request, SamplingParams, StepPlan
+from deserve.batch import NO_TOKEN, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.buddy import BuddyAllocator
-from deserve.scheduler.accounting import PageAccount
+from deserve.planner.plan import Plan
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
+from deserve.scheduler.sequences import Sequences
 
 EOS = 7
 SLOTS = 64
@@ -56,6 +57,45 @@ class Case:
     max_batch_tokens: int = 8
     concurrency: int = 8
     pause: int = 0
+    gather: bool = False  # close rounds whenever that can be done
+    drafts: int = 0  # draft tokens of a row, at most
+    losses: tuple[int, ...] = ()  # visits before which all KV memory is lost, and what is under way
+
+    @property
+    def layout(self) -> Plan:
+        return Plan(
+            partition=(0,),
+            rounds=self.rounds,
+            micro_batch_size=self.micro_batch_size,
+            concurrency=self.concurrency,
+            max_batch_tokens=self.max_batch_tokens,
+            policy=self.policy,
+            page_size=self.page_size,
+            main_pages=self.main,
+            swap_pages=self.swap,
+            host_height=self.height,
+        )
+
+    def scheduler(self, source: "Source", **options: Any) -> Scheduler:
+        """Closes rounds as `gather` says, and has draft tokens of which every third is wrong."""
+
+        def propose(sequences: Sequences, slots: Ints, most: Ints) -> Ints:
+            counts = np.minimum(most, self.drafts)
+            drafts = []
+            for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+                content = [*sequences.request(slot).prompt.tolist(), *sequences.output(slot).tolist()]
+                for _ in range(count):
+                    drafts.append(next_token(tuple(content)) if len(content) % 3 else 1)
+                    content.append(drafts[-1])
+            sequences.propose(slots, counts, np.array(drafts, np.int32))
+            return counts
+
+        options = {"eos_ids": (EOS,)} | options
+        if self.gather:
+            options["cycle_s"] = lambda rounds, sequences: float(rounds)
+        if self.drafts:
+            options["drafter"] = propose
+        return Scheduler(self.layout, source, **options)
 
 
 def next_token(slot_content: tuple[int, ...]) -> int:
@@ -74,13 +114,18 @@ class Engine:
     tables: dict[int, dict[int, int]] = field(default_factory=dict)  # slot: index: page
 
     def __post_init__(self) -> None:
+        self.lose()
+
+    def lose(self) -> None:
+        """Forget all pages."""
+        self.main, self.host, self.tables = {}, {}, {}
         self.swap = [{} for _ in range(self.case.rounds)]
 
     def memory(self, micro_batch: int, page: int) -> dict[tuple[int, int], int]:
         assert 0 <= page < self.case.main + self.case.swap
         return self.main if page < self.case.main else self.swap[micro_batch]
 
-    def visit(self, plan: StepPlan, tokens: np.ndarray, stops: dict[int, int]) -> list[int]:
+    def visit(self, plan: VisitPlan, tokens: np.ndarray, stops: dict[int, int]) -> list[int]:
         """The sampled tokens of a visit. `stops`: the length at which a slot's sequence ends with `EOS`, if it does.
 
         A negative length ends it with `NO_TOKEN`.
@@ -100,11 +145,10 @@ class Engine:
                     target[page, offset] = self.host[host, offset]
         for slot, index, page in plan.page_writes.tolist():
             self.tables.setdefault(slot, {})[index] = page
-        sampled, at = {}, 0
-        for row, (slot, new, context) in enumerate(
-            zip(plan.slots.tolist(), plan.new_tokens.tolist(), plan.context.tolist(), strict=True)
-        ):
-            assert new >= 1
+        sampled, at = [], 0
+        rows = (plan.slots, plan.new_tokens, plan.context, plan.samples)
+        for slot, new, context, samples in zip(*(row.tolist() for row in rows), strict=True):
+            assert new >= 1 and samples <= new
             content = []
             for position in range(context + new):
                 page, offset = self.tables[slot][position // size], position % size
@@ -113,10 +157,11 @@ class Engine:
                     memory[page, offset] = int(tokens[at])
                     at += 1
                 content.append(memory[page, offset])
-            ends = {len(content): EOS, -len(content): NO_TOKEN}
-            sampled[row] = ends.get(stops.get(slot, 0), next_token(tuple(content)))
+            for length in range(context + new - samples + 1, context + new + 1):
+                ends = {length: EOS, -length: NO_TOKEN}
+                sampled.append(ends.get(stops.get(slot, 0), next_token(tuple(content[:length]))))
         assert at == len(tokens)
-        return [sampled[row] for row in plan.sampled.tolist()]
+        return sampled
 
 
 def requests_of(case: Case) -> list[Request]:
@@ -142,27 +187,24 @@ def run(case: Case) -> Scheduler:
     """Run `case` as the pipeline would, with a trip of `rounds` visits, and check all that must hold meanwhile."""
     requests = requests_of(case)
     ends = {request.custom_id: end for request, (_, _, end) in zip(requests, case.prompts, strict=True)}
-    pages = PageAccount(case.main, case.swap, case.rounds, BuddyAllocator(case.height))
-    scheduler = Scheduler(
-        POLICIES[case.policy],
-        pages,
-        Source(deque(requests), case.pause),
-        page_size=case.page_size,
-        micro_batch_size=case.micro_batch_size,
-        max_batch_tokens=case.max_batch_tokens,
-        concurrency=case.concurrency,
-        eos_ids=(EOS,),
-    )
+    scheduler = case.scheduler(Source(deque(requests), case.pause))
     engine, completions = Engine(case), []
     under_way: dict[int, list[int]] = {}
     turn, visits = deque(range(case.rounds)), 0
     # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
     work = sum(length + max_tokens for length, max_tokens, _ in case.prompts)
-    most = 50 + case.rounds * (case.pause + 2) * 3 * work
+    most = 50 + case.rounds * (case.pause + 2) * 3 * work * (1 + len(case.losses))
     while turn:
         micro_batch = turn.popleft()
+        if visits in case.losses:
+            scheduler.requeue_all()
+            assert scheduler.pages.all_free
+            under_way.clear()
+            engine.lose()
         if micro_batch in under_way:
-            completions += scheduler.commit(micro_batch, np.array(under_way.pop(micro_batch), np.int32))
+            result = VisitResult(np.array(under_way.pop(micro_batch), np.int32))
+            assert len(result.tokens) == scheduler.awaited(micro_batch)
+            completions += scheduler.commit(micro_batch, result)
         plan, tokens = scheduler.plan(micro_batch)
         visits += 1
         assert visits < most, "a sequence starves"
@@ -170,7 +212,7 @@ def run(case: Case) -> Scheduler:
         check_owners(scheduler, engine, case)
         stops = {}
         for slot in plan.slots.tolist():
-            request = scheduler._request(slot)
+            request = scheduler.sequences.request(slot)
             if end := ends[request.custom_id]:
                 length = len(request.prompt) + abs(end) - 1
                 stops[slot] = length if end > 0 else -length
@@ -180,36 +222,44 @@ def run(case: Case) -> Scheduler:
             under_way.pop(micro_batch)
         else:
             turn.append(micro_batch)
-    assert scheduler.finished and not scheduler.in_flight and pages.all_free
+    assert scheduler.finished and not scheduler.in_flight and scheduler.pages.all_free
     check_answers(requests, ends, completions)
     return scheduler
 
 
-def check_plan(plan: StepPlan, tokens: np.ndarray, case: Case) -> None:
+def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
     """Budgets are kept, and the plan travels unharmed."""
     assert plan.tokens == len(tokens) <= case.max_batch_tokens
     assert plan.rows <= case.micro_batch_size and len(set(plan.slots.tolist())) == plan.rows
     words = plan.encode()
-    assert len(words) <= StepPlan.max_words(case.concurrency, case.main + case.swap)
-    again = StepPlan.decode(words)
+    assert len(words) <= VisitPlan.max_words(case.concurrency, case.main + case.swap)
+    again = VisitPlan.decode(words)
     for name, value in vars(plan).items():
-        assert np.array_equal(getattr(again, name), value), name
-    if POLICIES[case.policy].alone and (plan.new_tokens > 1).any():
+        assert (
+            all(map(np.array_equal, getattr(again, name), value))
+            if name == "admissions"
+            else np.array_equal(getattr(again, name), value)
+        ), name
+    if POLICIES[case.policy].alone and (plan.new_tokens > plan.samples).any():
         assert plan.rows == 1
 
 
 def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
-    """No page has two owners: main pages over all micro-batches, swap pages within each."""
+    """No page has two owners, and none is lost: main pages over all micro-batches, swap pages within each."""
     main: list[int] = []
-    for batch in scheduler.micro_batches:
+    for index, batch in enumerate(scheduler.micro_batches):
         swap: list[int] = []
         assert len(batch.slots) <= case.micro_batch_size
         for slot in batch.slots.tolist():
-            held = scheduler._table[slot, : scheduler._held[slot]].tolist()
+            held = scheduler.pages.owned(slot).tolist()
             main += [page for page in held if page < case.main]
             swap += [page for page in held if page >= case.main]
-        assert len(swap) == len(set(swap)) <= case.swap
-    assert len(main) == len(set(main)) <= case.main
+        assert len(swap) == len(set(swap)) == case.swap - scheduler.pages.free_swap(index)
+        assert scheduler.pages.worst[index] == sum(
+            -(-(scheduler.sequences.end[slot] - 1) // case.page_size) for slot in batch.slots.tolist()
+        )
+    assert len(main) == len(set(main)) == case.main - scheduler.pages.free_main
+    assert np.array_equal(np.bincount(main, minlength=case.main), scheduler.pages.readers)
 
 
 def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion]) -> None:
@@ -242,6 +292,9 @@ def cases(draw: Any) -> Case:
         max_batch_tokens=draw(st.integers(1, 64)),
         concurrency=draw(st.integers(1, 24)),
         pause=draw(st.integers(0, 3)),
+        gather=draw(st.booleans()),
+        drafts=draw(st.sampled_from([0, 0, 1, 4])),
+        losses=tuple(draw(st.lists(st.integers(1, 60), max_size=2))),
     )
 
 
@@ -278,20 +331,11 @@ def test_policies_order_a_visit() -> None:
             case = Case([(3, 9, 0), (6, 9, 0)], policy, rounds=1, max_batch_tokens=budget)
             first, second = requests_of(case)
             source = Source(deque([first]))
-            scheduler = Scheduler(
-                POLICIES[policy],
-                PageAccount(16, 0, 1, BuddyAllocator(4)),
-                source,
-                page_size=4,
-                micro_batch_size=4,
-                max_batch_tokens=budget,
-                concurrency=4,
-                eos_ids=(),
-            )
+            scheduler = case.scheduler(source, eos_ids=())
             plan, _ = scheduler.plan(0)
             assert plan.new_tokens.tolist() == [3]
             source.requests.append(second)
-            scheduler.commit(0, np.array([1], np.int32))
+            scheduler.commit(0, VisitResult(np.array([1], np.int32)))
             plan, _ = scheduler.plan(0)
             assert plan.new_tokens.tolist() == expected, (policy, budget)
 

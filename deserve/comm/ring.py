@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from deserve.batch import StepPlan
+from deserve.batch import VisitPlan, VisitResult
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.nccl import NcclReceiver, NcclSender
@@ -48,7 +48,8 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
     depth = plan.rounds + 1
     first, last = world.rank == 0, world.is_last
-    plan_bytes = 4 * StepPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
+    plan_bytes = 4 * VisitPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
+    result_bytes = 4 * VisitResult.max_words(plan.max_batch_tokens)
     most_hidden = plan.max_batch_tokens * hidden_bytes
     hidden_in: Receiver | None = None
     output: Sender
@@ -73,7 +74,7 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
         plans_out=None if last else GlooSender(after, PLANS, depth, wire),
         hidden_in=hidden_in,
         output=output,
-        tokens_in=GlooReceiver(before, TOKENS, 4 * plan.max_batch_tokens) if first else None,
+        tokens_in=GlooReceiver(before, TOKENS, result_bytes) if first else None,
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from deserve.batch import IntArray, StepPlan
+from deserve.batch import IntArray, VisitPlan
 from deserve.kvcache.blocks import copy_blocks
 from deserve.kvcache.layout import PageLayout
 from deserve.kvcache.pinned import host_memory
@@ -102,7 +102,7 @@ class KVPages:
                 for target, source in ((self._pool, memory), (memory, self._pool)):
                     copy_blocks(target, source, nowhere, somewhere, self.memory[0].nbytes)
 
-    def begin_visit(self, plan: StepPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
+    def begin_visit(self, plan: VisitPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
         """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch."""
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):

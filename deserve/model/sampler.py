@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deserve.batch import NO_TOKEN, IntArray, SamplingParams
+from deserve.batch import ADMISSION_WORDS, NO_TOKEN, IntArray, SamplingParams
 from deserve.staging import to_device
 
 DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
@@ -16,11 +16,11 @@ _GOLDEN, _MIX1, _MIX2 = (
 )
 
 
-def encode_sampling(slot: int, sampling: SamplingParams) -> list[int]:
-    """`sampling` as six int32 words of a plan: slot, temperature and top_p (float bits), top_k, seed (low, high)."""
+def encode_sampling(slot: int, sampling: SamplingParams) -> IntArray:
+    """`sampling` as the words of an admission: slot, temperature and top_p (float bits), top_k, seed (low, high)."""
     bits = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32).tolist()
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
-    return [slot, *bits, min(sampling.top_k, 2**31 - 1), *seed]
+    return np.array([slot, *bits, min(sampling.top_k, 2**31 - 1), *seed], np.int32)
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: IntArray) -> NDArray[np.float32]:
@@ -51,10 +51,11 @@ class Sampler:
         self._top_k = np.zeros(slots, np.int64)
         self._seed = np.zeros(slots, np.uint64)
 
-    def admit(self, admitted: IntArray) -> None:
-        """Take note of newly admitted sequences, encoded by `encode_sampling`: [n, 6]."""
-        if not len(admitted):
+    def admit(self, admissions: list[IntArray]) -> None:
+        """Take note of new sequences, whose first words `encode_sampling` made."""
+        if not admissions:
             return
+        admitted = np.stack([admission[:ADMISSION_WORDS] for admission in admissions])
         slots = admitted[:, 0]
         floats = np.ascontiguousarray(admitted[:, 1:3]).view(np.float32)
         self._temperature[slots], self._top_p[slots] = floats[:, 0], floats[:, 1]

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from deserve.batch import Completion, IntArray, Request, SamplingParams, StepPlan
+from deserve.batch import Completion, IntArray, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.ring import nccl_edges
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
-from deserve.kvcache.buddy import BuddyAllocator
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.sampler import encode_sampling
@@ -29,8 +28,6 @@ from deserve.planner.plan import Plan, token_budgets
 from deserve.planner.rehearsal import Alike, Scene, rehearse, rehearse_start
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, Work
 from deserve.report.results import ResultsWriter
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import Stage, load_stage
 from deserve.workload import default_sampling
@@ -359,7 +356,7 @@ class _Probe:
             for size, seconds in self._alone.items()
         ]
 
-    def forward(self, plan: StepPlan, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, plan: VisitPlan, x: torch.Tensor) -> torch.Tensor:
         """A visit of the longer stage. x: [T, hidden]."""
         return self._long.forward(plan, x)
 
@@ -435,7 +432,7 @@ class _Probe:
 
     def _action(self, long: bool, visit: Visit, sampled: int) -> Callable[[], object]:
         plan = self._entered(self._long if long else self._short, *visit)
-        plan = replace(plan, sampled=plan.sampled[:sampled])
+        plan = replace(plan, samples=(np.arange(plan.rows) < sampled).astype(np.int32))
         if long:
             x = self._hidden[: plan.tokens].clone()
             return lambda: self._long.forward(plan, x)
@@ -459,7 +456,7 @@ class _Probe:
         usual = sum(statistics.median(values[1:]) for values in times.values()) / sum(lows.values())
         return {key: low * usual for key, low in lows.items()}
 
-    def _entered(self, stage: Stage, new_tokens: Sequence[int], context: int) -> StepPlan:
+    def _entered(self, stage: Stage, new_tokens: Sequence[int], context: int) -> VisitPlan:
         """The plan of a visit, on pages that no other was on lately. Sequences with `context` are known to `stage`."""
         rows = len(new_tokens)
         width = -(-(max(new_tokens) + context) // self._page_size)
@@ -469,20 +466,20 @@ class _Probe:
         index = np.arange(rows * width)
         pages = (self._next_page + index) % self._pages
         self._next_slot, self._next_page = self._next_slot + rows, (self._next_page + rows * width) % self._pages
-        entry = StepPlan(
+        entry = VisitPlan(
             0,
             page_writes=np.stack([slots[index // width], index % width, pages], 1).astype(np.int32),
-            admitted=np.array([encode_sampling(slot, self._sampling) for slot in slots.tolist()], np.int32),
+            admissions=[encode_sampling(slot, self._sampling) for slot in slots.tolist()],
         )
-        plan = StepPlan(
+        plan = VisitPlan(
             0,
             slots=slots,
             new_tokens=np.array(new_tokens, np.int32),
             context=np.full(rows, context, np.int32),
-            sampled=np.arange(rows, dtype=np.int32),
+            samples=np.ones(rows, np.int32),
         )
         if not context:
-            return replace(plan, page_writes=entry.page_writes, admitted=entry.admitted)
+            return replace(plan, page_writes=entry.page_writes, admissions=entry.admissions)
         stage.forward(entry, self._ids[:0])
         return plan
 
@@ -535,21 +532,14 @@ def measure_requests(page_size: int) -> float:
 
 def _scheduling(rows: int, page_size: int, answer: int) -> float:
     """Seconds of scheduling a visit of `rows` sequences that end after `answer` tokens."""
-    scheduler = Scheduler(
-        POLICIES["prefill_first"],
-        PageAccount(rows * (ANSWER // page_size + 2), 0, 1, BuddyAllocator(0)),
-        Alike(1, answer),
-        page_size=page_size,
-        micro_batch_size=rows,
-        max_batch_tokens=rows,
-        concurrency=rows,
-        eos_ids=(),
-    )
+    pages = rows * (ANSWER // page_size + 2)
+    layout = Plan((0,), 1, rows, rows, rows, "prefill_first", page_size, pages, 0, 0)
+    scheduler = Scheduler(layout, Alike(1, answer))
 
     def visit() -> IntArray:
-        scheduler.commit(0, np.zeros(len(scheduler.micro_batches[0].awaited), np.int32))
+        scheduler.commit(0, VisitResult(np.zeros(scheduler.awaited(0), np.int32)))
         plan, _ = scheduler.plan(0)
-        return StepPlan.decode(plan.encode()).slots
+        return VisitPlan.decode(plan.encode()).slots
 
     visit()
     times = []

@@ -11,18 +11,15 @@ from typing import NamedTuple, TypeAlias, cast
 import numpy as np
 import torch
 
-from deserve.batch import IntArray, Request, SamplingParams, StepPlan
+from deserve.batch import IntArray, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.comm.link import Receiver
 from deserve.comm.ring import connect
 from deserve.comm.world import World
 from deserve.config import Config
-from deserve.kvcache.buddy import BuddyAllocator
 from deserve.pipeline import run_pipeline
 from deserve.planner.plan import Plan
 from deserve.planner.times import Curve
 from deserve.report.timeline import Timeline
-from deserve.scheduler.accounting import PageAccount
-from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import Stage
 
@@ -32,14 +29,14 @@ LONGEST_S = 0.2  # of a take
 MOST_VISITS = 40
 FEWEST_VISITS = 4
 
-Forward: TypeAlias = Callable[[StepPlan, torch.Tensor], torch.Tensor]  # hidden states [T, hidden] through some layers
+Forward: TypeAlias = Callable[[VisitPlan, torch.Tensor], torch.Tensor]  # hidden states [T, hidden] through some layers
 
 
 @dataclass(frozen=True)
 class Scene:
     """A visit to rehearse: the plan, the hidden states [T, hidden], and the seconds that they take the stage alone."""
 
-    plan: StepPlan
+    plan: VisitPlan
     hidden: torch.Tensor
     alone_s: float
 
@@ -150,7 +147,7 @@ class _Understudy:
         self.dtype = hidden.dtype
         self._forward, self._hidden, self._last = forward, hidden, last
 
-    def forward(self, plan: StepPlan, x: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+    def forward(self, plan: VisitPlan, x: torch.Tensor, timeline: Timeline) -> torch.Tensor:
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         y = self._forward(plan, self._hidden)
@@ -163,34 +160,25 @@ class _Understudy:
 class _Controller:
     """Schedules like a run, for the time it takes, and has `plan` visited `visits` times."""
 
-    def __init__(self, plan: StepPlan, layout: Plan, visits: int, tokens_in: Receiver, timeline: Timeline):
+    def __init__(self, plan: VisitPlan, layout: Plan, visits: int, tokens_in: Receiver, timeline: Timeline):
         self._plan, self._left, self._tokens_in, self._timeline = plan, visits, tokens_in, timeline
         self._ids = np.zeros(plan.tokens, np.int32)
-        self._scheduler = Scheduler(
-            POLICIES[layout.policy],
-            PageAccount(layout.main_pages, 0, layout.rounds, BuddyAllocator(0)),
-            Alike(1, 3 * layout.page_size),
-            page_size=layout.page_size,
-            micro_batch_size=layout.micro_batch_size,
-            max_batch_tokens=layout.max_batch_tokens,
-            concurrency=layout.concurrency,
-            eos_ids=(),
-        )
+        self._scheduler = Scheduler(layout, Alike(1, 3 * layout.page_size))
         self._under_way = 0
         for micro_batch in range(layout.rounds):
             self._scheduler.plan(micro_batch)  # admits its sequences
 
-    def next_visit(self, micro_batch: int) -> tuple[StepPlan, IntArray]:
+    def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         if self._under_way == len(self._scheduler.micro_batches):
             self._collect()
         with self._timeline.span("plan", micro_batch):
-            self._scheduler.commit(micro_batch, np.zeros(self._plan.rows, np.int32))
+            self._scheduler.commit(micro_batch, VisitResult(np.zeros(self._plan.rows, np.int32)))
             self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
         self._under_way += 1
         self._left -= 1
         if self._left < 0:
-            return StepPlan(micro_batch, retires=True), np.zeros(0, np.int32)
+            return VisitPlan(micro_batch, retires=True), np.zeros(0, np.int32)
         return replace(self._plan, micro_batch=micro_batch), self._ids
 
     def _collect(self) -> None:

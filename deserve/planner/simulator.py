@@ -12,7 +12,7 @@ import numpy as np
 from deserve.planner.plan import Plan
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.scheduler.policy import POLICIES
-from deserve.scheduler.policy import Work as Kind
+from deserve.scheduler.policy import Fill as Kind
 from deserve.workload import Lengths
 
 # Rows of a micro-batch's state, one column per sequence.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 
-class Work(Enum):
-    """The kinds of work a visit can be filled with."""
+class Fill(Enum):
+    """What a visit can be filled with."""
 
     DECODE = auto()  # sequences that need one more token
     PREFILL = auto()  # prompts that were begun in an earlier visit
@@ -16,12 +16,12 @@ class Work(Enum):
 class Policy:
     """In which `order` a visit is filled. `alone`: a visit holds one prompt and nothing else, or decodes."""
 
-    order: tuple[Work, ...]
+    order: tuple[Fill, ...]
     alone: bool = False
 
 
 POLICIES = {
-    "vanilla": Policy((Work.PREFILL, Work.ADMIT, Work.DECODE), alone=True),
-    "prefill_first": Policy((Work.PREFILL, Work.ADMIT, Work.DECODE)),
-    "decode_first": Policy((Work.DECODE, Work.PREFILL, Work.ADMIT)),
+    "vanilla": Policy((Fill.PREFILL, Fill.ADMIT, Fill.DECODE), alone=True),
+    "prefill_first": Policy((Fill.PREFILL, Fill.ADMIT, Fill.DECODE)),
+    "decode_first": Policy((Fill.DECODE, Fill.PREFILL, Fill.ADMIT)),
 }

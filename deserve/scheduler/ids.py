@@ -1,0 +1,25 @@
+"""Free ids."""
+
+from deserve.batch import IntArray
+
+
+class IdStack:
+    """Free ids, the last one given back taken first."""
+
+    def __init__(self, ids: IntArray):
+        self._ids = ids[::-1].copy()
+        self._top = len(ids)
+
+    def __len__(self) -> int:
+        return self._top
+
+    def take(self, count: int) -> IntArray:
+        """Remove `count` ids; there must be as many."""
+        assert count <= self._top
+        self._top -= count
+        return self._ids[self._top : self._top + count][::-1].copy()
+
+    def give(self, ids: IntArray) -> None:
+        """Put `ids` back."""
+        self._ids[self._top : self._top + len(ids)] = ids[::-1]
+        self._top += len(ids)
