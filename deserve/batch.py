@@ -29,7 +29,7 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to be answered.
 

@@ -1,15 +1,14 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from deserve.batch import IntArray, Request
+from deserve.batch import Request
 from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
@@ -29,6 +28,7 @@ from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
+from deserve.text import Detokenizer, StopFinder
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
 
@@ -42,7 +42,6 @@ class Job:
     def __init__(self, config: Config, checkpoint: Checkpoint, resume: bool):
         self._config, self._checkpoint = config, checkpoint
         self._dtype = model_dtype(config.model, checkpoint.config)
-        self._tokenizer = load_tokenizer(checkpoint)
         self._defaults = default_sampling(config.sampling, checkpoint.generation)
         self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
         self._folder = Path(config.output.dir)
@@ -50,6 +49,7 @@ class Job:
         self._writer = ResultsWriter(
             self._folder / "results.jsonl", resume, checkpoint.name, self._manifest, config.output.retry_errors
         )
+        self._tokenizer = load_tokenizer(checkpoint, self._writer.began)
         self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         count = self._lengths.count
@@ -65,8 +65,8 @@ class Job:
 
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
-        decode = self._tokenizer.decode if self._tokenizer is not None else token_text
-        self._recorder = Recorder(self._writer, decode, self._progress, self._dtype)
+        detokenizer = Detokenizer(self._tokenizer)
+        self._recorder = Recorder(self._writer, detokenizer.completion, self._progress, self._dtype)
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
         requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults, done=self._writer.done)
@@ -79,8 +79,8 @@ class Job:
         scheduler = Scheduler(
             plan,
             ahead,
-            eos_ids=self._checkpoint.eos_ids,
-            stopped=stop_finder(decode),
+            eos_ids=self._eos_ids(),
+            stopped=StopFinder(detokenizer),
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         ahead.wait(plan.concurrency)
@@ -144,6 +144,11 @@ class Job:
         if changed:
             raise UserError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
+    def _eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends a text, by whichever of the model's files."""
+        own = self._tokenizer.eos_id if self._tokenizer is not None else None
+        return tuple({*self._checkpoint.eos_ids, *([] if own is None else [own])})
+
     def _hindsight(self, plan: Plan) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
         sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
@@ -160,28 +165,6 @@ class Job:
             sizes=sizes if len(sizes) == count else (),
         )
         return simulate(plan, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
-
-
-def stop_finder(decode: Callable[[IntArray], str]) -> Callable[[Request, IntArray], str | None]:
-    """A function that gives the text up to the first of a request's stop strings, or None where there is none yet."""
-
-    def stopped(request: Request, tokens: IntArray) -> str | None:
-        longest = max(len(stop.encode()) for stop in request.sampling.stop)
-        # A token carries at least one byte, so a stop string that the newest token completes lies within the last
-        # `longest` tokens; a few more, as the first of them may begin inside a character.
-        tail = decode(tokens[-(longest + 4) :])
-        if not any(stop in tail for stop in request.sampling.stop):
-            return None
-        text = decode(tokens)
-        cuts = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
-        return text[: min(cuts)] if cuts else None
-
-    return stopped
-
-
-def token_text(tokens: IntArray) -> str:
-    """Token ids as text, where there is no tokenizer."""
-    return " ".join(map(str, np.asarray(tokens).tolist()))
 
 
 def within_memory(item: Item, pages: int, page_size: int) -> Item:

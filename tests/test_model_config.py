@@ -105,7 +105,11 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
             {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
             ["sliding_window", "4096"],
         ),
-        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, ["use_sliding_window"]),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
+            | {"num_hidden_layers": 3, "max_window_layers": 2},
+            ["use_sliding_window", "from 2 on", "64 tokens"],
+        ),
         (
             {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
             ["layer_types", "sliding_attention"],
@@ -125,6 +129,20 @@ def test_a_window_that_never_closes_is_accepted():
     assert parse_config(mistral, "config.json").max_context == 2048
     qwen = RAW | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False}
     assert parse_config(qwen, "config.json").qkv_bias
+    # From a layer that there is not; no window at all; one as wide as the context
+    for window in ({"max_window_layers": 2}, {"sliding_window": None}, {"sliding_window": 2048}):
+        slides = qwen | {"num_hidden_layers": 2, "max_window_layers": 0, "use_sliding_window": True} | window
+        assert parse_config(slides, "config.json").num_layers == 2
+
+
+def test_a_window_as_wide_as_the_context_before_it_was_stretched_is_refused():
+    stretched = RAW | {
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 2048,
+        "rope_scaling": {"type": "yarn", "factor": 4.0},
+    }
+    with pytest.raises(UserError, match=r"sliding_window \(2048\)"):
+        parse_config(stretched, "config.json")
 
 
 @pytest.mark.parametrize(

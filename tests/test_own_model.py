@@ -33,10 +33,13 @@ CHATS: list[list[dict[str, str]]] = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A chat model in several files, in bfloat16, with sampling defaults and two end-of-text ids of its own."""
+    """A chat model in several files, in bfloat16, with sampling defaults; each of three files names its own end."""
     folder = tmp_path_factory.mktemp("chat-model")
-    save_tokenizer(make_checkpoint(folder, "qwen3", shard_size="40KB", std=0.1, dtype=DTYPES["bfloat16"]))
-    generation = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 30, "eos_token_id": [256, 11, 40]}
+    options = {"shard_size": "40KB", "std": 0.1, "dtype": DTYPES["bfloat16"]}
+    save_tokenizer(make_checkpoint(folder, "qwen3", **options))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": "I"}))  # id 40
+    generation = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 30, "eos_token_id": [11]}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
@@ -50,7 +53,7 @@ def test_a_path_brings_its_own_weights_dtype_and_name(entry: list[str], folder: 
     section = load_config([*entry, f"model.path={folder}"]).model
     assert section == ModelSection(name=folder.name, path=str(folder))
     checkpoint = resolve(section)
-    assert checkpoint.weights == "auto" and checkpoint.config.qk_norm and checkpoint.eos_ids == (256, 11, 40)
+    assert checkpoint.weights == "auto" and checkpoint.config.qk_norm and checkpoint.eos_ids == (11, 256)
     assert model_dtype(section, checkpoint.config) == DTYPES["bfloat16"]
 
 
@@ -98,6 +101,7 @@ def test_chats_with_the_folder_s_template_and_defaults(folder: Path, tmp_path: P
         "greedy": SamplingSection(temperature=0.0),
         "user": SamplingSection(top_k=5),
     }
+    ends: set[int] = set()
     for name, section in sections.items():
         given = answers(tmp_path / name)
         assert given.keys() == {request["custom_id"] for request in requests}
@@ -119,8 +123,11 @@ def test_chats_with_the_folder_s_template_and_defaults(folder: Path, tmp_path: P
             assert body["usage"]["completion_tokens"] == len(right)
             (choice,) = body["choices"]
             assert choice["finish_reason"] == reason
-            assert choice["message"] == {"role": "assistant", "content": tokenizer.decode(right)}
+            content = tokenizer.decode(right[:-1] if reason == "stop" else right)
+            assert choice["message"] == {"role": "assistant", "content": content}
+            ends |= {right[-1]} if reason == "stop" else set()
             reasons.add(reason)
+    assert {11, 40} <= ends <= {11, 40, 256}
     model_s, users = answers(tmp_path / "model"), answers(tmp_path / "user")
     assert any(model_s[key]["choices"] != users[key]["choices"] for key in model_s)
 

@@ -29,6 +29,8 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 class Checkpoint:
     """A model to run. `folder` is None for a shape without files, which has random weights and no tokenizer.
 
+    `eos_ids` are those of generation_config.json and of config.json; the tokenizer may have another.
+
     `weights` is `auto` or `dummy`. `generation` holds the checkpoint's own sampling defaults (`do_sample`,
     `temperature`, `top_p`, `top_k`, where it states them). `hub_id` is set where `folder` is a hub snapshot,
     whose weights come later, by `fetch_shard_files`.
@@ -135,7 +137,7 @@ def _digest_samples(digest: "hashlib._Hash", path: Path) -> None:
 
 def _from_architecture(model: ModelSection, raw: dict[str, Any]) -> Checkpoint:
     source = f"model.architecture of model={model.name}"
-    eos = _eos_ids(raw, source) or ()
+    eos = _eos_ids(raw, source)
     return Checkpoint(model.name, None, parse_config(raw, source), eos, weights="dummy")
 
 
@@ -147,7 +149,7 @@ def _from_folder(model: ModelSection, folder: Path, hub_id: str | None = None) -
     config = parse_config(raw, str(path))
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}
-    eos = _eos_ids(generation, str(generation_path)) or _eos_ids(raw, str(path)) or _tokenizer_eos(folder)
+    eos = tuple(dict.fromkeys((*_eos_ids(generation, str(generation_path)), *_eos_ids(raw, str(path)))))
     defaults = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
     return Checkpoint(model.name, folder, config, eos, defaults, model.weights, hub_id)
 
@@ -162,23 +164,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _eos_ids(raw: dict[str, Any], source: str) -> tuple[int, ...] | None:
-    """Every token that ends a text, or None where the file does not say."""
+def _eos_ids(raw: dict[str, Any], source: str) -> tuple[int, ...]:
+    """Every token that ends a text, as far as the file says."""
     value = raw.get("eos_token_id")
     if value is None:
-        return None
+        return ()
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
         raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {value!r}")
     return tuple(ids)
-
-
-def _tokenizer_eos(folder: Path) -> tuple[int, ...]:
-    # Imported here: only old checkpoints come this far, and transformers takes seconds to import.
-    from deserve.model.tokenizer import Tokenizer, has_tokenizer
-
-    eos = Tokenizer(folder).eos_id if has_tokenizer(folder) else None
-    return () if eos is None else (eos,)
 
 
 def _snapshot(hub_id: str) -> Path:

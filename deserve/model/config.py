@@ -110,10 +110,10 @@ class _Keys:
             raise self.fail(key, f"must be {noun}, not {value!r}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         value: int = self._get(key, (int,), "a whole number", default)
-        if value < 1:
-            raise self.fail(key, f"must be at least 1, not {value}")
+        if value < least:
+            raise self.fail(key, f"must be at least {least}, not {value}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -152,8 +152,11 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if head_dim % 2:
         raise keys.fail("head_dim", f"({head_dim}) must be even")
     max_context = keys.count("max_position_embeddings")
-    _refuse_unsupported(keys, architecture, max_context)
     theta, scaling = _rope(keys, max_context)
+    # A checkpoint stretched by hand, as Qwen's cards advise, still states the context before
+    if scaling.kind == "yarn":
+        max_context = max(max_context, int(scaling.original_context * scaling.factor))
+    _refuse_unsupported(keys, architecture, max_context)
     attention_bias = family.attention_bias and keys.flag("attention_bias")
     return ModelConfig(
         vocab_size=keys.count("vocab_size"),
@@ -164,8 +167,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=keys.number("rms_norm_eps"),
-        # A checkpoint stretched by hand, as Qwen's cards advise, still states the context before
-        max_context=max(max_context, int(scaling.original_context * scaling.factor) if scaling.kind == "yarn" else 0),
+        max_context=max_context,
         rope_theta=theta,
         rope_scaling=scaling,
         tied_embeddings=keys.flag("tie_word_embeddings"),
@@ -210,7 +212,16 @@ def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> Non
         if window < max_context:
             raise keys.fail("sliding_window", f"({window}) is not supported; only null, full attention, is")
     elif architecture.startswith("Qwen") and keys.flag("use_sliding_window"):
-        raise keys.fail("use_sliding_window", "is not supported; only false, full attention, is")
+        # As in transformers: the layers from max_window_layers on slide, unless layer_types says what each does.
+        first = keys.count("max_window_layers", default=28, least=0)
+        none = raw.get("layer_types") is not None or first >= keys.count("num_hidden_layers")
+        full = "sliding_window" in raw and raw["sliding_window"] is None
+        window = max_context if none or full else keys.count("sliding_window", default=4096)
+        if window < max_context:
+            raise keys.fail(
+                "use_sliding_window",
+                f"is not supported: layers from {first} on (max_window_layers) attend to {window} tokens only",
+            )
     others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})
     if others and architecture.startswith("Qwen"):
         raise keys.fail("layer_types", f"{', '.join(others)} is not supported; only full_attention is")

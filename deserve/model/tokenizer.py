@@ -2,20 +2,35 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from deserve.errors import RequestError, UserError
 from deserve.model.checkpoint import Checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+# strftime's, with glibc's forms without padding
+DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGHIjmMpPSTuUVwWxXyYZ" for flag in ("", "-")]
+# Takes the place of transformers' function of that name; a template is given data, not functions. Ends with an
+# expression, behind which Jinja keeps a newline.
+STRFTIME_NOW = (
+    "{%- macro strftime_now(format) -%}{%- set date = namespace(text=format) -%}"
+    "{%- for part, text in date_parts.items() -%}{%- set date.text = date.text.replace(part, text) -%}{%- endfor -%}"
+    "{{- date.text -}}{%- endmacro -%}{{- '' }}"
+)
+
 
 class Tokenizer:
-    """A checkpoint's own tokenizer. Raises UserError when its files cannot be loaded."""
+    """A checkpoint's own tokenizer. Raises UserError when its files cannot be loaded.
 
-    def __init__(self, folder: Path):
+    `now` is the time that chat templates are told; None for the clock's.
+    """
+
+    def __init__(self, folder: Path, now: datetime | None = None):
+        self._now = now or datetime.now()
         from transformers import AutoTokenizer
 
         try:
@@ -41,6 +56,21 @@ class Tokenizer:
         """Bytes of text that one token can stand for, at most; tokens of bytes are spelt with up to two bytes each."""
         return max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
 
+    @cached_property
+    def _dated(self) -> dict[str, Any]:
+        """Arguments for a chat template that prints the date: transformers' own `strftime_now` takes the clock's."""
+        template = self._tokenizer.get_chat_template()
+        if "strftime_now" not in template:
+            return {}
+        parts = {part: self._now.strftime(part) for part in DATE_PARTS}
+        return {"chat_template": STRFTIME_NOW + template, "date_parts": parts}
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that `decode` leaves out, by what they are called."""
+        added = self._tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special}
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a completion's prompt, with the special tokens that the model expects around it.
 
@@ -64,7 +94,11 @@ class Tokenizer:
             raise RequestError("no_chat_template", "the model has no chat template: send a prompt instead")
         try:
             ids = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                list(messages),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self._dated,
             )
         except Exception as error:  # a template is the model's program: it may fail in any manner
             raise RequestError("invalid_messages", f"the chat template refuses the messages: {error}") from error
@@ -72,7 +106,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True))
+        tokens = [int(token) for token in ids]
+        # Cleaning up would take away spaces that the model wrote.
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class ByteTokenizer:
@@ -81,6 +117,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     longest_token = 1
+    special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of the text."""
@@ -107,11 +144,13 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | ByteTokenizer | None:
+def load_tokenizer(checkpoint: Checkpoint, now: datetime | None = None) -> Tokenizer | ByteTokenizer | None:
     """The checkpoint's tokenizer; bytes for `tiny`; None, so token ids alone, for other models without one.
+
+    `now` is the time that chat templates are told; None for the clock's.
 
     Raises UserError when the tokenizer's files cannot be loaded.
     """
     if checkpoint.folder is None:
         return ByteTokenizer() if checkpoint.name == "tiny" else None
-    return Tokenizer(checkpoint.folder) if has_tokenizer(checkpoint.folder) else None
+    return Tokenizer(checkpoint.folder, now) if has_tokenizer(checkpoint.folder) else None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from deserve.batch import Completion, IntArray
+from deserve.batch import Completion
 from deserve.errors import UserError
 from deserve.report.progress import Progress
 from deserve.report.results import ResultsWriter
@@ -23,9 +23,9 @@ class Recorder:
     """
 
     def __init__(
-        self, writer: ResultsWriter, decode: Callable[[IntArray], str], progress: Progress, dtype: torch.dtype
+        self, writer: ResultsWriter, text: Callable[[Completion], str], progress: Progress, dtype: torch.dtype
     ):
-        self._writer, self._decode, self._progress, self._dtype = writer, decode, progress, dtype
+        self._writer, self._text, self._progress, self._dtype = writer, text, progress, dtype
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
         self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
@@ -57,8 +57,7 @@ class Recorder:
                     self._non_finite_logits(outcome)
                 else:
                     self._finite = True
-                    text = outcome.text if outcome.text is not None else self._decode(outcome.tokens)
-                    self._writer.completion(outcome, text)
+                    self._writer.completion(outcome, self._text(outcome))
                     self._progress.request(outcome)
         except BaseException as error:
             self._error = error

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +43,8 @@ class Manifest:
     `model` is whatever JSON value identifies weights and tokenizer, `dtype` the one that is computed in.
     Left out on purpose: `workload.limit`, as a job may be resumed with a larger one; what decides only whether a
     request is accepted; devices and the plan, which move answers no further than rounding does.
+    `began` is when the job first started, and not compared: chat templates that print the date print this one, so that
+    a resumed job has the same prompts.
     """
 
     input: dict[str, Any]
@@ -49,6 +52,7 @@ class Manifest:
     dtype: str
     sampling: dict[str, Any]
     paths: tuple[Path, ...] = ()  # of the input's files, in their order
+    began: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
 
     @classmethod
     def of(cls, config: Config, model: Any, dtype: str) -> "Manifest":
@@ -71,6 +75,14 @@ class Manifest:
             except FileNotFoundError:
                 pass  # whoever has it open still reads it to its end
         return None
+
+    def continuing(self, path: Path) -> "Manifest":
+        """This manifest with the time at which the job of the one at `path` first started, if that says one."""
+        try:
+            began = str(json.loads(path.read_bytes())["began"])
+            return dataclasses.replace(self, began=datetime.fromisoformat(began).isoformat())
+        except (OSError, ValueError, TypeError, KeyError):
+            return self
 
     def check(self, path: Path) -> bool:
         """Whether the input has grown by lines since the manifest at `path` was written.
@@ -128,7 +140,8 @@ class Manifest:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
-        shown = {"input": self.input, "model": self.model, "dtype": self.dtype, "sampling": self.sampling}
+        keys = ("input", "model", "dtype", "sampling", "began")
+        shown = {key: getattr(self, key) for key in keys}
         as_json: dict[str, Any] = json.loads(json.dumps(shown))
         return as_json
 
@@ -140,7 +153,7 @@ class ResultsWriter:
     torn by a crash is cut off; without it, an old file is kept aside as `results.jsonl.1`, `.2`, ... Of several
     lines of one request the last one counts: `retry_errors` (`auto`: those in `MENDABLE`, `all`, `none`) says
     which errors are tried again, `retried` how many. A file of nothing but such errors is kept aside if it is of
-    another job.
+    another job. `began` is when the job first started.
 
     Raises UserError if the folder cannot be written, if another process writes to it, if a line other than
     the last is corrupt, or if the results there are of another job than `manifest` says.
@@ -170,7 +183,11 @@ class ResultsWriter:
                 if path.exists():
                     self._size = self._read_done()
                 self.retried = len(self._to_retry)
-                if manifest is not None and self._must_write(manifest, path.parent / "manifest.json"):
+                must_write = manifest is not None and self._must_write(manifest, path.parent / "manifest.json")
+                if manifest is not None and self._size:
+                    manifest = manifest.continuing(path.parent / "manifest.json")
+                self.began = datetime.now() if manifest is None else datetime.fromisoformat(manifest.began)
+                if manifest is not None and must_write:
                     manifest.write(path.parent / "manifest.json")
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
                 opened.callback(os.close, self._file)
