@@ -12,6 +12,7 @@ SHOWN = 3
 def main(folder: Path) -> None:
     """Show the run in `folder`: the first answers in the order of the input, then the figures."""
     metrics = json.loads((folder / "metrics.json").read_text())
+    # Of several lines of a request the last one counts.
     answers = {entry["custom_id"]: entry for entry in read_lines(folder / "results.jsonl")}
     shown = 0
     for entry in read_lines(Path(metrics["config"]["workload"]["source"])):

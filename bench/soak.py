@@ -174,12 +174,12 @@ def line_count(output: Path) -> int:
 
 
 def read(output: Path) -> tuple[dict[str, str], list[str]]:
-    """The text of each request, and the `custom_id`s that have more than one line."""
+    """The text of each request (the last line counts), and the `custom_id`s that have a line after an answer."""
     texts: dict[str, str] = {}
     repeated = []
     for line in (output / "results.jsonl").read_bytes().splitlines():
         entry = json.loads(line)
-        if entry["custom_id"] in texts:
+        if texts.get(entry["custom_id"], "error") != "error":
             repeated.append(entry["custom_id"])
         texts[entry["custom_id"]] = entry["response"]["body"]["choices"][0]["text"] if entry["response"] else "error"
     return texts, repeated

@@ -181,7 +181,8 @@ def relay_seconds(wan: Path) -> float:
 
 def answers(folder: Path) -> dict[str, str]:
     entries = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return {entry["custom_id"]: entry["response"]["body"]["choices"][0]["text"] for entry in entries}
+    last = {entry["custom_id"]: entry for entry in entries}  # of several lines of a request the last one counts
+    return {name: entry["response"]["body"]["choices"][0]["text"] for name, entry in last.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -52,8 +52,11 @@ class Job:
         self._tokenizer = load_tokenizer(checkpoint, self._writer.began)
         self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
-        count = self._lengths.count
-        self._progress = Progress(None if count is None else count - len(self._writer.done), config.warmup_s)
+        self._count = self._lengths.count
+        left = None if self._count is None else self._count - len(self._writer.done)
+        if left is not None and left != self._count:
+            self._lengths = replace(self._lengths, count=max(1, left), sizes=())  # the plan is for what is left
+        self._progress = Progress(left, config.warmup_s)
 
     def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
@@ -88,7 +91,7 @@ class Job:
 
     def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
         """As many of `items` as were counted at the start; what is appended meanwhile is for the next start."""
-        yield from islice(items, self._lengths.count)
+        yield from islice(items, self._count)
         self._changed = self._manifest.changed_file()
 
     def report(
@@ -132,7 +135,7 @@ class Job:
 
     def _check_whole(self, recorded: int) -> None:
         """Raises UserError unless there are results for all that was counted, and it was read as it was counted."""
-        begun = self._ahead.read if self._lengths.count is None else self._lengths.count
+        begun = self._ahead.read if self._count is None else self._count
         answered = self._ahead.skipped + recorded
         source = f"workload.source={self._config.workload.source}"
         changed = f"{self._changed} was changed while the job ran" if self._changed else ""

@@ -342,3 +342,10 @@ def test_files_that_change_under_a_job(tmp_path: Path) -> None:
         assert record.changed_file() == source
     source.unlink()
     assert record.changed_file() is None  # an open file can be read to its end
+    config = Config()
+    config.workload.source, config.workload.path = "sharegpt", str(tmp_path)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    record = Manifest.of(config, "sha", "float32")
+    (tmp_path / "b.json").unlink()  # before it was read, perhaps
+    assert record.changed_file() == tmp_path / "b.json"

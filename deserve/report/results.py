@@ -67,13 +67,14 @@ class Manifest:
         return cls(named, model, dtype, dataclasses.asdict(config.sampling), tuple(paths))
 
     def changed_file(self) -> Path | None:
-        """A file of the input that does not begin any more as it was when this manifest was made."""
+        """A file of the input that is gone, or does not begin any more as it was when this manifest was made."""
         for path, fingerprint in zip(self.paths, self.input["files"], strict=True):
             try:
                 if _file_fingerprint(path, fingerprint["size"]) != fingerprint:
                     return path
             except FileNotFoundError:
-                pass  # whoever has it open still reads it to its end
+                if self.input["source"] is not None:  # a file of requests is open, and its lines are counted
+                    return path
         return None
 
     def continuing(self, path: Path) -> "Manifest":
