@@ -40,7 +40,7 @@ class Controller:
             if self._stop.overdue:
                 self._scheduler.abandon()
         if not self._scheduler.in_flight and self._scheduler.admitting:
-            self._requests.wait(1)  # nothing to do meanwhile
+            self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -26,12 +27,12 @@ from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
 from deserve.report.timeline import Timeline
 from deserve.stage import load_stage
-from deserve.stop import STOPPED, Stop
+from deserve.stop import SIGNALS, STOPPED, Stop, stopped_line
 
 
 def run(config: Config, world: World) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
-    with Stop(config.output.grace_s, seconds_left(config, world)) as stop:
+    with Stop(world, config.output.grace_s, seconds_left(config, world)) as stop:
         return run_until(stop, config, world)
 
 
@@ -68,19 +69,25 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
             controller = job.controller(plan, links.tokens_in, stop, timeline)
+            stop.begin_visits()
     run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
+    stopped_by = world.share("stopped", stop.reason)
     stages = world.gather("stages", stage_metrics(timeline, stage))
     spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:
         try:
-            job.report(plan, stages, spans, stop.reason)
+            job.report(plan, stages, spans, stopped_by)
         except OSError as error:
             raise UserError(
                 f"the results are whole, but {error.filename} cannot be written: {error.strerror}"
             ) from error
-        if stop.reason is not None:
-            world.announce_stop()
-    return STOPPED if world.share("stopped", stop.reason) else 0
+    if stopped_by is None:
+        return 0
+    if world.rank == 0:
+        world.announce_stop()
+        print(stopped_line(stopped_by), file=sys.stderr, flush=True)
+    tell_torchrun(stopped_line(stopped_by))
+    return STOPPED
 
 
 def seconds_left(config: Config, world: World) -> float | None:
@@ -164,6 +171,8 @@ def main() -> int:
         status = run(config, world)
     except Exception as error:
         world.end_with(error)
+    for number in SIGNALS:  # those that torchrun sends when another rank has ended with 75
+        signal.signal(number, signal.SIG_IGN)
     world.leave()
     return status
 

@@ -1,9 +1,12 @@
 """Ranks that die, hang, are told to stop or do not fit together: noticed, said once, and nothing answered is lost."""
 
 import ast
+import json
 import os
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from background import answers, free_port, line_count, running, torchrun_command
+from background import answers, free_port, line_count, running, torchrun_command, wait_until
 from launch import ROOT, python
 
 COUNT = 96
@@ -74,31 +77,55 @@ def test_a_hanging_rank_is_noticed(tmp_path: Path) -> None:
     answers(output)
 
 
-def test_sigterm_stops_in_time_and_the_job_resumes(tmp_path: Path, truth: dict[str, str]) -> None:
+def stopped_by(output: Path) -> str:
+    return str(json.loads((output / "metrics.json").read_text())["stopped_by"])
+
+
+def test_what_stops_one_rank_stops_the_job_in_time_and_it_resumes(tmp_path: Path, truth: dict[str, str]) -> None:
+    """A signal to the last rank (its host is preempted, say), then the death of torchrun, with its store."""
     output = tmp_path / "out"
-    with running(
-        torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", "output.grace_s=5"), output, tmp_path / "log"
-    ) as job:
+    command = torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", "output.grace_s=5")
+    with running(command, output, tmp_path / "log") as job:
         job.until_answers(COUNT // 8)
-        job.process.terminate()
+        job.rank(1).terminate()
         told_at = time.monotonic()
         assert job.wait() != 0
         assert time.monotonic() - told_at < 15
         assert not job.errors
+        reason = f"SIGTERM to rank 1 on {socket.gethostname()}"
+        assert stopped_by(output) == reason
+        assert f"traceback : deserve: stopped by {reason}" in job.log.split("Root Cause")[-1]
+    before = line_count(output)
+    assert before < COUNT
+    with running(command, output, tmp_path / "log2") as job:
+        job.until_answers(before + COUNT // 8)
+        ranks = [job.rank(0), job.rank(1)]
+        job.process.kill()
+        wait_until(lambda: not any(rank.is_running() for rank in ranks), 30, lambda: job.log)
+        assert not job.errors and "Traceback" not in job.log
+        assert stopped_by(output).startswith("the death of torchrun, rank ")
     assert line_count(output) < COUNT
     resume(output, truth)
 
 
 def test_a_time_limit_stops_for_good(tmp_path: Path) -> None:
-    """torchrun takes the status for a failure and starts the ranks again; they leave at once."""
+    """Before the first visit at once. torchrun takes the status for a failure and starts the ranks again: they leave.
+
+    And a single rank without torchrun, whose terminal is closed later on.
+    """
     output = tmp_path / "out"
     endless = [*JOB, *SLOW, "workload.source=fixed100000:24:12", "time_limit_s=0.1", "output.grace_s=0.5"]
     with running(torchrun_command(2, *endless, f"output.dir={output}", restarts=1), output, tmp_path / "log") as job:
         assert job.wait() != 0
-        assert not job.errors and f"exitcode  : {75}" in job.log and job.log.count("predicted") == 1
-    done = python("-m", "deserve.run", *endless, "time_limit_s=4", f"output.dir={output}")
-    assert done.returncode == 75, done.stderr[-3000:]
-    assert 0 < len(answers(output)) < 100000
+        assert not job.errors and f"exitcode  : {75}" in job.log and "predicted" not in job.log
+        said = [line for line in job.log.splitlines() if line.startswith("deserve:")]
+        assert said == ["deserve: stopped by time_limit_s; the same command goes on"]
+    with running([*RUN, *endless, "time_limit_s=null", f"output.dir={output}"], output, tmp_path / "log2") as job:
+        job.until_answers(1)
+        job.process.send_signal(signal.SIGHUP)
+        assert job.wait() == 75
+    assert stopped_by(output) == f"SIGHUP to rank 0 on {socket.gethostname()}"
+    assert len(answers(output)) < 100000
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -1,36 +1,49 @@
 """The pulse: neighbours in the ring tell each other that they live, beside all other traffic.
 
 A process that is killed, stopped or cut off falls silent here, however long its visits are; one that computes for
-minutes, or whose link is slow, does not, since the pulse has threads and connections of its own.
+minutes, or whose link is slow, does not, since the pulse has threads and connections of its own. It also carries what
+all ranks must hear at once, whatever their main threads wait for.
 """
 
 import contextlib
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-BEAT, FAREWELL = 0, 1
+BEAT, FAREWELL, STOP, QUIT = range(4)
 PATIENCE = timedelta(days=365)  # in place of Gloo's own timeout
+
+
+class Word(NamedTuple):
+    """`kind`: BEAT, FAREWELL, or what `rank` has to say for `cause`: STOP or QUIT (`deserve.stop`)."""
+
+    kind: int
+    rank: int = 0
+    cause: int = 0
 
 
 class Pulse:
     """Sends a beat to both neighbours every `timeout_s / 10` seconds (at most 1) and listens to theirs.
 
     `lost` is called, in a thread, with what happened when a neighbour's connection breaks or it has been silent for
-    `timeout_s` seconds. All ranks construct it together.
+    `timeout_s` seconds; `heard` with each STOP or QUIT that a neighbour tells. All ranks construct it together.
     """
 
-    def __init__(self, rank: int, size: int, timeout_s: float, lost: Callable[[str], None]):
-        self._rank, self._timeout_s, self._lost = rank, timeout_s, lost
+    def __init__(
+        self, rank: int, size: int, timeout_s: float, lost: Callable[[str], None], heard: Callable[[Word], None]
+    ):
+        self._rank, self._timeout_s, self._lost, self._heard = rank, timeout_s, lost, heard
         self._group = dist.new_group(backend="gloo")
         self._neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
-        self._heard = dict.fromkeys(self._neighbours, time.monotonic())
-        self._leaving = threading.Event()
+        self._last_heard = dict.fromkeys(self._neighbours, time.monotonic())
+        self._words: queue.SimpleQueue[Word] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._listen, args=(peer,), name=f"pulse of {peer}", daemon=True)
             for peer in self._neighbours
@@ -39,21 +52,30 @@ class Pulse:
         for thread in self._threads:
             thread.start()
 
-    def leave(self) -> None:
-        """Say farewell and wait for the neighbours' own."""
-        self._leaving.set()
+    def tell(self, word: Word) -> None:
+        """Send `word` to both neighbours, at once."""
+        self._words.put(word)
+
+    def leave(self, patience_s: float | None = None) -> bool:
+        """Say farewell and wait for the neighbours' own, for ever or for `patience_s`. Whether all of them said it."""
+        self.tell(Word(FAREWELL))
+        deadline = None if patience_s is None else time.monotonic() + patience_s
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _beat(self) -> None:
         works: deque[dist.Work] = deque()
-        left = False
-        while not left:
-            left = self._leaving.wait(min(1.0, self._timeout_s / 10))
-            message = torch.tensor([FAREWELL if left else BEAT])
+        word = Word(BEAT)
+        while word.kind != FAREWELL:
+            try:
+                word = self._words.get(timeout=min(1.0, self._timeout_s / 10))
+            except queue.Empty:
+                word = Word(BEAT)
+            message = torch.tensor(word)
             for peer in self._neighbours:
                 # Not by a timeout of Gloo's: that breaks all connections at once, and the wrong one is blamed.
-                if time.monotonic() - self._heard[peer] > self._timeout_s:
+                if time.monotonic() - self._last_heard[peer] > self._timeout_s:
                     what = f"has been silent for {self._timeout_s:g} s (comm.timeout_s): it hangs or is cut off"
                     self._lost(f"rank {peer} {what}{self._noticed(peer)}")
                 try:
@@ -69,8 +91,9 @@ class Pulse:
                 works.popleft().wait(timedelta(seconds=self._timeout_s))
 
     def _listen(self, peer: int) -> None:
-        message = torch.tensor([BEAT])
-        while message.item() != FAREWELL:
+        message = torch.tensor(Word(BEAT))
+        word = Word(BEAT)
+        while word.kind != FAREWELL:
             try:
                 work = dist.irecv(message, peer, group=self._group)
                 assert work is not None
@@ -78,8 +101,11 @@ class Pulse:
             except RuntimeError:
                 self._lost(f"rank {peer} has closed its connection: its process has ended{self._noticed(peer)}")
                 return
-            self._heard[peer] = time.monotonic()
-        self._heard[peer] = float("inf")  # it need not be heard of again
+            self._last_heard[peer] = time.monotonic()
+            word = Word(*message.tolist())
+            if word.kind in (STOP, QUIT):
+                self._heard(word)
+        self._last_heard[peer] = float("inf")  # it need not be heard of again
 
     def _noticed(self, peer: int) -> str:
         return f"; noticed by rank {self._rank} on link {peer} -> {self._rank}"

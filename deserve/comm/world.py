@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from deserve.comm.gloo import PATIENCE, cause
 from deserve.comm.host import Host, this_host
-from deserve.comm.pulse import Pulse
+from deserve.comm.pulse import Pulse, Word
 from deserve.errors import LinkError, UserError, tell_torchrun
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
+FAREWELL_S = 10.0  # for the neighbours to say farewell: one that parses a long line answers late
 LAST_WORD_S = 3.0  # for the store to answer: it may be out of reach, or have gone with its torchrun
 
 T = TypeVar("T")
@@ -43,9 +44,12 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.hosts = [this_host()]
-        self._meeting = ""
+        self._meeting = uuid.uuid4().hex
         self._pulse = None
         self._failing = threading.Lock()
+        self._hearing = threading.Lock()
+        self._act: Callable[[Word], None] | None = None
+        self._missed: list[Word] = []
         self._notice_board: dist.Store = dist.HashStore()
         self._edges: dict[bool, list[dist.ProcessGroup | None]] = {}
         if self.size > 1:
@@ -53,10 +57,12 @@ class World:
                 self._meet(max(timeout_s, MEETING_S))
             except RuntimeError as error:
                 raise UserError(self._absence(error)) from error
+        if self.size > 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # A connection of its own: the other one may be waiting for an answer when something must be said.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-            self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail)
+        if self.size > 1:
+            self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail, self._hear)
         here = self.hosts[self.rank]
         self.local_size = self.hosts.count(here)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.hosts[: self.rank].count(here)))
@@ -202,15 +208,48 @@ class World:
         name = f"deserve/notes/{key}"
         return self._notice_board.get(name).decode() if self._notice_board.check([name]) else None
 
+    def on_word(self, act: Callable[[Word], None]) -> None:
+        """Have `act` called with each STOP or QUIT of another rank; what was said while nobody listened comes first."""
+        with self._hearing:
+            self._act = act
+            missed, self._missed = self._missed, []
+        for word in missed:
+            self._hear(word)
+
+    def _hear(self, word: Word) -> None:
+        with self._hearing:
+            act = self._act
+            if act is None:
+                self._missed.append(word)
+        if act is not None:
+            act(word)
+
+    def tell(self, word: Word) -> None:
+        """Tell the neighbours, which pass it on."""
+        if self._pulse is not None:
+            self._pulse.tell(word)
+
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
-        # Not under the name of this meeting: it is for the next.
-        self._notice_board.set("deserve/stopped", "")
+        self.leave_note("stopped", self._meeting)
 
     @property
     def stop_announced(self) -> bool:
-        """Whether an earlier start of this job was stopped on purpose."""
-        return self._notice_board.check(["deserve/stopped"])
+        """Whether an earlier start of this job was stopped on purpose, and no rank failed in it."""
+        meeting = self.note("stopped")
+        return meeting is not None and not self._notice_board.check([f"{meeting}/failure"])
+
+    def quit(self, message: str, status: int) -> NoReturn:
+        """End this process with `status`, before the first visit. All ranks call it; rank 0 says `message`."""
+        self._failing.acquire()  # never released: a rank that ends sooner is no failure
+        if self.rank == 0:
+            print(message, file=sys.stderr, flush=True)
+        tell_torchrun(message)
+        if self._pulse is not None and not self._pulse.leave(FAREWELL_S):
+            self._note_failure(message)  # a neighbour is dead, and the SIGTERM perhaps torchrun's, not a user's
+        elif self.rank == 0:
+            self.announce_stop()
+        os._exit(status)
 
     def end_with(self, error: BaseException) -> NoReturn:
         """End this process, and so the job, with what `error` says. Any thread may call it."""
@@ -227,13 +266,18 @@ class World:
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
         self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
-        own = f"{self.rank} {message}"
-        # No answer: the store is out of reach, or went down with its host.
-        said = self._ask_board(lambda board: board.compare_set(f"{self._meeting}/failure", "", own).decode()) or own
-        if said == own:
+        rank, said = self._note_failure(message)
+        if rank == self.rank:
             print(f"deserve: error: {message}", file=sys.stderr, flush=True)
-        tell_torchrun(f"deserve: error: {said.split(' ', 1)[1]}")
+        tell_torchrun(f"deserve: error: {said}")
         os._exit(1)
+
+    def _note_failure(self, message: str) -> tuple[int, str]:
+        """The rank that failed first in this meeting, and what it said; this one, if torchrun's store is gone."""
+        own = f"{self.rank} {message}"
+        first = self._ask_board(lambda board: board.compare_set(f"{self._meeting}/failure", "", own).decode()) or own
+        rank, _, said = first.partition(" ")
+        return int(rank), said
 
     def _ask_board(self, question: Callable[[dist.Store], T]) -> T | None:
         """The answer of torchrun's store to `question`, or None if there is none within `LAST_WORD_S`."""

@@ -52,7 +52,7 @@ class ReadAhead:
         # In this order: what was put before the end is in the queue by then.
         return self._ended.is_set() and self._queue.empty() and self._error is None
 
-    def wait(self, count: int) -> None:
-        """Wait until `count` requests (or as many as fit) are ready, or all are read."""
-        while not self._ended.is_set() and self._queue.qsize() < min(count, self._queue.maxsize):
+    def wait(self, count: int, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until `count` requests (or as many as fit) are ready, all are read, or the job is `stopped`."""
+        while not (self._ended.is_set() or self._queue.qsize() >= min(count, self._queue.maxsize) or stopped()):
             self._ended.wait(0.001)
