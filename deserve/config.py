@@ -77,7 +77,7 @@ class WorkloadSection:
     concurrency: Any = "auto"  # requests in the pipeline at once
     unknown_keys: str = "refuse"  # requests with keys that are not done; ignore: answer them without
     model_names: Any = "auto"  # what requests may call the model: its own names; more names; or any
-    max_line_mb: float = 32.0  # of a .jsonl file
+    max_line_mb: float = 32.0  # of a .jsonl file, or a record of a data set
 
 
 @dataclass

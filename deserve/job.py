@@ -1,5 +1,6 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
@@ -72,13 +73,15 @@ class Job:
         self._recorder = Recorder(self._writer, detokenizer.completion, self._progress, self._dtype)
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
-        requests = open_workload(self._config, self._tokenizer, self._limits, self._defaults, done=self._writer.done)
+        self._ignored: Counter[str] = Counter()
+        done = self._writer.done
+        requests = open_workload(
+            self._config, self._tokenizer, self._limits, self._defaults, done=done, ignored=self._ignored
+        )
         items = (
             within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
         )
-        self._ahead = ahead = ReadAhead(
-            items, self._writer.done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency)
-        )
+        self._ahead = ahead = ReadAhead(items, done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
         scheduler = Scheduler(
             plan,
             ahead,
@@ -111,6 +114,7 @@ class Job:
         metrics = {
             **self._progress.summary(),
             "stopped_by": stopped,
+            "ignored_keys": dict(self._ignored),
             "non_finite_logits": {"requests": self._recorder.non_finite, "remedy": remedy(self._dtype)},
             "earlier_starts": {"results": len(self._writer.done), "errors_tried_again": self._writer.retried},
             "stages": stages,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint, save_tokenizer
+from checkpoints import CHAT_TEMPLATE, make_checkpoint, save_tokenizer
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -276,6 +276,20 @@ def test_a_checkpoint_brings_its_tokenizer(saved):
     with pytest.raises(RequestError, match="unknown role robot") as caught:
         tokenizer.encode_chat([{"role": "robot", "content": "a"}])
     assert caught.value.code == "invalid_messages"
+
+
+def test_a_prompt_that_brings_its_bos_gets_no_second_one(saved, tmp_path, capsys):
+    tokenizer = Tokenizer(saved)
+    assert tokenizer.encode("a") == tokenizer.encode("<|begin|>a") == tokenizer.encode("<|begin|>a")
+    assert tokenizer.encode("<|begin|><|begin|>a")[:3] == [257, 257, tokenizer.encode("a")[1]]  # as it was written
+    assert tokenizer.encode("a<|begin|>").count(257) == 2
+    assert capsys.readouterr().err == "deserve: prompts that begin with <|begin|> get no second one\n"
+    chat = Tokenizer(save_tokenizer(tmp_path, "{{ bos_token }}" + CHAT_TEMPLATE))
+    assert chat.encode_chat([{"role": "user", "content": "a"}])[:3] == [257, 259, tokenizer.encode("a")[1]]
+
+
+def test_no_token_is_longer_than_the_longest(saved):
+    assert Tokenizer(saved).longest_token == len("<|assistant|>")
 
 
 def test_a_missing_template_and_a_broken_tokenizer(tmp_path):

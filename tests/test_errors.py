@@ -119,7 +119,7 @@ def test_an_empty_file_is_a_job_without_requests(tmp_path: Path) -> None:
 def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     good = {"prompt": [1, 2, 3], "ignore_eos": True}
     lines = [
-        json.dumps(good | {"custom_id": "first"}),
+        json.dumps(good | {"custom_id": "first", "note": "to be ignored"}),
         '{"prompt": [1, 2',
         json.dumps({"custom_id": "other", "method": "POST", "url": "/v1/embeddings", "body": good}),
         json.dumps({"custom_id": "empty", "prompt": ""}),
@@ -132,7 +132,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
     job = ["model=tiny", f"workload.source={source}", "sampling.max_tokens=8", f"output.dir={tmp_path / 'out'}"]
-    done = torchrun(2, "-m", "deserve.run", *job)
+    done = torchrun(2, "-m", "deserve.run", *job, "workload.unknown_keys=ignore")
     assert done.returncode == 0, done.stderr[-3000:]
     found = answers(tmp_path / "out")
     assert (found.pop("first"), found.pop("last")) == ("length", "length")
@@ -149,6 +149,8 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (9, 7, 10)
     assert metrics["max_output_tokens"] == 10 and metrics["plan"]["predicted_for_these_answers"] > 0
     assert "if all answers are as long as max_tokens allows" in done.stdout
+    assert (metrics["ignored_keys"], metrics["cut_by_default_max_tokens"]) == ({"note": 1}, 1)
+    assert "unknown_keys=ignore: note (1 times)" in done.stdout and "1 answers were cut at sampling.max_" in done.stdout
 
 
 def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: Path) -> None:

@@ -234,7 +234,10 @@ def test_metrics_and_closing_table(traced: Path) -> None:
     assert table in (traced / "stdout").read_text()
     for words in ("output tokens/s", "busy", "bound by", "predicted"):
         assert words in table
-    assert "as long as max_tokens" not in table
+    assert "as long as max_tokens" not in table and "ignore" not in table and "were cut" not in table
+    metrics |= {"ignored_keys": {"n": 1200, "answer": 2}, "cut_by_default_max_tokens": 7}
+    assert "unknown_keys=ignore: answer (2 times), n (1,200 times)\n" in closing_table(metrics)
+    assert "7 answers were cut at sampling.max_tokens=16, the default" in closing_table(metrics)
     assert metrics["plan"]["predicted_for_these_answers"] is None
     metrics["max_output_tokens"] *= 2
     metrics["plan"]["predicted_for_these_answers"] = 12.3

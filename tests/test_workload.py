@@ -455,6 +455,29 @@ def test_context(tmp_path: Path) -> None:
     rejected(over, "context_length_exceeded", "line 4", "100")
 
 
+def test_whose_length_is_the_default(tmp_path: Path) -> None:
+    stated = {"max_tokens": 16}
+    lines = [{"prompt": "a"}, {"prompt": "a"} | stated, {"prompt": "a" * 84}, {"prompt": "a", "max_tokens": None}]
+    assert [request(item).default_length for item in read_lines(tmp_path, *lines)] == [True, False, False, True]
+
+
+def test_to_the_end_of_the_context(tmp_path: Path) -> None:
+    lines = [{"prompt": "a" * 30}, {"prompt": "a", "max_tokens": 5}, {"prompt": "a" * 99}]
+    items = [request(item) for item in read_lines(tmp_path, *lines, max_tokens=None)]
+    assert [item.sampling.max_tokens for item in items] == [70, 5, 1]
+    assert not any(item.default_length for item in items)
+    lengths = peek_lengths(configure(tmp_path / "in.jsonl", max_tokens=None), Bytes(), LIMITS)
+    assert (lengths.sizes, lengths.max_total) == (((30, 70), (1, 5), (99, 1)), 100)
+    config = configure("fixed9:60:30", max_tokens=None)
+    assert {len(item.prompt) + request(item).sampling.max_tokens for item in open_workload(config, None, LIMITS)} == {
+        100
+    }
+    lengths = peek_lengths(config, None, LIMITS)
+    assert (lengths.mean_output, lengths.max_prompt, lengths.max_total) == (40, 90, 100)
+    with pytest.raises(UserError, match=r"up to 100 tokens; with sampling\.max_tokens=null"):
+        open_workload(configure("fixed9:60:40", max_tokens=None), None, LIMITS)
+
+
 def test_limit_and_laziness(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "a"}\n' * 1000)
@@ -483,6 +506,21 @@ def test_without_a_tokenizer_prompts_are_token_ids(tmp_path: Path) -> None:
     rejected(text, "no_tokenizer", "line 1", "token ids")
     assert request(ids).prompt.tolist() == [3, 1, 2]
     rejected(chat, "no_tokenizer", "line 3")
+
+
+def test_what_no_request_can_survive_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    config = configure(path)
+    path.write_text('{"prompt": "a", "model": "gpt-4o"}\n{"prompt": "b", "model": "gpt-5"}\n')
+    with pytest.raises(
+        UserError, match=r"in\.jsonl: none of the 2 .*line 1: model is 'gpt-4o'.* runs small.*model_names"
+    ):
+        peek_lengths(config, Bytes(), LIMITS)
+    path.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(UserError, match=r"in\.jsonl: none of the 2 .*line 1: the model has no tokenizer.*token ids"):
+        peek_lengths(config, None, LIMITS)
+    path.write_text('{"prompt": "a"}\n{"prompt": [1]}\n')
+    assert peek_lengths(config, None, LIMITS).count == 2
 
 
 def test_peek_spreads_over_the_file(tmp_path: Path) -> None:
@@ -705,6 +743,18 @@ def test_broken_data_sets(tmp_path: Path, source: str, content: str) -> None:
         assert "workload.path" in str(error)
     else:
         assert source == "sharegpt" and all(isinstance(item, Rejected) for item in items)
+
+
+def test_a_record_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deserve.workload.records.CHUNK", 100)
+    path = tmp_path / "sharegpt.json"
+    path.write_text('[{"conversations": [{"from": "human", "value": "' + "z" * 10_000)
+    config = configure("sharegpt", path)
+    config.workload.max_line_mb = 0.002
+    with pytest.raises(
+        UserError, match=r"sharegpt\.json cannot be read: record 1 is longer than workload\.max_line_mb"
+    ):
+        open_workload(config, Bytes(), LIMITS)
 
 
 def test_a_torn_archive(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ class Progress:
             if completion is not None:
                 self._counts["output_tokens"] += len(completion.tokens)
                 self._counts["max_output_tokens"] += completion.request.sampling.max_tokens
+                cut = completion.finish_reason == "length" and completion.request.default_length
+                self._counts["cut_by_default_max_tokens"] += cut
                 if len(self.answered) < KEPT:
                     request = completion.request
                     self.answered.append((request.line, len(request.prompt), len(completion.tokens)))
@@ -83,8 +85,9 @@ class Progress:
     def summary(self) -> dict[str, Any]:
         """The counts as `metrics.json` carries them.
 
-        `output_tokens` are those of answered requests, `max_output_tokens` what these allowed. After the warm-up what
-        counts is when a token was sampled and a request answered, whenever it began.
+        `output_tokens` are those of answered requests, `max_output_tokens` what these allowed, and
+        `cut_by_default_max_tokens` how many of them ended at `sampling.max_tokens`, stating no length. After the
+        warm-up what counts is when a token was sampled and a request answered, whenever it began.
         """
         elapsed = max(self.elapsed_s, 1e-9)
         seconds = range(int(elapsed) + 1)
@@ -92,6 +95,7 @@ class Progress:
         return {
             **_rates(self._counts, elapsed),
             "max_output_tokens": self._counts["max_output_tokens"],
+            "cut_by_default_max_tokens": self._counts["cut_by_default_max_tokens"],
             "warmup_s": self._warmup_s,
             "after_warmup": _rates(self._warm, max(elapsed - self._warmup_s, 1e-9)),
             "history": {name: [count[second] for second in seconds] for name, count in histories.items()},

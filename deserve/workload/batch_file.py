@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 from deserve.errors import RequestError, UserError
 from deserve.workload.intake import Intake
 from deserve.workload.item import Answered, Item, Rejected
+from deserve.workload.records import MB
 from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, brief, check_keys, validated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
 FIRST_KEY = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([^"\\]+)"')  # as most programs write lines
-MB = 10**6
 URLS = {CHAT: CHAT, COMPLETIONS: COMPLETIONS, "/chat/completions": CHAT, "/completions": COMPLETIONS}  # Azure's lack v1
 
 # How a file begins that is not made of lines of UTF-8, what it is, and how to make it so.

@@ -37,12 +37,14 @@ SOURCES = {
 Messages = list[dict[str, Any]]
 
 
-def items(source: str, path: str | None, intake: Intake, done: Container[str] = ()) -> Iterator[Item]:
+def items(
+    source: str, path: str | None, intake: Intake, max_record_mb: float, done: Container[str] = ()
+) -> Iterator[Item]:
     """The requests of `source` from a file or folder, or without a `path` through the `datasets` library.
 
     A turn that makes no request becomes a `Rejected`. Raises UserError for missing or broken files.
     """
-    records = _hub_records(source) if path is None else _local_records(Path(path).expanduser())
+    records = _hub_records(source) if path is None else _local_records(Path(path).expanduser(), max_record_mb)
     turns = _oasst_turns(records) if source == "oasst1" else _sharegpt_turns(records)
     for line, (name, messages) in enumerate(turns, start=1):
         custom_id = f"{source}-{name}"
@@ -57,9 +59,9 @@ def items(source: str, path: str | None, intake: Intake, done: Container[str] = 
             yield Rejected(custom_id, line, error.code, f"{custom_id}: {error}")
 
 
-def _local_records(path: Path) -> Iterator[Any]:
+def _local_records(path: Path, max_mb: float) -> Iterator[Any]:
     for file in data_files(path):
-        yield from read_records(file)
+        yield from read_records(file, max_mb)
 
 
 def _hub_records(source: str) -> Iterable[Any]:

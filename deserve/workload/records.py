@@ -12,6 +12,7 @@ from deserve.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 CHUNK = 1 << 20  # characters read at once
+MB = 10**6
 
 
 def data_files(path: Path) -> list[Path]:
@@ -26,20 +27,23 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
-def read_records(path: Path) -> Iterator[Any]:
-    """The rows of one file, read when asked for. Raises UserError, naming the file, if it is broken."""
+def read_records(path: Path, max_mb: float) -> Iterator[Any]:
+    """The rows of one file, read when asked for. Raises UserError, naming the file, if it is broken.
+
+    So is a JSON file with a record of much more than `max_mb` million characters, such as a string that does not end.
+    """
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet_rows(path)
             return
         opener = gzip.open if path.name.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield from _json_values(file)
+            yield from _json_values(file, max_mb)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"workload.path: {path} cannot be read: {error}") from error
 
 
-def _json_values(file: TextIO) -> Iterator[Any]:
+def _json_values(file: TextIO, max_mb: float) -> Iterator[Any]:
     """The elements of one JSON array, or the values of a file of JSON values, holding little more than one.
 
     Raises ValueError where the text is not JSON.
@@ -60,6 +64,8 @@ def _json_values(file: TextIO) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             # Perhaps only cut off. Reading as much again as there is keeps the repeated parsing linear.
             rest = text[position:]
+            if len(rest) > max(CHUNK, max_mb * MB):
+                raise ValueError(f"record {count + 1} is longer than workload.max_line_mb={max_mb:g}") from error
             more = file.read(max(CHUNK, len(rest)))
             if not more:
                 if rest or is_array:

@@ -155,7 +155,7 @@ def _items(config: Config, intake: Intake, done: Container[str]) -> Iterator[Ite
                 f"workload.source={source} holds text, and the model has no tokenizer: give a model folder that "
                 "has one, or prompts of token ids"
             )
-        return _started(dialogues.items(source, config.workload.path, intake, done))
+        return _started(dialogues.items(source, config.workload.path, intake, most, done))
     if not source.startswith("fixed"):
         raise UserError(
             f"workload.source={source} must be fixedCOUNT:LENGTH:VARIATION, "
