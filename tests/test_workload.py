@@ -20,7 +20,7 @@ from deserve.workload import Item, Limits, Rejected, default_sampling, open_work
 from deserve.workload.batch_file import BatchFile
 from deserve.workload.intake import Intake
 from deserve.workload.sampling import with_derived_seed
-from deserve.workload.schema import CHAT, COMPLETIONS, NO_EFFECT, NOT_DONE, ChatBody, CompletionBody, Message
+from deserve.workload.schema import CHAT, COMPLETIONS, NO_EFFECT, NOT_DONE, ChatBody, CompletionBody, Message, Part
 
 LIMITS = Limits(vocab_size=256, max_context=100)
 
@@ -193,6 +193,9 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"messages": [{"role": "tool", "content": "hi"}]}, "invalid_value", "tool"),
         ({"messages": [{"role": "user"}]}, "invalid_value", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter", "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_value", "content[0].text"),
+        ({"messages": [{"role": "user", "content": ["hi", 5]}]}, "invalid_value", "content[1] is 5"),
+        ('{"messages": [{"role": "user", "content": ["\\ud800"]}]}', "invalid_value", "content[0].text holds a lone"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "invalid_messages", "user"),
         ({"prompt": 3}, "invalid_value", "prompt"),
         ({"prompt": ["a", "b"]}, "unsupported_parameter", "several"),
@@ -267,6 +270,11 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
             }.items()
         ),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "image": "b"}]}]},
+            "unknown_parameter",
+            ("messages[0].content[0].image='b'", "a part"),
+        ),
+        (
             {"messages": [{"role": "user", "content": "hi", "tool_call": 1}]},
             "unknown_parameter",
             ("messages[0].tool_c",),
@@ -309,7 +317,7 @@ def test_ignored_keys_are_counted(tmp_path: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs" / "requests.md").read_text()
-    models = (ChatBody, CompletionBody, Message)
+    models = (ChatBody, CompletionBody, Message, Part)
     keys = {key for model in models for key in (*model.model_fields, *model.not_done, *model.no_effect)}
     assert not [key for key in sorted(keys) if f"`{key}`" not in page]
 

@@ -32,6 +32,7 @@ MENDABLE = {
     "no_tokenizer",
     "non_finite_logits",
     "unknown_parameter",
+    "unsupported_parameter",
 }
 
 

@@ -10,7 +10,7 @@ from deserve.batch import Request, SamplingParams
 from deserve.errors import RequestError
 from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
-from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, brief, check_keys, validated
+from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, Part, brief, check_keys, validated
 
 # A normalizer may shorten a text before it is cut into tokens: NFC makes one syllable of three jamo.
 NORMALIZED = 3
@@ -76,11 +76,32 @@ class Intake:
             name = f"messages[{index}]"
             if value.keys() - message.model_fields_set:
                 check_keys(Message, value, "a message", f"{name}.", self.ignored)
-            messages.append(_for_template(message, message.text(f"{name}.content")))
+            messages.append(_for_template(message, self._text(message, f"{name}.content")))
         if not any(message["content"].strip() for message in messages):
             raise RequestError("empty_prompt", "messages hold no text")
         tokenizer = self._tokenizer_for([message["content"] for message in messages])
         return self._in_vocabulary(tokenizer.encode_chat(messages))
+
+    def _text(self, message: Message, name: str) -> str:
+        """The content of a turn in one piece, parts joined as they stand."""
+        if isinstance(message.content, str):
+            return message.content
+        if message.content is None:  # as for OpenAI, of assistants alone
+            if message.role != "assistant":
+                raise RequestError("invalid_value", f"{name} is None, but must be a string or a list of parts")
+            return ""
+        return "".join(self._part(part, f"{name}[{index}]") for index, part in enumerate(message.content))
+
+    def _part(self, part: Any, name: str) -> str:
+        values = {"type": "text", "text": part} if isinstance(part, str) else part
+        if not isinstance(values, dict):
+            raise RequestError("invalid_value", f"{name} is {brief(part)}, but must be a string or an object")
+        if not isinstance(values.get("type"), str) or not values["type"].endswith("text"):
+            raise RequestError(
+                "unsupported_parameter", f"{name}.type is {brief(values.get('type'))}, which is not text"
+            )
+        check_keys(Part, values, "a part", f"{name}.", self.ignored)
+        return validated(Part, values, f"{name}.").text
 
     def _prompt_ids(self, prompt: str | list[Any]) -> list[int]:
         if isinstance(prompt, list):

@@ -4,6 +4,7 @@ To do a key, give it a field in one of the models and take it out of `NOT_DONE`;
 """
 
 import difflib
+import re
 from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -195,31 +196,14 @@ class Message(Keys):
     no_effect = {"id": "names the message", "annotations": "the provider's notes on its answer"}
     not_done = {"tool_calls": ([],), "function_call": (), "tool_call_id": (), "refusal": ("",), "audio": ()}
 
-    def text(self, name: str) -> str:
-        """The content in one piece, parts joined as they stand; RequestError, naming `name`, where it is not text."""
-        if isinstance(self.content, str):
-            return self.content
-        if self.content is None:  # as OpenAI, of assistants alone
-            if self.role != "assistant":
-                raise RequestError("invalid_value", f"{name} is None, but must be a string or a list of parts")
-            return ""
-        return "".join(_part_text(part, name) for part in self.content)
 
+class Part(Keys):
+    """A part of a turn's content; OpenAI's newer endpoint calls text by its direction."""
 
-def _part_text(part: Any, name: str) -> str:
-    text = part
-    if isinstance(part, dict):
-        if part.get("type") not in ("text", "input_text", "output_text"):
-            raise RequestError(
-                "unsupported_parameter", f"{name} holds a part of type {brief(part.get('type'))}, which is not text"
-            )
-        text = part.get("text")
-    if not isinstance(text, str):
-        raise RequestError("invalid_value", f"{name} holds a part whose text is {brief(text)}, but must be a string")
-    try:
-        return _encodable(text)
-    except ValueError as error:
-        raise RequestError("invalid_value", f"{name} {error}") from None
+    type: Literal["text", "input_text", "output_text"] = Field(description="text")
+    text: Text = Field(description="a string")
+
+    no_effect = {"cache_control": "prefix caching", "annotations": "the provider's notes on its answer"}
 
 
 class Body(Sampling):
@@ -274,12 +258,15 @@ class Line(Keys):
 K = TypeVar("K", bound=Keys)
 
 
-def validated(keys: type[K], values: dict[str, Any]) -> K:
-    """`values` as `keys`, which pass over all others. Raises RequestError, naming the first value that is wrong."""
+def validated(keys: type[K], values: dict[str, Any], prefix: str = "") -> K:
+    """`values` as `keys`, which pass over all others.
+
+    `prefix` says where in the line they lie. Raises RequestError, naming the first value that is wrong.
+    """
     try:
         return keys.model_validate(values)
     except ValidationError as error:
-        raise RequestError("invalid_value", _words(error, keys)) from None
+        raise RequestError("invalid_value", prefix + _words(error, keys)) from None
 
 
 def _words(error: ValidationError, keys: type[Keys]) -> str:
@@ -311,7 +298,7 @@ def check_keys(keys: type[Keys], values: dict[str, Any], where: str, prefix: str
         if asks is not None and any(type(value) is type(other) and value == other for other in asks):
             continue
         if ignored is not None:
-            ignored[f"{prefix.partition('[')[0]}{'[].' if prefix else ''}{key}"] += 1
+            ignored[re.sub(r"\[\d+\]", "[]", prefix) + key] += 1
             continue
         advice = "leave it out, or set workload.unknown_keys=ignore to answer without it"
         if asks is not None:
