@@ -22,6 +22,7 @@ from deserve.job import Job
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.pipeline import run_pipeline
 from deserve.planner.measure import survey
+from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
@@ -123,7 +124,14 @@ def set_up_device(config: Config, world: World) -> torch.device:
                 "GPUs: start no more ranks than GPUs (--nproc-per-node)"
             )
         device = torch.device("cuda", world.local_rank)
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+            torch.cuda.mem_get_info(device)  # needs a context, for which there may be no room
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {world.rank} cannot use GPU {device.index} of its host: {str(error).splitlines()[0]}"
+                f"{held_by_others(device)}. CUDA_VISIBLE_DEVICES names others"
+            ) from error
         # For the host's part: locking the memory of swap pages is slow on one core.
         torch.set_num_threads(max(1, min(8, len(psutil.Process().cpu_affinity() or [0]) // world.local_size)))
         return device

@@ -15,6 +15,7 @@ from deserve.model.decoder import Decoder
 from deserve.model.graphs import Captured, Graphs, capture
 from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
+from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan
 from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import to_device
@@ -98,7 +99,9 @@ def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dt
     """
     try:
         return _load_stage(checkpoint, plan, shard, dtype, device)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # pinned memory and contexts have no class of their own
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
         raise UserError(_needs(checkpoint.config, plan, shard, dtype, device)) from error
 
 
@@ -111,11 +114,14 @@ def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, de
     weights_gb, pages_gb, host_gb = (
         nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
     )
-    has = f" of the {torch.cuda.mem_get_info(device)[1] / 1e9:.1f} GB of the GPU" if device.type == "cuda" else ""
+    has = others = ""
+    if device.type == "cuda":
+        has = f" of the {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB of the GPU"
+        others = held_by_others(device)
     return (
         f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and {pages:.0f} KV pages "
         f"{pages_gb:.1f} GB{has}, and {host} pages in host memory {host_gb:.1f} GB. Lower kvcache.gpu_memory_gb, "
-        "kvcache.swap_pages or kvcache.buddy_height, or start more ranks"
+        f"kvcache.swap_pages or kvcache.buddy_height, or start more ranks{others}"
     )
 
 

@@ -1,8 +1,11 @@
 """Mistakes of a user: one clear message, all ranks down within seconds; and of a request: an error line, no more."""
 
 import json
+import os
+import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from deserve.config import load_config
 from deserve.errors import UserError
 from deserve.model.checkpoint import resolve
+from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan, parse_partition
+from deserve.run import set_up_device
 from deserve.stage import load_stage
 
 SECONDS = 60  # two ranks, started and ended, on a busy machine
@@ -170,12 +175,77 @@ def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: 
     assert "need room for 65 tokens" in results and "4 pages of 16 tokens hold 64" in results
 
 
-def test_out_of_memory_says_what_needs_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory"), MemoryError()]
+)
+def test_out_of_memory_says_what_needs_how_much(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def too_much(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("deserve.stage.dummy_shard", too_much)
     checkpoint = resolve(load_config(["model=tiny"]).model)
     layout = Plan((0,), 3, 4, 12, 64, "prefill_first", 16, 100, 20, 5)
     with pytest.raises(UserError, match=r"4 layers.*110 KV pages.*76 pages in host memory.*kvcache\.gpu_memory_gb"):
         load_stage(checkpoint, layout, layout.shard(0, 4), torch.float32, torch.device("cpu"))
+
+
+class Full:
+    """`torch.cuda` of a GPU of 80 GB, 50 GB of it free and 10 GB this process' own; or with no room for a context."""
+
+    def __init__(self, context: bool = True):
+        self._context = context
+
+    def get_device_properties(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(uuid="0b1c", total_memory=80_000_000_000)
+
+    def set_device(self, device: torch.device) -> None:
+        pass
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        if not self._context:
+            raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+        return 50_000_000_000, 80_000_000_000
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return 10_000_000_000
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 8
+
+
+def smi(monkeypatch: pytest.MonkeyPatch, output: str | None) -> None:
+    """Let nvidia-smi answer `output`; None: there is none."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if output is None:
+            raise FileNotFoundError(command[0])
+        assert command[:2] == ["nvidia-smi", "--id=GPU-0b1c"]
+        return subprocess.CompletedProcess(command, 0, output)
+
+    monkeypatch.setattr("deserve.planner.memory.subprocess.run", run)
+
+
+def test_who_else_holds_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", Full())
+    gpu = torch.device("cuda", 3)
+    mine = f"{os.getpid()}, 9000, python\n"
+    smi(monkeypatch, f"4242, 40960, /usr/bin/python, the other\n{mine}4243, [N/A], Xorg\n")
+    first, second = "process 4242 (/usr/bin/python, the other) holds 42.9 GB of it", "process 4243 (Xorg) holds memory"
+    assert held_by_others(gpu) == f"; {first}; {second} of it"
+    for output in (None, "", mine):
+        smi(monkeypatch, output)
+        assert held_by_others(gpu) == "; other processes hold about 19.0 of its 80.0 GB"
+    monkeypatch.setattr(Full, "memory_reserved", lambda *_: 30_000_000_000)
+    assert held_by_others(gpu) == ""
+
+
+def test_a_gpu_that_another_process_has_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "cuda", Full(context=False))
+    smi(monkeypatch, "4242, 81000, python\n")
+    world = SimpleNamespace(rank=5, local_rank=1, local_size=2)
+    message = r"rank 5 cannot use GPU 1 .*: CUDA error: out of memory; process 4242 \(python\) holds 84\.9 GB"
+    with pytest.raises(UserError, match=message):
+        set_up_device(load_config(["model=tiny"]), world)  # type: ignore[arg-type]
