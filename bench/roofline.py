@@ -40,11 +40,13 @@ from bench.timing import (
 )
 from deserve.config import ModelSection, load_config
 from deserve.errors import UserError
+from deserve.kvcache.pages import KVPages
+from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Captured, Graphs, capture
+from deserve.model.graphs import Graphs, capture
 from deserve.model.weights import Shard, dummy_shard
 from deserve.planner.plan import Plan
 from deserve.stage import make_backend
@@ -110,11 +112,10 @@ class Stack:
         count = max(visit.decodes + (visit.prefill > 0) for visit in visits)
         width = -(-max(max(visit.context, visit.prefill) for visit in visits) // PAGE)
         pages = count * width
-        self.kv = torch.empty(
-            layers, pages + 1, 2, PAGE, config.num_kv_heads, config.head_dim, dtype=dtype, device=device
-        )
-        for layer in self.kv:
-            layer.normal_()
+        spec = KVSpec(config.num_kv_heads, config.head_dim, dtype)
+        self.kv = KVPages(spec, layers, page_size=PAGE, main_pages=pages, device=device)
+        for layer in self.kv.layers:
+            layer.memory.normal_()
         self.pages = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(count, width)
         most = max(visit.tokens for visit in visits)
         plan = Plan((0,), 1, count, count, most, "vanilla", PAGE, pages, 0, 0)
@@ -122,13 +123,13 @@ class Stack:
         self.decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
         self.graphs: Graphs | None = None
         if self.decoder.backend.captures:
-            self.graphs = capture(Captured(self.decoder, self.kv, pages), count, most)
+            self.graphs = capture(self.decoder, self.kv, count, most)
 
     def rows(self, visit: Visit) -> Rows:
         new, context = [1] * visit.decodes, [visit.context - 1] * visit.decodes
         if visit.prefill:
             new, context = [*new, visit.prefill], [*context, 0]
-        return Rows(np.array(new, np.int32), np.array(context, np.int32), self.pages[: len(new)])
+        return Rows(np.array(new, np.int32), np.array(context, np.int32), [self.pages[: len(new)]])
 
     def products(self, x: torch.Tensor, attended: torch.Tensor, activated: torch.Tensor) -> None:
         """The matrix products of a visit and nothing else, of [T, hidden], [T, q_size] and [T, intermediate]."""
@@ -160,8 +161,8 @@ class Stack:
         how, run = "eager", lambda: self.eager(rows, x)
         if self.graphs is not None and self.graphs.decode.fits(rows):
             how, run = "graph", lambda: self.graphs.decode.replay(rows, x)
-        elif self.graphs is not None and self.graphs.layers.fits(rows):
-            how, run = "graphs", lambda: self.graphs.layers.replay(rows, x)
+        elif self.graphs is not None and self.graphs.others.fits(rows):
+            how, run = "graphs", lambda: self.graphs.others.replay(rows, x)
         whole = device_ms(run, self.device, repeats)
         host = host_ms(run, self.device, repeats) if self.device.type == "cuda" else whole  # a CPU is its own host
         took = whole / self.layers

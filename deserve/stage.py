@@ -4,15 +4,16 @@ import torch
 
 from deserve.batch import VisitPlan
 from deserve.errors import UserError
-from deserve.kvcache.layout import PageLayout
-from deserve.kvcache.pages import KVPages, PageTable
-from deserve.kvcache.slab import SwapSlab
+from deserve.kvcache.buddy import pool_pages
+from deserve.kvcache.pages import KVPages
+from deserve.kvcache.slab import SwapCounters
+from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Captured, Graphs, capture
+from deserve.model.graphs import Graphs, capture
 from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
 from deserve.planner.memory import held_by_others
@@ -30,14 +31,12 @@ class Stage:
         self._kv = kv
         self._device = device
         self._graphs = graphs
-        self._table = PageTable(slots)
         self._sampler = Sampler(slots, device)
-        self._slab = kv.slab if kv.slab.active else None
 
     @property
-    def swapping(self) -> SwapSlab:
-        """The swap slab, which counts what it moves."""
-        return self._kv.slab
+    def swapping(self) -> SwapCounters:
+        """What swapping has moved so far."""
+        return self._kv.swapped
 
     @property
     def graph_bytes(self) -> int:
@@ -58,15 +57,12 @@ class Stage:
 
         Returns hidden states [T, hidden], or on the last rank the words of a VisitResult, int32 [words].
         """
-        self._table.write(plan.page_writes)
-        self._kv.begin_visit(plan, self._table, timeline)
+        tables = self._kv.begin_visit(plan, timeline)
         self._sampler.admit(plan.admissions)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         length = plan.context + plan.new_tokens
-        width = -(-int(length.max()) // self._kv.page_size)
-        pages = self._kv.resident(self._table.rows(plan.slots, width))
-        rows = Rows(plan.new_tokens, plan.context, pages)
+        rows = Rows(plan.new_tokens, plan.context, tables)
         x = to_device(x, self._device)
         if self._decoder.weights.embedding is not None:
             x = self._decoder.embed(x)
@@ -84,12 +80,11 @@ class Stage:
 
     def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""
-        if self._graphs is not None:
-            for graphs in (self._graphs.decode, self._graphs.layers):
-                if graphs.fits(rows):
-                    return graphs.replay(rows, x)
+        graphs = self._graphs.fitting(rows) if self._graphs is not None else None
+        if graphs is not None:
+            return graphs.replay(rows, x)
         self._decoder.backend.begin_visit(rows)
-        return self._decoder.forward(x, self._kv.layers, self._slab)
+        return self._decoder.forward(x, self._kv)
 
 
 def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
@@ -109,7 +104,7 @@ def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, de
     """What a stage takes of which memory, for who ran out of it."""
     layers = shard.last - shard.first
     page_bytes = plan.page_size * config.kv_bytes_per_token_per_layer(dtype) * layers
-    host = plan.rounds * plan.swap_pages + (2 ** (plan.host_height - 1) if plan.host_height else 0)
+    host = plan.rounds * plan.swap_pages + pool_pages(plan.host_height)
     pages = plan.main_pages + plan.slab_pages(layers)
     weights_gb, pages_gb, host_gb = (
         nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
@@ -133,32 +128,28 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
         fetch_shard_files(checkpoint, shard)
         weights = load_shard(checkpoint.folder, config, shard, device, dtype)
     kv = KVPages(
-        layers=shard.last - shard.first,
+        KVSpec(config.num_kv_heads, config.head_dim, dtype),
+        shard.last - shard.first,
+        page_size=plan.page_size,
         main_pages=plan.main_pages,
+        device=device,
         swap_pages=plan.swap_pages,
         rounds=plan.rounds,
-        host_pages=2 ** (plan.host_height - 1) if plan.host_height else 0,
-        page_size=plan.page_size,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
-        device=device,
+        host_pages=pool_pages(plan.host_height),
         max_tokens=plan.max_batch_tokens,
+        sequences=plan.concurrency,
     )
-    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device, kv.layout))
+    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device, len(kv.scratch)))
     graphs = None
     if decoder.backend.captures:
-        captured = Captured(decoder, kv.layers, kv.scratch_page, kv.slab if kv.slab.active else None)
-        graphs = capture(captured, plan.micro_batch_size, plan.max_batch_tokens)
+        graphs = capture(decoder, kv, plan.micro_batch_size, plan.max_batch_tokens)
     return Stage(decoder, kv, plan.concurrency, device, graphs)
 
 
-def make_backend(
-    config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, layout: PageLayout | None = None
-) -> Backend:
+def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, tables: int = 1) -> Backend:
     """FlashInfer's kernels on a GPU, where it is installed and has them for this model; otherwise PyTorch's.
 
-    Pages lie in memory as `layout` says.
+    `tables`: how many page tables a visit has.
     """
     if device.type == "cuda" and dtype != torch.float32 and config.head_dim in (64, 128, 256):
         try:
@@ -175,6 +166,6 @@ def make_backend(
                 max_tokens=plan.max_batch_tokens,
                 # A token that pads reads one at most.
                 max_pages=plan.main_pages + plan.swap_pages + plan.max_batch_tokens,
-                layout=layout,
+                tables=tables,
             )
-    return TorchBackend(config, dtype, device, config.max_context, layout)
+    return TorchBackend(config, dtype, device, config.max_context)

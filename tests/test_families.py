@@ -15,6 +15,8 @@ import torch
 from checkpoints import make_checkpoint, reference_model
 from test_pipeline import Truth, greedy, run_jobs, text, wrong_answers
 
+from deserve.kvcache.pages import KVPages
+from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
@@ -74,7 +76,9 @@ class Whole:
         self._shards = []
         for shard in (Shard(0, half, True, False), Shard(half, config.num_layers, False, True)):
             weights = load_shard(folder, config, shard, cpu, torch.float32)
-            kv = torch.full((half, pages, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim), 100.0)
+            spec = KVSpec(config.num_kv_heads, config.head_dim, torch.float32)
+            kv = KVPages(spec, half, page_size=PAGE_SIZE, main_pages=pages, device=cpu)
+            kv.memory.fill_(100.0)
             self._shards.append((Decoder(config, weights, self._backend), kv))
         self._table = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]
         self._context = 0
@@ -83,7 +87,7 @@ class Whole:
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Logits [T, vocab] of the sequence's next T tokens."""
         context, new = np.array([self._context], np.int32), np.array([len(tokens)], np.int32)
-        self._backend.begin_visit(Rows(new, context, self._table))
+        self._backend.begin_visit(Rows(new, context, [self._table]))
         self._context += len(tokens)
         (first, first_kv), (last, last_kv) = self._shards
         x = first.forward(first.embed(torch.tensor(tokens)), first_kv)

@@ -16,12 +16,14 @@ from launch import torchrun
 from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
+from deserve.kvcache.pages import KVLayer, KVPages
+from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
-from deserve.model.graphs import Captured, GraphedDecode, GraphedLayers, GraphPool
+from deserve.model.graphs import GraphedVisits, GraphPool
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler, encode_sampling
 from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
@@ -89,18 +91,18 @@ def in_float32(weights: ShardWeights) -> ShardWeights:
 
 
 class Runner:
-    """A model with pages dealt out at random; one page more than the sequences have, for padding."""
+    """A model with pages dealt out at random."""
 
     def __init__(self, config: ModelConfig, weights: ShardWeights, backend: Backend, dtype: torch.dtype, page: int):
         self.page_size = page
         self.decoder = Decoder(config, weights, backend)
         self.width = 512 // page
-        shape = (len(weights.layers), MAX_ROWS * self.width + 1, 2, page, config.num_kv_heads, config.head_dim)
-        self.layers = torch.zeros(shape, dtype=dtype, device=DEVICE)
-        self.layers.fill_(100.0)  # what sequences before left in the pages must not be seen
+        spec = KVSpec(config.num_kv_heads, config.head_dim, dtype)
+        pages = MAX_ROWS * self.width
+        self.kv = KVPages(spec, len(weights.layers), page_size=page, main_pages=pages, device=DEVICE)
+        self.kv.memory.fill_(100.0)  # what sequences before left in the pages must not be seen
         rng = np.random.default_rng(0)
-        self.table = rng.permutation(MAX_ROWS * self.width).astype(np.int32).reshape(MAX_ROWS, self.width)
-        self.captured = Captured(self.decoder, self.layers, MAX_ROWS * self.width)
+        self.table = rng.permutation(pages).astype(np.int32).reshape(MAX_ROWS, self.width)
         self.context = np.zeros(MAX_ROWS, np.int32)
 
     def rows(self, sequences: list[int], new: list[int]) -> Rows:
@@ -108,7 +110,7 @@ class Runner:
         context = self.context[sequences]
         self.context[sequences] += np.array(new, np.int32)
         width = -(-int(self.context[sequences].max()) // self.page_size)
-        return Rows(np.array(new, np.int32), context, self.table[sequences, :width])
+        return Rows(np.array(new, np.int32), context, [self.table[sequences, :width]])
 
     @torch.inference_mode()
     def visit(self, sequences: list[int], new: list[int], tokens: torch.Tensor, graphs: Any = None) -> torch.Tensor:
@@ -122,7 +124,7 @@ class Runner:
             assert graphs.fits(rows)
             return graphs.replay(rows, x)
         self.decoder.backend.begin_visit(rows)
-        return self.decoder.forward(x, self.layers)
+        return self.decoder.forward(x, self.kv)
 
 
 def make_runner(
@@ -227,7 +229,7 @@ def test_each_kernel_agrees_with_pytorch(new, context, dtype):
     backend = FlashInferBackend(config, dtype, DEVICE, MAX_LENGTH, page, 512, MAX_ROWS * width)
     reference = TorchBackend(config, torch.float32, DEVICE, MAX_LENGTH)
     table = np.random.default_rng(0).permutation(len(new) * width).astype(np.int32).reshape(len(new), width)
-    rows = Rows(np.array(new, np.int32), np.array(context, np.int32), table)
+    rows = Rows(np.array(new, np.int32), np.array(context, np.int32), [table])
     for each in (backend, reference):
         each.begin_visit(rows)
     pages = random(len(new) * width, 2, page, kv_heads, head_dim)
@@ -254,10 +256,10 @@ def test_each_kernel_agrees_with_pytorch(new, context, dtype):
         assert torch.equal(v, untouched)
 
         expected_pages = pages.float()
-        reference.append(0, expected_pages, k.float(), v.float())
-        expected = reference.attend(0, expected_pages, q.float())
-        backend.append(0, pages, k, v)
-        agree(backend.attend(0, pages, q), expected)
+        reference.append(KVLayer(expected_pages, 0), k.float(), v.float())
+        expected = reference.attend(KVLayer(expected_pages, 0), q.float())
+        backend.append(KVLayer(pages, 0), k, v)
+        agree(backend.attend(KVLayer(pages, 0), q), expected)
         assert torch.equal(pages.float(), expected_pages)
 
 
@@ -296,9 +298,9 @@ def generate(runner: Runner, sequences: list[int], steps: int, graphs: Any = Non
 def graphed():
     runner = make_runner(LLAMA_8B, torch.bfloat16)
     pool = GraphPool(DEVICE)
-    graphs = GraphedDecode(runner.captured, [1, 2, 4, 8, 24, 32, 40, 64], pool)
+    graphs = GraphedVisits(runner.decoder, runner.kv, [1, 2, 4, 8, 24, 32, 40, 64], pool, whole=True)
     print(f"8 graphs of {LAYERS} layers take {pool.taken() / 2**20:.0f} MB")
-    assert not graphs.fits(Rows(np.array([1, 2], np.int32), np.zeros(2, np.int32), np.zeros((2, 1), np.int32)))
+    assert not graphs.fits(Rows(np.array([1, 2], np.int32), np.zeros(2, np.int32), [np.zeros((2, 1), np.int32)]))
     return runner, graphs
 
 
@@ -344,7 +346,7 @@ def test_graphs_between_attentions_agree_with_float32(config, dtype):
     reference = make_reference(config, runner)
     pool = GraphPool(DEVICE)
     counts = [8, 16, 64, 128, 256, 384, 640]
-    graphs = GraphedLayers(runner.captured, counts, pool)
+    graphs = GraphedVisits(runner.decoder, runner.kv, counts, pool, whole=False)
     print(f"{len(counts)} times {LAYERS + 1} graphs take {pool.taken() / 2**20:.0f} MB")
     for seed, (name, sequences, new) in enumerate(VISITS):
         tokens = tokens_of(sum(new), seed)
@@ -365,8 +367,10 @@ def test_two_stages_agree_with_float32(by_graphs):
     ]
     reference = make_reference(LLAMA_8B, make_runner(LLAMA_8B, torch.bfloat16, weights=whole))
     pool = GraphPool(DEVICE)
-    graphs = [GraphedLayers(stage.captured, [16, 64, 256, 640], pool) for stage in stages if by_graphs]
-    decodes = [GraphedDecode(stage.captured, [1, 8, 64], pool) for stage in stages if by_graphs]
+    others, decodes = (
+        [GraphedVisits(stage.decoder, stage.kv, counts, pool, whole) for stage in stages if by_graphs]
+        for counts, whole in (([16, 64, 256, 640], False), ([1, 8, 64], True))
+    )
     for seed, (name, sequences, new) in enumerate(VISITS):
         tokens = tokens_of(sum(new), seed)
         with torch.inference_mode():
@@ -375,7 +379,7 @@ def test_two_stages_agree_with_float32(by_graphs):
                 rows = stage.rows(sequences, new)
                 by = None
                 if by_graphs:
-                    by = decodes[index] if decodes[index].fits(rows) else graphs[index]
+                    by = decodes[index] if decodes[index].fits(rows) else others[index]
                 x = stage.through(rows, x, by)
             logits = stages[1].decoder.logits(x)
         error = relative_error(logits, reference.visit(sequences, new, tokens))

@@ -70,14 +70,13 @@ class Rounds:
         slab, found = self.slab, []
         pages = np.array(read, np.int32)
         slab.enter(round_, pages, np.array(restored or [], np.int32), np.array([page]), np.array([offset]))
-        for span in slab.spans:
-            for layer in span:
-                slab.await_layer(layer)
-                found.append(self.memory[layer % 2][pages].clone())
-                self.memory[layer % 2][page, :, offset] = 100 * layer + 10 * round_ + offset + 1
-                slab.leave_layer(layer, 1)
-            slab.join()
-            slab.follow(span)
+        for layer in range(self.LAYERS):
+            slab.await_layer(layer)
+            found.append(self.memory[layer % 2][pages].clone())
+            self.memory[layer % 2][page, :, offset] = 100 * layer + 10 * round_ + offset + 1
+            slab.leave_layer(layer, 1)
+            slab.follow(range(layer, layer + 1))
+        slab.join()
         slab.leave(1 - round_)
         return found
 
@@ -90,13 +89,13 @@ class Rounds:
 def test_a_page_travels_as_long_as_it_is_in_use() -> None:
     rounds = Rounds()
     slab, layers = rounds.slab, Rounds.LAYERS
-    assert slab.spans == [range(2), range(2, 3)]
     rounds.visit(0, [], page=2, offset=0)
-    assert slab.bytes_in == 0
+    assert slab.counters.bytes_in == 0
     rounds.visit(1, [], page=2, offset=0)
-    assert slab.bytes_in == 2 * rounds.page_bytes  # round 0's page comes in before its visit, of the first two layers
+    # Ahead of its visit, round 0's page comes in for the first two layers.
+    assert slab.counters.bytes_in == 2 * rounds.page_bytes
     found = rounds.visit(0, [2], page=2, offset=1)
-    assert slab.bytes_in == (2 + 1 + 2) * rounds.page_bytes
+    assert slab.counters.bytes_in == (2 + 1 + 2) * rounds.page_bytes
     for layer in range(layers):
         assert (found[layer][0, :, 0] == 100 * layer + 1).all()
     found = rounds.visit(1, [2], page=3, offset=2)
@@ -108,10 +107,10 @@ def test_a_page_travels_as_long_as_it_is_in_use() -> None:
     for _ in range(2):  # whose sequences have ended: nobody reads the pages any more
         rounds.empty(1)
         rounds.empty(0)
-    before = slab.bytes_in
+    before = slab.counters.bytes_in
     rounds.empty(1)
     rounds.empty(0)
-    assert slab.bytes_in == before
+    assert slab.counters.bytes_in == before
 
 
 def test_what_is_put_into_host_memory_before_a_visit_is_read_in_it() -> None:

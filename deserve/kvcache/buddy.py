@@ -5,15 +5,20 @@ import numpy as np
 from deserve.batch import IntArray
 
 
+def pool_pages(height: int) -> int:
+    """The host pages of a pool with blocks of `height` sizes, 1, 2, 4 and so on; 0: no pool."""
+    return 2 ** (height - 1) if height else 0
+
+
 class BuddyAllocator:
-    """Hands out host pages in blocks of powers of two from a pool of 2^(height-1) pages; height 0 is no pool.
+    """Hands out host pages in blocks of powers of two from a pool of `pool_pages(height)` pages.
 
     A request for n pages gets the largest blocks that make up n exactly, so nothing is lost to rounding up and an
     allocation fails only when fewer than n pages are free.
     """
 
     def __init__(self, height: int):
-        self.pages = 2 ** (height - 1) if height else 0
+        self.pages = pool_pages(height)
         self._free: list[set[int]] = [set() for _ in range(height)]  # by order: starts of free blocks of 2^order
         if height:
             self._free[-1].add(0)

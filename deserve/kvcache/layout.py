@@ -1,16 +1,4 @@
-"""Where a stage's KV pages lie in its memory."""
-
-from typing import NamedTuple
-
-
-class PageLayout(NamedTuple):
-    """Pages lie where their ids say, counted from a layer's first page; swap pages lie `shifts` [layers] further on.
-
-    Those are the pages from `swap_from` on. Main pages are a layer's own; two layers share a slot of the slab.
-    """
-
-    swap_from: int
-    shifts: tuple[int, ...]
+"""How much memory a stage's KV pages take."""
 
 
 def slab_slots(layers: int, rounds: int = 2) -> int:

@@ -1,13 +1,18 @@
 """A stage's KV memory: the pages of its layers, and which of them each sequence owns."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from deserve.batch import IntArray, VisitPlan
 from deserve.kvcache.blocks import copy_blocks
-from deserve.kvcache.layout import PageLayout
+from deserve.kvcache.layout import slab_slots
 from deserve.kvcache.pinned import host_memory
-from deserve.kvcache.slab import SwapSlab
+from deserve.kvcache.slab import SwapCounters, SwapSlab
+from deserve.kvcache.spec import KVSpec
 from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import to_device
 
@@ -53,80 +58,136 @@ def widen(table: IntArray, width: int) -> IntArray:
     return wider
 
 
-class KVPages:
-    """The KV memory of a stage's layers, on `device`: main pages and the slab of swap pages; and the host pool.
+class KVLayer(NamedTuple):
+    """One layer's KV memory, as attention reads and writes it."""
 
-    `layers`: of each layer, memory [pages, 2, page_size, kv_heads, head_dim] from its first main page on, in which its
-    pages lie as `layout` says, or where that is None as their ids say. Zeroed, since a masked key is multiplied by a
-    weight of 0 and so must be finite. The page `scratch_page` is no sequence's: it takes what the rows write that pad a
-    batch.
+    memory: torch.Tensor  # [pages, 2, page_size, kv_heads, head_dim]
+    table: int  # which of the page tables that `begin_visit` returns indexes `memory`
+
+
+class KVPages:
+    """The KV memory of a stage's layers on `device`: main pages and the slab of swap pages; and the host pool.
+
+    Memory is zeroed, since a masked key is multiplied by a weight of 0 and so must be finite. One more page of each
+    layer, the scratch page, belongs to no sequence; padding rows write to it.
+
+    Only this class knows where a page lies. Two layers that share a slot of the slab lie on either side of it,
+
+        main pages of layer l | swap pages, scratch page | main pages of layer l + slots
+
+    so each of them is one block of memory, indexed by a page table that all layers on the same side share.
     """
 
     def __init__(
         self,
+        spec: KVSpec,
         layers: int,
-        main_pages: int,
-        swap_pages: int,
-        rounds: int,
-        host_pages: int,
+        *,
         page_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
+        main_pages: int,
         device: torch.device,
-        max_tokens: int,
+        swap_pages: int = 0,
+        rounds: int = 1,
+        host_pages: int = 0,
+        max_tokens: int = 0,
+        sequences: int = 0,
     ):
-        self.page_size = page_size
-        page = (2, page_size, kv_heads, head_dim)
+        """`swap_pages` per round, `host_pages` of the host pool; a visit has up to `max_tokens` tokens.
+
+        `sequences`: how many there can be at once. Raises MemoryError or OutOfMemoryError where memory runs short.
+        """
         if rounds == 1:  # a single round never leaves
             main_pages, swap_pages = main_pages + swap_pages, 0
-        self._main = main_pages
-        self.scratch_page = main_pages + swap_pages
-        self.layout = None
-        own, slots = main_pages + 1, 0  # pages of each layer, slots of the slab
-        if swap_pages:
-            own, slots = main_pages, SwapSlab.slots(layers)
-            places = [layers * own + layer % slots * (swap_pages + 1) for layer in range(layers)]
-            shifts = tuple(place - layer * own - main_pages for layer, place in enumerate(places))
-            self.layout = PageLayout(main_pages, shifts)
-        self.memory = torch.zeros(layers * own + slots * (swap_pages + 1), *page, dtype=dtype, device=device)
-        self.layers = [self.memory[layer * own :][: None if slots else own] for layer in range(layers)]
-        self._main_memory = self.memory[: layers * own].view(layers, own, *page)
-        slab = self.memory[layers * own :].view(slots, swap_pages + 1, *page)[:, :swap_pages]
-        self.slab = SwapSlab(slab, layers, rounds if swap_pages else 0, max_tokens)
-        self._pool = host_memory((layers, host_pages, *page), dtype, device)
+        self.page_size, self._main, self._swap = page_size, main_pages, swap_pages
+        self._sequences = PageTable(sequences)
+        slots = slab_slots(layers) if swap_pages else layers
+        page = spec.page_shape(page_size)
+        pages = layers * main_pages + slots * (swap_pages + 1)
+        self.memory = torch.zeros(pages, *page, dtype=spec.dtype, device=device)
+        stride = main_pages + swap_pages + 1 + (main_pages if slots < layers else 0)
+
+        def blocks(start: int, count: int, length: int) -> torch.Tensor:
+            """`count` blocks of `length` pages, the first from page `start` on: [count, length, *page]."""
+            size, *inner = self.memory.stride()
+            return self.memory.as_strided((count, length, *page), (stride * size, size, *inner), start * size)
+
+        before = blocks(0, slots, main_pages + swap_pages + 1)
+        behind = blocks(main_pages, layers - slots, swap_pages + 1 + main_pages)
+        self.layers = [KVLayer(memory, table) for table, side in enumerate((before, behind)) for memory in side]
+        self._main_memory = before[:, :main_pages], behind[:, swap_pages + 1 :]
+        self.turn = slots if slots < layers else 0  # from this layer on, pages take the place of the first layers'
+        self.scratch = [int(page) for page in self.placed(np.array(main_pages + swap_pages, np.int32))]  # by table
+        self.slab = SwapSlab(before[:, main_pages:-1], layers, rounds, max_tokens) if swap_pages else None
+        self.swapped = self.slab.counters if self.slab is not None else SwapCounters()
+        self._pool = host_memory((layers, host_pages, *page), spec.dtype, device)
         self._on_gpu = self.memory.is_cuda
         if self._on_gpu and host_pages:  # compiles the kernels, which would take seconds amid the visits
             nowhere, somewhere = (torch.full((1,), index, dtype=torch.int64, device=device) for index in (-1, 0))
-            for memory in (self._main_memory, *([self.slab.host(0)] if swap_pages else [])):
+            for memory in (before, *([self.slab.host(0)] if self.slab is not None else [])):
                 for target, source in ((self._pool, memory), (memory, self._pool)):
-                    copy_blocks(target, source, nowhere, somewhere, self.memory[0].nbytes)
+                    copy_blocks(target[:1], source[:1], nowhere, somewhere, self.memory[0].nbytes)
 
-    def begin_visit(self, plan: VisitPlan, table: PageTable, timeline: Timeline = UNTIMED) -> None:
-        """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch."""
+    def begin_visit(self, plan: VisitPlan, timeline: Timeline = UNTIMED) -> list[IntArray]:
+        """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch.
+
+        Returns the page tables [rows, width] of the plan's rows, wide enough for the longest. Entries past a row's end
+        are any valid page.
+        """
+        self._sequences.write(plan.page_writes)
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):
                 self._move(plan.micro_batch, plan.stash[:, 0], plan.stash[:, 1], resume=False)
         if len(plan.restore):
             with timeline.on_device("resume", plan.micro_batch):
                 self._move(plan.micro_batch, plan.restore[:, 1], plan.restore[:, 0], resume=True)
-        if not self.slab.active:
-            return
-        start = plan.context
-        read = table.spans(plan.slots, np.zeros_like(start), start, self.page_size)
-        pages, offsets = table.places(plan.slots, start, plan.new_tokens, self.page_size)
-        written = np.maximum(pages - self._main, -1)
-        self.slab.enter(plan.micro_batch, self._swap(read), self._swap(plan.restore[:, 1]), written, offsets, timeline)
+        slots, start = plan.slots, plan.context
+        if self.slab is not None:
+            read = self._sequences.spans(slots, np.zeros_like(start), start, self.page_size)
+            pages, offsets = self._sequences.places(slots, start, plan.new_tokens, self.page_size)
+            written = np.maximum(pages - self._main, -1)
+            self.slab.enter(
+                plan.micro_batch, self._swapped(read), self._swapped(plan.restore[:, 1]), written, offsets, timeline
+            )
+        width = -(-int((start + plan.new_tokens).max(initial=0)) // self.page_size)
+        return self.placed(self._sequences.rows(slots, width))
 
-    def resident(self, pages: IntArray) -> IntArray:
-        """`pages` of the visit that was begun, as its attention finds them."""
-        return self.slab.resident(pages, self._main)
+    def placed(self, pages: IntArray) -> list[IntArray]:
+        """Page ids as indices into the layers' memory, by `KVLayer.table`."""
+        if not self.turn:
+            return [pages]
+        return [pages, np.where(pages < self._main, pages + (self._swap + 1), pages - self._main)]
+
+    @contextmanager
+    def layer(self, index: int, tokens: int) -> Iterator[KVLayer]:
+        """The memory of layer `index`, for the visit's `tokens` tokens to be appended and attended.
+
+        Swap pages have arrived when the current stream begins, and may be replaced when it is done.
+        """
+        if self.slab is not None:
+            self.slab.await_layer(index)
+        yield self.layers[index]
+        if self.slab is not None:
+            self.slab.leave_layer(index, tokens)
+
+    def follow(self, layers: range) -> None:
+        """A visit has gone through `layers`: let the swap pages come in that take the place of theirs.
+
+        To be called once for each layer before `turn`, in order, outside of CUDA graphs, before the layer that waits.
+        """
+        if self.slab is not None:
+            self.slab.follow(layers)
+
+    def join(self) -> None:
+        """The current stream waits for what leaving layers began; due at the end of a visit and of a CUDA graph."""
+        if self.slab is not None:
+            self.slab.join()
 
     def end_visit(self, next_micro_batch: int | None, timeline: Timeline = UNTIMED) -> None:
         """The visit has been computed, or enqueued; the swap pages of the next one may come in."""
-        self.slab.leave(next_micro_batch, timeline)
+        if self.slab is not None:
+            self.slab.leave(next_micro_batch, timeline)
 
-    def _swap(self, pages: IntArray) -> IntArray:
+    def _swapped(self, pages: IntArray) -> IntArray:
         """Those of `pages` that are swap pages, counted from the slab's first."""
         return pages[pages >= self._main] - self._main
 
@@ -136,15 +197,17 @@ class KVPages:
         Swap pages are taken from the round's host memory, and put there.
         """
         main = pages < self._main
-        self._copy(self._main_memory, pages[main], chunk[main], resume)
-        if self.slab.active:
-            self._copy(self.slab.host(round_), pages[~main] - self._main, chunk[~main], resume)
+        slots = len(self._main_memory[0])
+        for memory, pool in zip(self._main_memory, (self._pool[:slots], self._pool[slots:]), strict=True):
+            self._copy(memory, pages[main], pool, chunk[main], resume)
+        if self.slab is not None:
+            self._copy(self.slab.host(round_), self._swapped(pages), self._pool, chunk[~main], resume)
 
-    def _copy(self, memory: torch.Tensor, pages: IntArray, chunk: IntArray, resume: bool) -> None:
-        if not len(pages):
+    def _copy(self, memory: torch.Tensor, pages: IntArray, pool: torch.Tensor, chunk: IntArray, resume: bool) -> None:
+        if not len(pages) or not len(memory):
             return
         here, there = (to_device(index.astype(np.int64), self.memory.device) for index in (pages, chunk))
-        target, source, to, of = memory, self._pool, here, there
+        target, source, to, of = memory, pool, here, there
         if not resume:
             target, source, to, of = source, target, of, to
         if self._on_gpu:

@@ -10,6 +10,7 @@ attended. The rounds come in turn, so who is next is known before its plan is.
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +19,21 @@ from numpy.typing import NDArray
 
 from deserve.batch import IntArray
 from deserve.kvcache.blocks import copy_blocks
-from deserve.kvcache.layout import slab_slots
 from deserve.kvcache.pinned import host_memory
 from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import StagingRing
 
 GAP_BYTES = 1 << 20  # pages that nobody wants are copied along, where a further copy would cost more: 20 us on a bus
 STALE = 2  # visits of a round after which a page that it did not read or write is taken for a freed one
+
+
+@dataclass
+class SwapCounters:
+    """What swapping moved, and the time that visits stood still for pages that were on their way."""
+
+    bytes_in: int = 0
+    bytes_out: int = 0
+    waited_s: float = 0.0
 
 
 class _Visit(NamedTuple):
@@ -36,36 +45,32 @@ class _Visit(NamedTuple):
 
 
 class SwapSlab:
-    """The swap pages of `layers` layers in `memory` [slots(layers), swap_pages, 2, page_size, kv_heads, head_dim].
+    """The swap pages of `layers` layers in `memory` [slots, swap_pages, 2, page_size, kv_heads, head_dim].
 
-    Layer l has slot l % slots. A visit is `enter`, then for each of `spans` of its layers `await_layer`, attention and
-    `leave_layer` of each of them, `join` and `follow`; then `leave` with the round of the next visit. On a GPU all of
-    these only enqueue work, and what stands before `follow` can be captured in a CUDA graph. Pages count from the
-    slab's first.
+    Layer l has slot l % slots. A visit is `enter`, then `await_layer`, attention and `leave_layer` of each layer, with
+    `follow` for each of the first layers before another waits for the pages that take their place, and `join`; then
+    `leave` with the round of the next visit. On a GPU all of these only enqueue work, and what stands between `enter`
+    and `leave`, except for `follow`, can be captured in CUDA graphs. Pages count from the slab's first.
     """
-
-    slots = staticmethod(slab_slots)
 
     def __init__(self, memory: torch.Tensor, layers: int, rounds: int, max_tokens: int):
         self._slots, swap_pages = memory.shape[:2]
-        self.active = swap_pages > 0
         self._layers, self._slab, self._page_size = layers, memory, memory.shape[3]
-        self.spans = [span for span in (range(self._slots), range(self._slots, layers)) if span]
         self._host = host_memory((rounds, layers, *memory.shape[1:]), memory.dtype, memory.device)
         self._round = -1  # whose pages are in the slab, or on their way
         self._coming = np.zeros(0, np.int64)  # its pages that were brought in before its plan was known
         self._reads: list[tuple[int, int]] = []  # runs of pages that the visit reads
         self._visits = np.zeros(rounds, np.int64)
         self._needed = np.full((rounds, swap_pages), -STALE, np.int64)  # the round's visit that last used the page
-        self._page_bytes = memory[0, 0].nbytes if memory.numel() else 0
+        self._page_bytes = memory[0, 0].nbytes
         self._token_bytes = self._page_bytes // (2 * self._page_size)
-        self._gap = 1 + GAP_BYTES // max(1, self._page_bytes)
+        self._gap = 1 + GAP_BYTES // self._page_bytes
         self._saved: tuple[torch.Tensor, torch.Tensor] = (torch.zeros(0), torch.zeros(0))  # pages, offsets of tokens
+        self._saving = False  # whether saves were begun that no stream has waited for
         self._computes = False  # whether the visit has any tokens
         self._timeline = UNTIMED
-        self.bytes_in = self.bytes_out = 0
-        self.waited_s = 0.0  # time that visits stood still for pages that were on their way
-        self._on_gpu = memory.is_cuda and self.active
+        self.counters = SwapCounters()
+        self._on_gpu = memory.is_cuda
         if not self._on_gpu:
             return
         self._loads, self._saves = torch.cuda.Stream(memory.device), torch.cuda.Stream(memory.device)
@@ -88,10 +93,6 @@ class SwapSlab:
         """
         return self._host[round_]
 
-    def resident(self, pages: IntArray, first: int) -> IntArray:
-        """`pages` of the visit that `enter` began, as attention finds them; swap pages are those from `first` on."""
-        return pages
-
     def enter(
         self,
         round_: int,
@@ -105,8 +106,6 @@ class SwapSlab:
 
         It writes tokens to `pages` [T] at `offsets` [T] within them; where a token's page is negative, it is none here.
         """
-        if not self.active:
-            return
         self._timeline = timeline
         if self._on_gpu:
             self._begin = torch.cuda.Event(enable_timing=True)
@@ -117,20 +116,18 @@ class SwapSlab:
             self._take_turns(round_)
         read = np.unique(read)
         here = np.setdiff1d(self._coming, restored)
-        self._load(self.spans[0], self._runs(np.setdiff1d(read, here)))
+        self._load(range(self._slots), self._runs(np.setdiff1d(read, here)))
         self._reads = self._runs(read)
         visit = self._visits[round_] = self._visits[round_] + 1
         written = pages[pages >= 0]
         for used in (read, restored, written):
             self._needed[round_, used] = visit
         self._computes = len(pages) > 0
-        self.bytes_out += len(written) * 2 * self._token_bytes * self._layers
+        self.counters.bytes_out += len(written) * 2 * self._token_bytes * self._layers
         self._address(pages, offsets)
 
     def leave(self, next_round: int | None, timeline: Timeline = UNTIMED) -> None:
         """End the visit. What `next_round` is likely to read comes in behind it; None: nobody comes."""
-        if not self.active:
-            return
         self._timeline = timeline
         if self._on_gpu:
             self._time()
@@ -138,7 +135,7 @@ class SwapSlab:
         self._take_turns(-1 if next_round is None else next_round)
         if next_round is not None:
             self._coming = np.flatnonzero(self._needed[next_round] > self._visits[next_round] - STALE)
-            self._load(self.spans[0], self._runs(self._coming))
+            self._load(range(self._slots), self._runs(self._coming))
 
     def _time(self) -> None:
         if self._computes:
@@ -147,7 +144,7 @@ class SwapSlab:
             self._timed.append(_Visit(self._begin, self._last_loads, end))
         self._last_loads = {}
         while self._timed and self._timed[0].end.query():
-            self.waited_s += _waited(self._timed.popleft(), self._layers)
+            self.counters.waited_s += _waited(self._timed.popleft(), self._layers)
 
     def _take_turns(self, round_: int) -> None:
         self._round = round_
@@ -164,6 +161,7 @@ class SwapSlab:
         """The current stream has attended `layer` with `tokens` new tokens: save them, and give up its pages."""
         slot = layer % self._slots
         if self._on_gpu:
+            self._saving = True
             self._saves.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._saves):
                 of, to = self._tokens[0, :, :tokens], self._tokens[1, :, :tokens]
@@ -181,12 +179,13 @@ class SwapSlab:
             self._host[self._round, layer][pages, :, offsets] = self._slab[slot][pages, :, offsets]
 
     def join(self) -> None:
-        """The current stream waits for what `leave_layer` began. Due after the last layer of a span."""
-        if self._on_gpu:
+        """The current stream waits for what `leave_layer` began. Due at the end of a visit and of a CUDA graph."""
+        if self._saving:
+            self._saving = False
             torch.cuda.current_stream().wait_stream(self._saves)
 
     def follow(self, span: range) -> None:
-        """Bring in what takes the place of the layers of `span`, which the visit has left, in its second half."""
+        """Bring in what takes the place of the layers of `span`, which the visit has left."""
         self._load(range(span.start + self._slots, min(span.stop + self._slots, self._layers)), self._reads)
 
     # -- copies
@@ -216,7 +215,7 @@ class SwapSlab:
         """Bring in the `runs` of the present round's pages of `layers`, each once the one before it has left."""
         if not runs or not layers:
             return
-        self.bytes_in += sum(stop - start for start, stop in runs) * self._page_bytes * len(layers)
+        self.counters.bytes_in += sum(stop - start for start, stop in runs) * self._page_bytes * len(layers)
         copies = torch.cuda.stream(self._loads) if self._on_gpu else contextlib.nullcontext()
         with copies, self._timeline.on_device("swap in", self._round):
             for layer in layers:

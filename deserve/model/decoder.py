@@ -1,14 +1,29 @@
 """A shard of a dense decoder (Llama and its relatives): the layers of one stage as a function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from deserve.kvcache.slab import SwapSlab
+from deserve.kvcache.pages import KVLayer, KVPages
 from deserve.model.backend.base import Backend
 from deserve.model.config import ModelConfig
 from deserve.model.weights import ShardWeights
+
+Step = Callable[[], object]
+
+
+class Attention:
+    """A layer's attention over the rows of a visit. Called, it leaves its results in `output` [T, q_size]."""
+
+    output: torch.Tensor
+
+    def __init__(self, backend: Backend, layer: KVLayer, q: torch.Tensor):
+        self._backend, self._layer, self._q = backend, layer, q
+
+    def __call__(self) -> None:
+        self.output = self._backend.attend(self._layer, self._q)
 
 
 class Decoder:
@@ -32,90 +47,50 @@ class Decoder:
         assert self.weights.embedding is not None
         return F.embedding(tokens, self.weights.embedding)
 
-    def forward(self, x: torch.Tensor, pages: Sequence[torch.Tensor], slab: SwapSlab | None = None) -> torch.Tensor:
-        """Hidden states x [T, hidden] through the shard's layers, each with its `pages` as `Backend.append` takes them.
+    def forward(self, x: torch.Tensor, kv: KVPages) -> torch.Tensor:
+        """Hidden states x [T, hidden] through the shard's layers, in x's memory."""
+        for step in self.steps(x, kv):
+            step()
+        return x
 
-        Each layer waits for its pages of `slab`, and gives them up when it has attended. Works in x's memory.
+    def steps(self, x: torch.Tensor, kv: KVPages, qkv: torch.Tensor | None = None) -> Iterator[Step]:
+        """The same, stopping wherever a CUDA graph may have to end: whoever iterates calls each step that it is given.
+
+        Those are the layers' attentions, and `kv.follow`. Queries, keys and values are computed in `qkv`
+        [T, q_size + 2 * kv_size], if it is given, so that each attention finds its queries in the same place.
         """
-        branch = None
-        for span in self.spans(slab):
-            branch = self.through(span, x, branch, pages, slab)
-            if slab is not None:
-                slab.follow(span)
-        return self.merge(x, branch)
-
-    def spans(self, slab: SwapSlab | None) -> Sequence[range]:
-        """The shard's layers, in the parts between which `slab` must be told how far a visit has come."""
-        return [range(len(self.weights.layers))] if slab is None else slab.spans
-
-    def through(
-        self,
-        span: range,
-        residual: torch.Tensor,
-        branch: torch.Tensor | None,
-        pages: Sequence[torch.Tensor],
-        slab: SwapSlab | None,
-    ) -> torch.Tensor | None:
-        """The layers of `span`, whose input is the sum of `residual` and `branch` [T, hidden]; the new branch.
-
-        All that it does is on the device: it can be captured.
-        """
-        for index in span:
-            q = self.before_attention(index, residual, branch, pages[index], slab)
-            branch = self.after_attention(index, residual, self.backend.attend(index, pages[index], q), slab)
-        if slab is not None:
-            slab.join()
-        return branch
-
-    def before_attention(
-        self,
-        index: int,
-        residual: torch.Tensor,
-        branch: torch.Tensor | None,
-        pages: torch.Tensor,
-        slab: SwapSlab | None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Layer `index` up to its attention: adds `branch` [T, hidden] to `residual`, appends to the layer's `pages`.
-
-        Returns the queries [T, heads, head_dim]; they lie in `out` [T, qkv] if it is given, as the first heads of it.
-        """
-        config, layer = self.config, self.weights.layers[index]
-        if branch is None:
-            h = self.backend.rms_norm(residual, layer.input_norm)
-        else:
-            h = self.backend.add_rms_norm(branch, residual, layer.input_norm)
-        if out is None:
-            qkv = self.backend.linear(h, layer.qkv, layer.qkv_bias)
-        else:
-            qkv = self.backend.linear_into(out, h, layer.qkv, layer.qkv_bias)
-        qkv = qkv.view(len(h), -1, config.head_dim)
-        first, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        q = first
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self.backend.rms_norm(q, layer.q_norm), self.backend.rms_norm(k, layer.k_norm)
-        q, k = self.backend.rotate(q, k)
-        if slab is not None:
-            slab.await_layer(index)
-        self.backend.append(index, pages, k, v)
-        return q if out is None or q.data_ptr() == first.data_ptr() else first.copy_(q)
-
-    def after_attention(
-        self, index: int, residual: torch.Tensor, attended: torch.Tensor, slab: SwapSlab | None
-    ) -> torch.Tensor:
-        """The rest of layer `index`, from `attended` [T, heads * head_dim] on; its output [T, hidden] is yet to be
-        added to `residual`."""
-        layer = self.weights.layers[index]
-        if slab is not None:
-            slab.leave_layer(index, len(attended))
-        h = self.backend.linear(attended, layer.output, layer.output_bias)
-        h = self.backend.add_rms_norm(h, residual, layer.post_norm)
-        h = self.backend.silu_and_mul(self.backend.linear(h, layer.gate_up, layer.gate_up_bias))
-        return self.backend.linear(h, layer.down, layer.down_bias)
-
-    def merge(self, residual: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
-        """The hidden states after the last layer, in the memory of `residual`."""
-        return residual if branch is None else residual.add_(branch)
+        config, backend = self.config, self.backend
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        branch: torch.Tensor | None = None  # what is yet to be added to x
+        for index, layer in enumerate(self.weights.layers):
+            if branch is None:
+                h = backend.rms_norm(x, layer.input_norm)
+            else:
+                h = backend.add_rms_norm(branch, x, layer.input_norm)
+            if qkv is None:
+                fused = backend.linear(h, layer.qkv, layer.qkv_bias)
+            else:
+                fused = backend.linear_into(qkv, h, layer.qkv, layer.qkv_bias)
+            first, k, v = fused.view(len(x), -1, config.head_dim).split(heads, dim=1)
+            q = first
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = backend.rms_norm(q, layer.q_norm), backend.rms_norm(k, layer.k_norm)
+            q, k = backend.rotate(q, k)
+            with kv.layer(index, len(x)) as pages:
+                backend.append(pages, k, v)
+                if qkv is not None and q.data_ptr() != first.data_ptr():
+                    q = first.copy_(q)
+                attention = Attention(backend, pages, q)
+                yield attention
+            h = backend.linear(attention.output, layer.output, layer.output_bias)
+            h = backend.add_rms_norm(h, x, layer.post_norm)
+            h = backend.silu_and_mul(backend.linear(h, layer.gate_up, layer.gate_up_bias))
+            branch = backend.linear(h, layer.down, layer.down_bias)
+            if index + 1 == kv.turn:
+                yield partial(kv.follow, range(kv.turn))
+        if branch is not None:
+            x.add_(branch)
+        kv.join()
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [n, hidden] after the last layer to logits [n, vocab]."""

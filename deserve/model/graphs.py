@@ -5,20 +5,18 @@ thread blocks depends on the lengths, and what lies between one layer's attentio
 """
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from deserve.batch import IntArray
-from deserve.kvcache.slab import SwapSlab
+from deserve.kvcache.pages import KVPages
 from deserve.model.backend.base import Rows
-from deserve.model.decoder import Decoder
-
-T = TypeVar("T")
+from deserve.model.decoder import Attention, Decoder, Step
 
 MOST_ROWS = 256  # of a graph of a whole visit; the launches of a larger one hide behind its kernels
 MOST_TOKENS = 1024  # of graphs between attentions, likewise
@@ -61,15 +59,16 @@ class GraphPool:
         self._free = torch.cuda.mem_get_info(device)[0]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Callable[[], T]) -> tuple[Replayable, T]:
-        """`work` as a graph, and the tensors to which a replay writes what it returns.
+    @contextmanager
+    def capture(self) -> Iterator[Replayable]:
+        """A graph of the work launched inside the context.
 
-        It must have run before, as kernels cannot be loaded while capturing. Its other memory goes to the next graph.
+        It must have run before, as kernels cannot be loaded while capturing. Memory that it frees goes to the next
+        graph.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = work()
-        return graph, output
+            yield graph
 
     def taken(self) -> int:
         """Bytes of device memory that went to the graphs, and to anything else since this was constructed."""
@@ -78,189 +77,127 @@ class GraphPool:
         return self._free - torch.cuda.mem_get_info(self._device)[0]
 
 
-@dataclass(frozen=True)
-class Captured:
-    """What graphs are made of: a stage's `decoder` and its `layers`' memory for pages, as `Backend.append` takes it.
+class GraphedVisits:
+    """CUDA graphs of visits through all layers of a stage, for each of the token counts `counts`.
 
-    Tokens that pad a visit go to `scratch_page` of them, which must be nobody else's. `slab` orders copies of swap
-    pages beside the layers.
-    """
-
-    decoder: Decoder
-    layers: Sequence[torch.Tensor]
-    scratch_page: int
-    slab: SwapSlab | None = None
-
-    def padded(self, rows: Rows, padding: int) -> Rows:
-        """`rows` and `padding` further tokens: rows of one where all others are, else one row."""
-        if not padding:
-            return rows
-        ones = bool((rows.new_tokens == 1).all())
-        new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
-        count, width = rows.pages.shape
-        width = max(width, 1 if ones else -(-padding // self.layers[0].shape[2]))
-        pages = np.full((count + len(new), width), self.scratch_page, np.int32)
-        pages[:count, : rows.pages.shape[1]] = rows.pages
-        return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), pages)
-
-
-class GraphedDecode:
-    """CUDA graphs for each number of decode rows in `batches`, through all layers of the stage.
-
-    One each, or where there is a slab one for each of its spans.
+    A visit is padded to the next of them by tokens whose keys and values go to the scratch page. `whole`: visits of
+    decode rows alone, attention included; the graph ends only where swap pages must follow. Otherwise visits of any
+    rows, with a graph from each layer's attention to the next one's.
     """
 
     @torch.inference_mode()
-    def __init__(self, captured: Captured, batches: list[int], pool: GraphPool):
-        self._captured, self._decoder = captured, captured.decoder
-        self._batches = sorted(batches)
+    def __init__(self, decoder: Decoder, kv: KVPages, counts: list[int], pool: GraphPool, whole: bool):
+        self._decoder, self._kv, self._counts, self._whole = decoder, kv, sorted(counts), whole
         self._told = False  # that a graph does not fit
-        self._spans = self._decoder.spans(captured.slab)
-        self._input = captured.layers[0].new_zeros(self._batches[-1], self._decoder.config.hidden_size)
+        config, largest = decoder.config, self._counts[-1]
+        self._hidden = kv.memory.new_zeros(largest, config.hidden_size)
+        # Attention that no graph holds is given the same queries every time.
+        self._qkv = None if whole else kv.memory.new_zeros(largest, config.q_size + 2 * config.kv_size)
         # Largest first: what it allocates serves all others.
-        self._graphs = {batch: self._capture(batch, pool) for batch in reversed(self._batches)}
+        self._graphs = {count: self._capture(count, pool) for count in reversed(self._counts)}
 
     def fits(self, rows: Rows) -> bool:
-        """Whether `rows` are decode rows alone, and no more than the largest graph takes."""
-        return len(rows.new_tokens) <= self._batches[-1] and bool((rows.new_tokens == 1).all())
-
-    @torch.inference_mode()
-    def replay(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-        """The visit of `rows`, which fit. x: hidden states [n, hidden]; returns them after the last layer."""
-        count = len(rows.new_tokens)
-        batch = self._batches[bisect.bisect_left(self._batches, count)]
-        graphs, output, plan = self._graphs[batch]
-        # The graphs' launch parameters were fixed when they were captured: others would read past their arrays.
-        if self._decoder.backend.begin_graph_visit(self._captured.padded(rows, batch - count)) != plan:
-            return self._eager(batch, rows, x)
-        self._input[:count].copy_(x, non_blocking=True)
-        if count < batch:
-            self._input[count:batch].zero_()  # a visit's output stands here, and would grow with every round
-        self._follow([graph.replay for graph in graphs])
-        return output[:count].clone()  # the next replay writes there again
-
-    def _eager(self, batch: int, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-        if not self._told:
-            print(f"the CUDA graph of {batch} decode rows was captured with another plan: such visits run without it")
-            self._told = True
-        self._decoder.backend.begin_visit(rows)
-        return self._decoder.forward(x, self._captured.layers, self._captured.slab)
-
-    def _follow(self, parts: Sequence[Callable[[], object]]) -> None:
-        """Run `parts`, a span each, and have the slab follow."""
-        for span, part in zip(self._spans, parts, strict=True):
-            part()
-            if self._captured.slab is not None:
-                self._captured.slab.follow(span)
-
-    def _capture(self, batch: int, pool: GraphPool) -> tuple[list[Replayable], torch.Tensor, list[int]]:
-        decoder, captured = self._decoder, self._captured
-        plan = decoder.backend.begin_graph_visit(captured.padded(NOBODY, batch))
-        x = self._input[:batch]
-        branch: torch.Tensor | None = None
-
-        def run(span: range) -> torch.Tensor:
-            nonlocal branch  # what the next span goes on from, in memory that only other batches' graphs share
-            branch = decoder.through(
-                span, x, None if span is self._spans[0] else branch, captured.layers, captured.slab
-            )
-            return decoder.merge(x, branch) if span is self._spans[-1] else x
-
-        parts = [partial(run, span) for span in self._spans]
-        self._follow(parts)
-        graphs, outputs = zip(*(pool.capture(part) for part in parts), strict=True)
-        return list(graphs), outputs[-1], plan
-
-
-class GraphedLayers:
-    """The layers of a stage for any visit of up to `tokens[-1]` tokens, attention launched between CUDA graphs.
-
-    For each number of tokens in `tokens`, a visit is padded to the next of them, there is a graph from the stage's
-    input to the first layer's attention, from each layer's to the next one's, and from the last one's to the output.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, captured: Captured, tokens: list[int], pool: GraphPool):
-        self._captured, self._decoder, self._layers = captured, captured.decoder, captured.layers
-        self._tokens = sorted(tokens)
-        # What passes from graph to graph, beside what attention gives.
-        config, largest = self._decoder.config, self._tokens[-1]
-        self._hidden = self._layers[0].new_zeros(largest, config.hidden_size)
-        self._qkv = self._layers[0].new_zeros(largest, config.q_size + 2 * config.kv_size)
-        self._graphs = {count: self._capture(count, pool) for count in reversed(self._tokens)}
-
-    def fits(self, rows: Rows) -> bool:
-        """Whether `rows` have no more tokens than the largest graphs take."""
-        return int(rows.new_tokens.sum()) <= self._tokens[-1]
+        """Whether `rows` have no more tokens than the largest graphs take, and are decode rows if they have to be."""
+        if self._whole and (rows.new_tokens != 1).any():
+            return False
+        return int(rows.new_tokens.sum()) <= self._counts[-1]
 
     @torch.inference_mode()
     def replay(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """The visit of `rows`, which fit. x: hidden states [T, hidden]; returns them after the last layer."""
-        count = len(x)
-        tokens = self._tokens[bisect.bisect_left(self._tokens, count)]
-        self._decoder.backend.begin_visit(self._captured.padded(rows, tokens - count))
-        self._hidden[:count].copy_(x, non_blocking=True)
-        if count < tokens:
-            self._hidden[count:tokens].zero_()
-        self._alternate(tokens, [graph.replay for graph in self._graphs[tokens]])
-        return self._hidden[:count].clone()  # the next visit is computed there
+        tokens = len(x)
+        count = self._counts[bisect.bisect_left(self._counts, tokens)]
+        graphs, plan = self._graphs[count]
+        # The graphs' launch parameters were fixed when they were captured: others would read past their arrays.
+        if self._begin(padded(rows, count - tokens, self._kv)) != plan:
+            return self._eager(count, rows, x)
+        self._hidden[:tokens].copy_(x, non_blocking=True)
+        if tokens < count:
+            self._hidden[tokens:count].zero_()  # a visit's output stands here, and would grow with every round
+        for graph, steps in graphs:
+            graph.replay()
+            for step in steps:
+                step()
+        return self._hidden[:tokens].clone()  # the next visit is computed there
 
-    def _alternate(self, tokens: int, parts: Sequence[Callable[[], object]]) -> torch.Tensor:
-        """Run `parts` with each layer's attention between two of them. Returns where attention leaves its results."""
-        config, attended = self._decoder.config, self._hidden
-        queries = self._qkv[:tokens].view(tokens, -1, config.head_dim)[:, : config.num_heads]
-        parts[0]()
-        for index, (pages, part) in enumerate(zip(self._layers, parts[1:], strict=True)):
-            attended = self._decoder.backend.attend(index, pages, queries)
-            part()
-            if self._captured.slab is not None:
-                self._captured.slab.follow(range(index, index + 1))
-        return attended
+    def _eager(self, count: int, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+        if not self._told:
+            print(f"the CUDA graph of {count} decode rows was captured with another plan: such visits run without it")
+            self._told = True
+        self._decoder.backend.begin_visit(rows)
+        return self._decoder.forward(x, self._kv)
 
-    def _capture(self, tokens: int, pool: GraphPool) -> list[Replayable]:
-        self._decoder.backend.begin_visit(self._captured.padded(NOBODY, tokens))
-        attended = self._hidden.new_zeros(tokens, self._decoder.config.q_size)
-        layers = range(len(self._layers) + 1)
-        attended = self._alternate(tokens, [partial(self._part, index, tokens, attended) for index in layers])
-        return [pool.capture(partial(self._part, index, tokens, attended))[0] for index in layers]
+    def _begin(self, rows: Rows) -> list[int]:
+        if self._whole:
+            return self._decoder.backend.begin_graph_visit(rows)
+        self._decoder.backend.begin_visit(rows)
+        return []
 
-    def _part(self, index: int, tokens: int, attended: torch.Tensor) -> torch.Tensor:
-        """From attention of the layer before `index`, which gave `attended` [T, q_size], to that of layer `index`."""
-        decoder, slab, residual, branch = self._decoder, self._captured.slab, self._hidden[:tokens], None
-        if index > 0:
-            branch = decoder.after_attention(index - 1, residual, attended, slab)
-        if index == len(self._layers):
-            output = decoder.merge(residual, branch)
-        else:
-            qkv = self._qkv[:tokens]
-            output = decoder.before_attention(index, residual, branch, self._layers[index], slab, out=qkv)
-        if index > 0 and slab is not None:
-            slab.join()  # a graph ends with all that it began
-        return output
+    def _capture(self, count: int, pool: GraphPool) -> tuple[list[tuple[Replayable, list[Step]]], list[int]]:
+        """The graphs of a visit of `count` tokens, each with the steps behind it; and its launch parameters."""
+        kv, nothing = self._kv, np.zeros(0, np.int32)
+        nobody = Rows(nothing, nothing, kv.placed(nothing.reshape(0, 0)))
+        plan = self._begin(padded(nobody, count, kv))
+        x, qkv = self._hidden[:count], None if self._qkv is None else self._qkv[:count]
+        for step in self._decoder.steps(x, kv, qkv):
+            step()
+        graphs: list[tuple[Replayable, list[Step]]] = []
+        steps = self._decoder.steps(x, kv, qkv)
+        end: Step | None = None
+        while not graphs or end is not None:
+            with pool.capture() as graph:
+                for end in steps:
+                    if self._whole != isinstance(end, Attention):
+                        break
+                    if self._whole:
+                        end()
+                else:
+                    end = None
+                kv.join()  # a graph ends with all that it began
+            behind = [] if end is None else [end]
+            if not self._whole and graphs:  # in it the visit has left a layer
+                behind.insert(0, partial(kv.follow, range(len(graphs) - 1, len(graphs))))
+            graphs.append((graph, behind))
+            for step in behind:
+                step()
+        return graphs, plan
+
+
+def padded(rows: Rows, padding: int, kv: KVPages) -> Rows:
+    """`rows` and `padding` further tokens: rows of one where all others are, else one row."""
+    if not padding:
+        return rows
+    ones = bool((rows.new_tokens == 1).all())
+    new = np.ones(padding, np.int32) if ones else np.array([padding], np.int32)
+    tables = []
+    for table, scratch in zip(rows.tables, kv.scratch, strict=True):
+        count, width = table.shape
+        wider = max(width, 1 if ones else -(-padding // kv.page_size))
+        wide = np.full((count + len(new), wider), scratch, np.int32)
+        wide[:count, :width] = table
+        tables.append(wide)
+    return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), tables)
 
 
 @dataclass(frozen=True)
 class Graphs:
     """The graphs of a stage, and the bytes of device memory that they take."""
 
-    decode: GraphedDecode
-    layers: GraphedLayers
+    decode: GraphedVisits
+    others: GraphedVisits
     bytes: int
 
+    def fitting(self, rows: Rows) -> GraphedVisits | None:
+        """Those for a visit of `rows`, if there are any."""
+        return next((graphs for graphs in (self.decode, self.others) if graphs.fits(rows)), None)
 
-def capture(captured: Captured, max_rows: int, max_tokens: int) -> Graphs:
+
+def capture(decoder: Decoder, kv: KVPages, max_rows: int, max_tokens: int) -> Graphs:
     """The graphs of a stage whose visits have up to `max_rows` rows, and up to `max_tokens` tokens in all."""
-    device = captured.layers[0].device
+    device = kv.memory.device
     batches = graph_batches(min(max_rows, max_tokens))
     tokens = graph_tokens(max_tokens, torch.cuda.get_device_name(device))
     pool = GraphPool(device)
-    decode = GraphedDecode(captured, batches, pool)
-    others = GraphedLayers(captured, tokens, pool)
+    decode = GraphedVisits(decoder, kv, batches, pool, whole=True)
+    others = GraphedVisits(decoder, kv, tokens, pool, whole=False)
     return Graphs(decode, others, pool.taken())
-
-
-def _ints(*shape: int) -> IntArray:
-    return np.zeros(shape, np.int32)
-
-
-NOBODY = Rows(_ints(0), _ints(0), _ints(0, 0))

@@ -20,6 +20,7 @@ import torch
 
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.kvcache.buddy import pool_pages
 from deserve.kvcache.layout import slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import Shard, parameter_bytes
@@ -489,7 +490,7 @@ class _Search:
         page_bytes = self._machine.page_bytes * max(shares)
         left = self._machine.host_memory - candidate.rounds * swap * page_bytes
         height = min(kv.buddy_height, useful.bit_length() + 1)
-        while height and 2 ** (height - 1) * page_bytes > left:
+        while height and pool_pages(height) * page_bytes > left:
             height -= 1
         return Plan(
             partition=candidate.partition,
@@ -664,7 +665,7 @@ def table(plan: Plan, layers: int, exact: bool = True) -> str:
         f"up to {plan.max_batch_tokens} tokens a visit, policy {plan.policy}"
     )
     swapping = f"{plan.swap_pages} swap pages for each round" if plan.swap_pages else "no swapping"
-    pool = f"a host pool of {2 ** (plan.host_height - 1)}" if plan.host_height else "no host pool"
+    pool = f"a host pool of {pool_pages(plan.host_height)}" if plan.host_height else "no host pool"
     lines.append(f"KV memory of {plan.main_pages} main pages of {plan.page_size} tokens, {swapping}, {pool}")
     if plan.predicted is not None:
         condition = "" if exact else " if all answers are as long as max_tokens allows (less if they end earlier)"

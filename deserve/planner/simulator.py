@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deserve.kvcache.buddy import pool_pages
 from deserve.planner.plan import Plan
 from deserve.planner.times import Machine, StageTimes, Work
 from deserve.scheduler.policy import POLICIES
@@ -76,7 +77,7 @@ class Simulation:
         self.batches = [np.zeros((6, 0), np.int64) for _ in range(plan.rounds)]
         self.held = np.zeros(plan.rounds, np.int64)
         self.worst = np.zeros(plan.rounds, np.int64)
-        self.host_free = 2 ** (plan.host_height - 1) if plan.host_height else 0
+        self.host_free = pool_pages(plan.host_height)
         self.largest = 0  # pages of the largest sequence so far, at its end
         self.slots_free = plan.concurrency
         self.suspended: list[tuple[int, ...]] = []  # heap of columns, by age

@@ -1,12 +1,14 @@
 """The contract of a kernel backend: everything of a forward pass that is not a matrix product."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from deserve.batch import IntArray
+from deserve.kvcache.pages import KVLayer
 
 
 @dataclass(frozen=True)
@@ -14,19 +16,17 @@ class Rows:
     """The sequences of a visit as attention sees them. Host arrays, one entry per row.
 
     `new_tokens` [rows] tokens of this visit, flattened in row order into the T tokens of the visit;
-    `context` [rows] tokens before them; `pages` [rows, width] page table, wide enough for the longest row.
+    `context` [rows] tokens before them; `tables` page tables [rows, width] wide enough for the longest row, by
+    `KVLayer.table`.
     """
 
     new_tokens: IntArray
     context: IntArray
-    pages: IntArray
+    tables: Sequence[IntArray]
 
 
 class Backend(ABC):
-    """Kernels over tokens of many sequences laid end to end, T tokens in all.
-
-    Where a layer's pages lie in its memory is the affair of a `PageLayout` that an implementation is made with.
-    """
+    """Kernels over tokens of many sequences laid end to end, T tokens in all."""
 
     captures = False  # whether CUDA graphs can record its calls: all of a decode visit, of others all but `attend`
 
@@ -72,12 +72,12 @@ class Backend(ABC):
         """Rotary embedding of q [T, heads, head_dim] and k [T, kv_heads, head_dim] at the visit's positions."""
 
     @abstractmethod
-    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k and v [T, kv_heads, head_dim] to a layer's `pages` [pages, 2, page_size, kv_heads, head_dim]."""
+    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [T, kv_heads, head_dim] to the pages of `layer`."""
 
     @abstractmethod
-    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Causal attention of q [T, heads, head_dim] over a layer's `pages`, to which the visit's tokens are appended.
+    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
+        """Causal attention of q [T, heads, head_dim] over the pages of `layer`, with the visit's tokens appended.
 
         Returns [T, heads * head_dim], maybe in memory that the next call overwrites; where the backend `captures`, in
         the same memory every time.

@@ -19,7 +19,7 @@ from flashinfer.prefill import get_batch_prefill_module
 from flashinfer.rope import get_rope_module
 
 from deserve.batch import IntArray
-from deserve.kvcache.layout import PageLayout
+from deserve.kvcache.pages import KVLayer
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
@@ -59,7 +59,7 @@ class _Visit:
 
     positions: torch.Tensor  # [T]
     row_of_token: torch.Tensor  # [T]
-    pages: Sequence[torch.Tensor]  # those of all rows, by layer; one for all layers where they lie alike
+    pages: Sequence[torch.Tensor]  # those of all rows, by page table
     table: tuple[torch.Tensor, torch.Tensor]  # first of each row's pages, tokens in each row's last
     calls: list[_Call]
     attended: torch.Tensor  # [T, heads * head_dim]
@@ -183,7 +183,7 @@ class FlashInferBackend(Backend):
 
     A visit may have `max_tokens` tokens, and as many rows; their contexts lie in `max_pages` pages.
     `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
-    Pages lie as `layout` says.
+    `tables`: how many page tables a visit has.
     """
 
     captures = True
@@ -198,7 +198,7 @@ class FlashInferBackend(Backend):
         max_tokens: int,
         max_pages: int,
         prefill: str = "auto",
-        layout: PageLayout | None = None,
+        tables: int = 1,
     ):
         if config.intermediate_size * dtype.itemsize % 16:
             raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={config.intermediate_size}")
@@ -236,15 +236,11 @@ class FlashInferBackend(Backend):
             "indptr": max_tokens + 1,
             "last_page": max_tokens,
             "prefill_queries": max_tokens + 1,
-            "pages": max_pages,  # last, for only those in use are copied
+            **{f"pages{table}": max_pages for table in range(tables)},  # last, for only those in use are copied
         }
         ends = np.cumsum(list(capacity.values())).tolist()
         self._offsets = dict(zip(capacity, [0, *ends], strict=False))
         self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the arrays named in `capacity`
-        self._layout = layout
-        if layout is not None:
-            self._shifts = torch.tensor(layout.shifts, dtype=torch.int32, device=device)[:, None]
-            self._pages = torch.zeros(len(layout.shifts), max_pages, dtype=torch.int32, device=device)  # by layer
         self._count = np.arange(max_tokens + 1, dtype=np.int32)
         self._device_count = torch.arange(max_tokens + 1, dtype=torch.int32, device=device)
         self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
@@ -280,19 +276,22 @@ class FlashInferBackend(Backend):
             "indptr": indptr,
             "last_page": length - (used - 1) * self._page_size,
             "prefill_queries": queries,
-            "pages": rows.pages[np.arange(rows.pages.shape[1]) < used[:, None]],
         }
+        taken = np.flatnonzero(np.arange(rows.tables[0].shape[1]) < used[:, None])
+        pages = [f"pages{number}" for number in range(len(rows.tables))]
+        values |= {name: table.take(taken) for name, table in zip(pages, rows.tables, strict=True)}
 
         words, *plan_staging = self._ring.next()
         host = words.view(torch.int32)
         host_words = host.numpy()
-        end = 0
         fields = {}
         for name, offset in self._offsets.items():
             end = offset + len(values[name])
             host_words[offset:end] = values[name]
             fields[name] = self._words[offset:end]
-        self._words[:end].copy_(host[:end], non_blocking=True)
+            if name in pages:  # the first with all that stands before it
+                begin = 0 if name == pages[0] else offset
+                self._words[begin:end].copy_(host[begin:end], non_blocking=True)
 
         tokens = len(row_of_token)
         attended = self._attended[:tokens]
@@ -315,22 +314,12 @@ class FlashInferBackend(Backend):
         self._visit = _Visit(
             fields["positions"],
             fields["row_of_token"],
-            self._by_layer(fields["pages"]),
+            [fields[name] for name in pages],
             (first_page, last_page),
             calls,
             attended,
             self._activated[:tokens],
         )
-
-    def _by_layer(self, pages: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Where `pages` [n] lie in each layer's memory, or once where all lie alike."""
-        if self._layout is None:
-            return [pages]
-        swapped = (pages >= self._layout.swap_from).int()
-        return torch.addcmul(pages, self._shifts, swapped, out=self._pages[:, : len(pages)]).unbind()
-
-    def _pages_of(self, layer: int) -> torch.Tensor:
-        return self._visit.pages[0 if self._layout is None else layer]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -350,14 +339,14 @@ class FlashInferBackend(Backend):
         self._rotary(q, k, q, k, self._table, self._visit.positions, False)  # in place; halves, not interleaved pairs
         return q, k
 
-    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        visit, table = self._visit, self._pages_of(layer)
-        self._append(k, v, visit.row_of_token, visit.positions, *pages.unbind(1), table, *visit.table, NHD)
+    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+        visit, pages = self._visit, self._visit.pages[layer.table]
+        self._append(k, v, visit.row_of_token, visit.positions, *layer.memory.unbind(1), pages, *visit.table, NHD)
 
-    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        visit, table = self._visit, self._pages_of(layer)
-        keys, values = pages.unbind(1)
+    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
+        visit, pages = self._visit, self._visit.pages[layer.table]
+        keys, values = layer.memory.unbind(1)
         for call in visit.calls:
             part = q if call.tokens is None else q[call.tokens]
-            call.run(q=part, paged_k_cache=keys, paged_v_cache=values, paged_kv_indices=table)
+            call.run(q=part, paged_k_cache=keys, paged_v_cache=values, paged_kv_indices=pages)
         return visit.attended

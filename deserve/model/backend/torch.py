@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deserve.kvcache.layout import PageLayout
+from deserve.kvcache.pages import KVLayer
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
@@ -17,15 +17,14 @@ class Bucket:
     """Rows of like length that attend together, padded to the longest of them.
 
     `tokens` [n, q] indices of their tokens in the visit (a slice when they lie end to end without padding);
-    `keys`, `values` [n, p] half-page indices, of swap pages where `swapped` [n, p] is 1 and not 0, if there are any;
+    `keys`, `values` [n, p] half-page indices, by page table;
     `mask` [n, 1, q * group, p * page_size] added to the scores;
     `real` [n * q] which of the padded tokens exist, None when all do.
     """
 
     tokens: torch.Tensor | slice
-    keys: torch.Tensor
-    values: torch.Tensor
-    swapped: torch.Tensor | None
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
     mask: torch.Tensor
     real: torch.Tensor | None
     rows: int
@@ -46,15 +45,7 @@ class TorchBackend(Backend):
     their sake. A large bucket is attended in blocks of rows that fit the cache.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_length: int,
-        layout: PageLayout | None = None,
-    ):
-        self._layout = layout
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
         self._packs = device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -99,15 +90,16 @@ class TorchBackend(Backend):
         # sin's first half is negated, so rolling by half a head stands for HF's rotate_half.
         return torch.addcmul(x * self._visit_cos, x.roll(x.shape[-1] // 2, -1), self._visit_sin)
 
-    def append(self, layer: int, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
         if not self._page_size:
-            self._address(pages.shape[2])
-        slots = pages.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
-        rows = 2 * self._page_size
-        slots.index_copy_(0, self._placed(layer, self._key_slots, self._swapped_slots, rows), k)
-        slots.index_copy_(0, self._placed(layer, self._value_slots, self._swapped_slots, rows), v)
+            self._address(layer.memory.shape[2])
+        slots = layer.memory.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
+        key_slots, value_slots = self._slots[layer.table]
+        slots.index_copy_(0, key_slots, k)
+        slots.index_copy_(0, value_slots, v)
 
-    def attend(self, layer: int, pages: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
+        pages = layer.memory
         tokens, heads, head_dim = q.shape
         kv_heads = pages.shape[3]
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
@@ -116,11 +108,9 @@ class TorchBackend(Backend):
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
-            of_keys = self._placed(layer, bucket.keys, bucket.swapped, 2)
-            of_values = self._placed(layer, bucket.values, bucket.swapped, 2)
             for block, past in zip(bucket.blocks, bucket.past, strict=True):
-                keys = self._gather(0, halves, of_keys[block], past, kv_heads)
-                values = self._gather(1, halves, of_values[block], past, kv_heads)
+                keys = self._gather(0, halves, bucket.keys[layer.table][block], past, kv_heads)
+                values = self._gather(1, halves, bucket.values[layer.table][block], past, kv_heads)
                 attended[block] = F.scaled_dot_product_attention(
                     queries[block], keys, values, attn_mask=bucket.mask[block]
                 )
@@ -133,12 +123,6 @@ class TorchBackend(Backend):
             else:
                 out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
         return out
-
-    def _placed(self, layer: int, index: torch.Tensor, swapped: torch.Tensor | None, rows: int) -> torch.Tensor:
-        """Where rows `index` of pages lie in the memory of `layer`, of `rows` rows a page; `swapped`: of swap pages."""
-        if self._layout is None or swapped is None:
-            return index
-        return index + rows * self._layout.shifts[layer] * swapped
 
     def _gather(
         self, buffer: int, halves: torch.Tensor, index: torch.Tensor, past: torch.Tensor, kv_heads: int
@@ -159,14 +143,14 @@ class TorchBackend(Backend):
         return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
 
     def _address(self, page_size: int) -> None:
-        """Where the visit's keys and values are written, and the buckets; the same for all layers."""
+        """Where the visit's keys and values are written, by page table, and the buckets."""
         self._page_size = page_size
         rows = self._rows
-        page = rows.pages[self._row_of_token, self._positions // page_size].astype(np.int64)
-        slot = 2 * page * page_size + self._positions % page_size
-        self._swapped_slots = self._swapped(page)
-        self._key_slots = self._tensor(slot)
-        self._value_slots = self._tensor(slot + page_size)
+        self._slots = []
+        for table in rows.tables:
+            page = table[self._row_of_token, self._positions // page_size].astype(np.int64)
+            slot = 2 * page * page_size + self._positions % page_size
+            self._slots.append((self._tensor(slot), self._tensor(slot + page_size)))
         length = rows.context + rows.new_tokens
         kind = 64 * _bits(rows.new_tokens) + _bits(length)
         self._buckets = [self._bucket(np.flatnonzero(kind == k), page_size) for k in np.unique(kind)]
@@ -176,12 +160,13 @@ class TorchBackend(Backend):
         new, context = rows.new_tokens[members], rows.context[members]
         queries = int(new.max())
         width = int(-(-(context + new).max() // page_size))
-        pages = rows.pages[members, :width].astype(np.int64)
         # What lies behind a row's tokens is masked, but if another sequence left NaN there, 0 times NaN is NaN. The
         # row's own first page stands in for the pages it lacks, and the rest of its last page is gathered as zeros.
         length = context + new
         held = -(-length // page_size)
-        pages = np.where(np.arange(width) < held[:, None], pages, pages[:, :1])
+        lacks = np.arange(width) >= held[:, None]
+        pages = [table[members, :width].astype(np.int64) for table in rows.tables]
+        pages = [np.where(lacks, table[:, :1], table) for table in pages]
         row_bytes = 2 * width * page_size * self._config.num_kv_heads * self._config.head_dim * self._dtype.itemsize
         block = max(1, GATHER_BYTES // row_bytes)
         starts = np.arange(0, len(members), block)
@@ -198,9 +183,8 @@ class TorchBackend(Backend):
         end_to_end = whole and bool((np.diff(flat) == 1).all())
         return Bucket(
             tokens=slice(int(flat[0]), int(flat[-1]) + 1) if end_to_end else self._tensor(tokens),
-            keys=self._tensor(2 * pages),
-            values=self._tensor(2 * pages + 1),
-            swapped=self._swapped(pages),
+            keys=[self._tensor(2 * table) for table in pages],
+            values=[self._tensor(2 * table + 1) for table in pages],
             mask=torch.from_numpy(mask).to(self._device, self._dtype),
             real=None if whole else self._tensor((step < new[:, None]).reshape(-1)),
             rows=len(members),
@@ -208,10 +192,6 @@ class TorchBackend(Backend):
             blocks=[slice(at, at + block) for at in starts.tolist()],
             past=[self._tensor(part) for part in np.split(past, np.searchsorted(row, starts[1:]))],
         )
-
-    def _swapped(self, pages: np.ndarray) -> torch.Tensor | None:
-        """1 for each swap page of `pages`, else 0; None where all lie as their ids say."""
-        return None if self._layout is None else self._tensor((pages >= self._layout.swap_from).astype(np.int64))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
