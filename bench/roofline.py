@@ -47,7 +47,8 @@ from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
-from deserve.model.weights import Shard, dummy_shard
+from deserve.model.linear import LinearSpec
+from deserve.model.weights import Shard, dummy_shard, layer_parts
 from deserve.planner.plan import Plan
 from deserve.stage import make_backend
 
@@ -69,13 +70,8 @@ class Peak:
 
 def layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
     """Shapes [out, in] of a layer's matrices."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    return [
-        (config.q_size + 2 * config.kv_size, hidden),
-        (hidden, config.q_size),
-        (2 * intermediate, hidden),
-        (hidden, intermediate),
-    ]
+    linears = (spec for spec in layer_parts(config, 0).values() if isinstance(spec, LinearSpec))
+    return [(sum(size for _, size in linear.modules), linear.inputs) for linear in linears]
 
 
 @dataclass(frozen=True)
@@ -133,12 +129,11 @@ class Stack:
 
     def products(self, x: torch.Tensor, attended: torch.Tensor, activated: torch.Tensor) -> None:
         """The matrix products of a visit and nothing else, of [T, hidden], [T, q_size] and [T, intermediate]."""
-        linear = self.decoder.backend.linear
         for layer in self.decoder.weights.layers:
-            linear(x, layer.qkv)
-            linear(attended, layer.output)
-            linear(x, layer.gate_up)
-            linear(activated, layer.down)
+            layer.attention.qkv(x)
+            layer.attention.output(attended)
+            layer.mlp.gate_up(x)
+            layer.mlp.down(activated)
 
     def eager(self, rows: Rows, x: torch.Tensor) -> None:
         self.decoder.backend.begin_visit(rows)

@@ -25,8 +25,16 @@ from deserve.staging import to_device
 class Stage:
     """Runs visits: applies a plan to the KV cache and takes its tokens through the stage's layers."""
 
-    def __init__(self, decoder: Decoder, kv: KVPages, slots: int, device: torch.device, graphs: Graphs | None = None):
-        self.dtype = kv.memory.dtype
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVPages,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        graphs: Graphs | None = None,
+    ):
+        self.dtype = dtype  # of hidden states
         self._decoder = decoder
         self._kv = kv
         self._device = device
@@ -61,7 +69,6 @@ class Stage:
         self._sampler.admit(plan.admissions)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
-        length = plan.context + plan.new_tokens
         rows = Rows(plan.new_tokens, plan.context, tables)
         x = to_device(x, self._device)
         if self._decoder.weights.embedding is not None:
@@ -143,7 +150,7 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
     graphs = None
     if decoder.backend.captures:
         graphs = capture(decoder, kv, plan.micro_batch_size, plan.max_batch_tokens)
-    return Stage(decoder, kv, plan.concurrency, device, graphs)
+    return Stage(decoder, kv, plan.concurrency, dtype, device, graphs)
 
 
 def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, tables: int = 1) -> Backend:

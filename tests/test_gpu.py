@@ -26,7 +26,7 @@ from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedVisits, GraphPool
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler, encode_sampling
-from deserve.model.weights import LayerWeights, Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
+from deserve.model.weights import Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.planner.plan import Plan
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
@@ -74,20 +74,27 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ShardWeights:
     weights.embedding.mul_(50)
     generator = torch.Generator(DEVICE).manual_seed(1)
     for layer in weights.layers:
-        for matrix, gain in ((layer.qkv, 1.0), (layer.gate_up, 1.0), (layer.output, 0.5), (layer.down, 0.5)):
-            matrix.mul_(50 * gain / matrix.shape[1] ** 0.5)
-        for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
+        attention, mlp = layer.attention, layer.mlp
+        for linear, gain in ((attention.qkv, 1.0), (mlp.gate_up, 1.0), (attention.output, 0.5), (mlp.down, 0.5)):
+            linear.weight.mul_(50 * gain / linear.weight.shape[1] ** 0.5)
+        for norm in (layer.input_norm, layer.post_norm, attention.q_norm, attention.k_norm):
             if norm is not None:
                 norm.normal_(1.0, 0.2, generator=generator)
     return weights
 
 
 def in_float32(weights: ShardWeights) -> ShardWeights:
-    def up(fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: None if tensor is None else tensor.float() for name, tensor in fields.items()}
+    def up(part: Any) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, torch.Tensor):
+            return part.float()
+        if isinstance(part, list):
+            return [up(each) for each in part]
+        return type(part)(**{name: up(field) for name, field in vars(part).items()})
 
-    layers = [LayerWeights(**up(vars(layer))) for layer in weights.layers]
-    return ShardWeights(layers=layers, **up({k: v for k, v in vars(weights).items() if k != "layers"}))
+    whole: ShardWeights = up(weights)
+    return whole
 
 
 class Runner:
@@ -528,8 +535,10 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
     weights = random_weights(config, torch.bfloat16)
     for stage in (swapping, resident):
         for layer, other in zip(stage._decoder.weights.layers, weights.layers, strict=True):
-            for name in ("qkv", "output", "gate_up", "down"):
-                getattr(layer, name).copy_(getattr(other, name))
+            for block, names in (("attention", ("qkv", "output")), ("mlp", ("gate_up", "down"))):
+                for name in names:
+                    mine, theirs = (getattr(getattr(each, block), name) for each in (layer, other))
+                    mine.weight.copy_(theirs.weight)
         stage._decoder.weights.embedding.copy_(weights.embedding)
     scheduler = Scheduler(layout, Prompts(100))
     turn = deque((index, torch.zeros(0, dtype=torch.int32)) for index in range(rounds))
@@ -587,7 +596,7 @@ def test_loading_a_sharded_checkpoint_takes_little_host_memory(tmp_path: Path) -
     print(f"{sum(sizes) / 1e9:.1f} GB in files of {max(sizes) / 1e9:.1f} GB: {grown / 1e9:.2f} GB of host memory")
     assert grown < max(sizes) + 2e9 < sum(sizes)
     down = load_file(tmp_path / "2.safetensors", device="cuda")["model.layers.2.mlp.down_proj.weight"]
-    assert torch.equal(weights.layers[2].down, down)
+    assert torch.equal(weights.layers[2].mlp.down.weight, down)
 
 
 @pytest.mark.skipif(

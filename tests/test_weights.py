@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from deserve.errors import UserError
 from deserve.model import safetensors_folder
 from deserve.model.config import ModelConfig, parse_config
+from deserve.model.linear import Linear
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.weights import (
     EMBEDDING,
     HEAD,
-    LayerWeights,
     Shard,
     ShardWeights,
     check_weights,
@@ -53,8 +53,11 @@ def tensors_of(loaded: ShardWeights) -> dict[str, torch.Tensor]:
     """Every tensor of a shard, by a name that says where it lies."""
     found = {"embedding": loaded.embedding, "final_norm": loaded.final_norm, "head": loaded.head}
     for index, layer in enumerate(loaded.layers):
-        found |= {f"{index}.{field}": tensor for field, tensor in vars(layer).items()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+        parts = vars(layer) | vars(layer.attention) | vars(layer.mlp)
+        found |= {f"{index}.{field}": part for field, part in parts.items() if isinstance(part, torch.Tensor | Linear)}
+    linears = {name: part for name, part in found.items() if isinstance(part, Linear)}
+    found |= {f"{name}.{field}": tensor for name, part in linears.items() for field, tensor in vars(part).items()}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
 @pytest.fixture
@@ -106,13 +109,17 @@ def test_fused_weights_hold_what_transformers_loads(tmp_path, family, options, s
     loaded = load_shard(folder, config, WHOLE, CPU, FLOAT)
     model = reference_model(folder)
     state = model.state_dict()
-    for index, layer in enumerate(loaded.layers):
-        for field, parts in layer_parts(config, index).items():
-            expected = torch.cat([state[name] for name, _ in parts])
-            assert torch.equal(getattr(layer, field), expected), (index, field)
+    found = tensors_of(loaded)
+    for index in range(len(loaded.layers)):
+        for field, spec in layer_parts(config, index).items():
+            for name, parts in spec.parts.items():
+                expected = torch.cat([state[tensor] for tensor, _ in parts])
+                place = f"{index}.{field}" if name == "tensor" else f"{index}.{field}.{name}"
+                assert torch.equal(found.pop(place), expected), place
+    assert found.keys() == {"embedding", "final_norm", "head.weight"}
     assert torch.equal(loaded.embedding, state[EMBEDDING])
-    assert torch.equal(loaded.head, state[HEAD])
-    assert (loaded.head is loaded.embedding) == config.tied_embeddings
+    assert torch.equal(loaded.head.weight, state[HEAD])
+    assert (loaded.head.weight is loaded.embedding) == config.tied_embeddings
     assert sum(t.numel() for t in model.parameters()) * 4 == parameter_bytes(config, WHOLE, FLOAT)
 
 
@@ -122,11 +129,11 @@ def test_a_projection_is_the_one_that_the_model_computes(tmp_path):
     layer = load_shard(folder, config_of(folder), WHOLE, CPU, FLOAT).layers[1]
     theirs = reference_model(folder).model.layers[1]
     x = torch.randn(5, 64)
-    q, k, v = (x @ layer.qkv.T + layer.qkv_bias).split([64, 32, 32], dim=-1)
+    q, k, v = layer.attention.qkv(x).split([64, 32, 32], dim=-1)
     for mine, module in zip((q, k, v), ("q_proj", "k_proj", "v_proj"), strict=True):
         torch.testing.assert_close(mine, getattr(theirs.self_attn, module)(x))
-    gate, up = (x @ layer.gate_up.T).chunk(2, dim=-1)
-    torch.testing.assert_close((torch.nn.functional.silu(gate) * up) @ layer.down.T, theirs.mlp(x))
+    gate, up = layer.mlp.gate_up(x).chunk(2, dim=-1)
+    torch.testing.assert_close(layer.mlp.down(torch.nn.functional.silu(gate) * up), theirs.mlp(x))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -182,12 +189,13 @@ def test_dummy_weights_are_sane_and_those_that_save_dummy_writes(tmp_path):
     mine = dummy_shard(config, WHOLE, CPU, FLOAT)
     read = load_shard(folder, config, WHOLE, CPU, FLOAT)
     assert all(torch.equal(tensor, tensors_of(read)[name]) for name, tensor in tensors_of(mine).items())
-    layer: LayerWeights = mine.layers[0]
+    layer = mine.layers[0]
+    qkv = layer.attention.qkv.weight
     assert torch.equal(layer.input_norm, torch.ones(64))
-    assert layer.qkv.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not torch.equal(layer.qkv, mine.layers[1].qkv)
-    assert not torch.equal(layer.qkv, dummy_shard(config, WHOLE, CPU, FLOAT, seed=1).layers[0].qkv)
-    assert reference_model(folder).model.layers[3].mlp.down_proj.weight.equal(mine.layers[3].down)
+    assert qkv.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not torch.equal(qkv, mine.layers[1].attention.qkv.weight)
+    assert not torch.equal(qkv, dummy_shard(config, WHOLE, CPU, FLOAT, seed=1).layers[0].attention.qkv.weight)
+    assert reference_model(folder).model.layers[3].mlp.down_proj.weight.equal(mine.layers[3].mlp.down.weight)
 
 
 def test_dtype_is_converted(tmp_path):
@@ -196,7 +204,7 @@ def test_dtype_is_converted(tmp_path):
     assert config_of(folder).dtype == torch.bfloat16
     assert {tensor.dtype for tensor in tensors_of(loaded).values()} == {FLOAT}
     stored = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
-    assert torch.equal(loaded.layers[0].down, stored.float())
+    assert torch.equal(loaded.layers[0].mlp.down.weight, stored.float())
 
 
 @pytest.mark.parametrize("kept", [EMBEDDING, HEAD, "both"])
@@ -207,7 +215,7 @@ def test_a_tied_matrix_may_be_saved_under_either_name(tmp_path, kept):
     stored |= {name: matrix.clone() for name in (EMBEDDING, HEAD) if kept in (name, "both")}
     save_file(stored, folder / "model.safetensors")
     config = config_of(folder)
-    assert torch.equal(load_shard(folder, config, Shard(3, 4, False, True), CPU, FLOAT).head, matrix)
+    assert torch.equal(load_shard(folder, config, Shard(3, 4, False, True), CPU, FLOAT).head.weight, matrix)
     assert torch.equal(load_shard(folder, config, Shard(0, 1, True, False), CPU, FLOAT).embedding, matrix)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from deserve.kvcache.pages import KVPages
 from deserve.model.backend.base import Rows
-from deserve.model.decoder import Attention, Decoder, Step
+from deserve.model.decoder import Attend, Decoder, Step
 
 MOST_ROWS = 256  # of a graph of a whole visit; the launches of a larger one hide behind its kernels
 MOST_TOKENS = 1024  # of graphs between attentions, likewise
@@ -90,9 +90,10 @@ class GraphedVisits:
         self._decoder, self._kv, self._counts, self._whole = decoder, kv, sorted(counts), whole
         self._told = False  # that a graph does not fit
         config, largest = decoder.config, self._counts[-1]
-        self._hidden = kv.memory.new_zeros(largest, config.hidden_size)
+        some = decoder.weights.layers[0].input_norm
+        self._hidden = some.new_zeros(largest, config.hidden_size)
         # Attention that no graph holds is given the same queries every time.
-        self._qkv = None if whole else kv.memory.new_zeros(largest, config.q_size + 2 * config.kv_size)
+        self._qkv = None if whole else some.new_zeros(largest, config.q_size + 2 * config.kv_size)
         # Largest first: what it allocates serves all others.
         self._graphs = {count: self._capture(count, pool) for count in reversed(self._counts)}
 
@@ -147,7 +148,7 @@ class GraphedVisits:
         while not graphs or end is not None:
             with pool.capture() as graph:
                 for end in steps:
-                    if self._whole != isinstance(end, Attention):
+                    if self._whole != isinstance(end, Attend):
                         break
                     if self._whole:
                         end()

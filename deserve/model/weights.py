@@ -1,27 +1,28 @@
 """The weights of one stage: read from safetensors, or random ones of the right shape.
 
-One table, `layer_parts`, says which tensors of a checkpoint make up which fused weight; reading, inventing
-and measuring a shard all follow it.
+One table, `layer_parts`, says what a layer is made of and how a checkpoint names it; reading, inventing and measuring a
+shard all follow it.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
+from deserve.model.layer import MLP, Attention, Layer
+from deserve.model.linear import Linear, LinearSpec, Parts, TensorSpec
 from deserve.model.safetensors_folder import SafetensorsFolder, Shape
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
-Parts = tuple[tuple[str, Shape], ...]  # checkpoint tensors and their shapes, stacked along dimension 0
 Fill = Callable[[str, Tensor], None]  # puts the checkpoint's tensor of that name into the given one
 
 
@@ -36,102 +37,69 @@ class Shard:
 
 
 @dataclass
-class LayerWeights:
-    """One decoder layer; products are `x @ weight.T`.
-
-    input_norm, post_norm: `[hidden]`; qkv: `[q_size + 2 * kv_size, hidden]`, rows q, k, v;
-    output: `[hidden, q_size]`; gate_up: `[2 * intermediate, hidden]`, rows gate, up;
-    down: `[hidden, intermediate]`. A bias is as long as its weight has rows; q_norm, k_norm: `[head_dim]`.
-    None: the model has none.
-    """
-
-    input_norm: Tensor
-    qkv: Tensor
-    output: Tensor
-    post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
-    qkv_bias: Tensor | None = None
-    output_bias: Tensor | None = None
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-
-@dataclass
 class ShardWeights:
     """The weights of a stage.
 
-    embedding and head: `[vocab, hidden]`; final_norm: `[hidden]`; None: held by another stage. With tied
-    embeddings on one stage, `head` is the very tensor `embedding`.
+    embedding: `[vocab, hidden]`; final_norm: `[hidden]`; None: held by another stage. With tied embeddings on one
+    stage, `head` multiplies with `embedding`.
     """
 
-    layers: list[LayerWeights]
+    layers: list[Layer]
     embedding: Tensor | None
     final_norm: Tensor | None
-    head: Tensor | None
+    head: Linear | None
 
 
-def layer_parts(config: ModelConfig, index: int) -> dict[str, Parts]:
-    """Which checkpoint tensors make up each field of layer `index`'s LayerWeights."""
+Spec = TensorSpec | LinearSpec
+
+
+def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
+    """What makes up layer `index`, as a checkpoint names it."""
     hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
-
-    def parts(suffix: str, *tensors: tuple[str, Shape]) -> Parts:
-        return tuple((f"model.layers.{index}.{name}.{suffix}", shape) for name, shape in tensors)
-
-    def linear(bias: bool, columns: int, *rows: tuple[str, int]) -> Parts:
-        if bias:
-            return parts("bias", *((name, (count,)) for name, count in rows))
-        return parts("weight", *((name, (count, columns)) for name, count in rows))
-
-    qkv = (("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
-    output = ("self_attn.o_proj", hidden)
-    gate_up = (("mlp.gate_proj", inner), ("mlp.up_proj", inner))
-    down = ("mlp.down_proj", hidden)
-    table = {
-        "input_norm": parts("weight", ("input_layernorm", (hidden,))),
-        "qkv": linear(False, hidden, *qkv),
-        "output": linear(False, q, output),
-        "post_norm": parts("weight", ("post_attention_layernorm", (hidden,))),
-        "gate_up": linear(False, hidden, *gate_up),
-        "down": linear(False, inner, down),
+    layer = f"model.layers.{index}"
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    qkv = ((f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv))
+    gate_up = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
+    table: dict[str, Spec] = {
+        "input_norm": TensorSpec(f"{layer}.input_layernorm.weight", (hidden,)),
+        "qkv": LinearSpec(qkv, hidden, config.qkv_bias),
+        "output": LinearSpec(((f"{attention}.o_proj", hidden),), q, config.output_bias),
+        "post_norm": TensorSpec(f"{layer}.post_attention_layernorm.weight", (hidden,)),
+        "gate_up": LinearSpec(gate_up, hidden, config.mlp_bias),
+        "down": LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias),
     }
-    if config.qkv_bias:
-        table["qkv_bias"] = linear(True, hidden, *qkv)
-    if config.output_bias:
-        table["output_bias"] = linear(True, q, output)
-    if config.mlp_bias:
-        table["gate_up_bias"] = linear(True, hidden, *gate_up)
-        table["down_bias"] = linear(True, inner, down)
     if config.qk_norm:
-        table["q_norm"] = parts("weight", ("self_attn.q_norm", (config.head_dim,)))
-        table["k_norm"] = parts("weight", ("self_attn.k_norm", (config.head_dim,)))
+        for name in ("q_norm", "k_norm"):
+            table[name] = TensorSpec(f"{attention}.{name}.weight", (config.head_dim,))
     return table
 
 
-def shard_parts(config: ModelConfig, shard: Shard) -> dict[str, Parts]:
-    """The same for what is not a layer: the fields of ShardWeights that this shard holds."""
-    table: dict[str, Parts] = {}
-    matrix = (config.vocab_size, config.hidden_size)
+def shard_parts(config: ModelConfig, shard: Shard) -> dict[str, Spec]:
+    """The same for what is not a layer; a tied head beside its embedding needs nothing of its own."""
+    table: dict[str, Spec] = {}
     if shard.embeds:
-        table["embedding"] = ((EMBEDDING, matrix),)
+        table["embedding"] = TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
     if shard.outputs:
-        table["final_norm"] = ((FINAL_NORM, (config.hidden_size,)),)
-        table["head"] = ((EMBEDDING if config.tied_embeddings else HEAD, matrix),)
+        table["final_norm"] = TensorSpec(FINAL_NORM, (config.hidden_size,))
+        if not (shard.embeds and config.tied_embeddings):
+            name = EMBEDDING if config.tied_embeddings else HEAD
+            table["head"] = LinearSpec(((name.removesuffix(".weight"), config.vocab_size),), config.hidden_size)
     return table
+
+
+def _specs(config: ModelConfig, shard: Shard) -> list[Spec]:
+    tables = [shard_parts(config, shard), *(layer_parts(config, index) for index in range(shard.first, shard.last))]
+    return [spec for table in tables for spec in table.values()]
 
 
 def tensor_shapes(config: ModelConfig, shard: Shard) -> dict[str, Shape]:
     """Every checkpoint tensor that a shard reads, once, with its shape."""
-    tables = [shard_parts(config, shard)]
-    tables += [layer_parts(config, index) for index in range(shard.first, shard.last)]
-    return {name: shape for table in tables for parts in table.values() for name, shape in parts}
+    return dict(part for spec in _specs(config, shard) for parts in spec.parts.values() for part in parts)
 
 
 def parameter_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
     """Bytes of a shard's weights on its device."""
-    return sum(math.prod(shape) for shape in tensor_shapes(config, shard).values()) * dtype.itemsize
+    return sum(spec.bytes(dtype) for spec in _specs(config, shard))
 
 
 def check_weights(folder: Path, config: ModelConfig, fetched: bool = True) -> None:
@@ -205,14 +173,17 @@ def _build(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch
             start += shape[0]
         return fused
 
-    table = shard_parts(config, shard)
-    embedding = fuse(table["embedding"]) if shard.embeds else None
-    layers = [
-        LayerWeights(**{field: fuse(parts) for field, parts in layer_parts(config, index).items()})
-        for index in range(shard.first, shard.last)
-    ]
-    if not shard.outputs:
-        return ShardWeights(layers, embedding, None, None)
-    shared = embedding if config.tied_embeddings else None
-    head = fuse(table["head"]) if shared is None else shared
-    return ShardWeights(layers, embedding, fuse(table["final_norm"]), head)
+    def read(table: dict[str, Spec]) -> dict[str, Any]:
+        return {name: spec.read(fuse) for name, spec in table.items()}
+
+    rest = read(shard_parts(config, shard))
+    layers = []
+    for index in range(shard.first, shard.last):
+        made = read(layer_parts(config, index))
+        attention = Attention(made["qkv"], made["output"], made.get("q_norm"), made.get("k_norm"))
+        mlp = MLP(made["gate_up"], made["down"])
+        layers.append(Layer(made["input_norm"], attention, made["post_norm"], mlp))
+    embedding, head = rest.get("embedding"), rest.get("head")
+    if shard.outputs and embedding is not None and head is None:
+        head = Linear(embedding)
+    return ShardWeights(layers, embedding, rest.get("final_norm"), head)

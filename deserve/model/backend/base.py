@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from deserve.batch import IntArray
 from deserve.kvcache.pages import KVLayer
@@ -40,20 +39,6 @@ class Backend(ABC):
         Returns the launch parameters, which must be the same in all visits that use one graph.
         """
         raise NotImplementedError("only a backend that `captures` is asked for this")
-
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` [out, in] in the layout that `linear` multiplies fastest with; it need not be readable otherwise."""
-        return weight
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, in] times a packed `weight` [out, in], plus `bias` [out]: [T, out]."""
-        return F.linear(x, weight, bias)
-
-    def linear_into(
-        self, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The same in the memory of `out`, of a backend that `captures`."""
-        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,6 @@ class TorchBackend(Backend):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
-        self._packs = device.type == "cpu" and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
@@ -63,15 +62,6 @@ class TorchBackend(Backend):
         self._visit_sin = self._sin[positions].unsqueeze(1)
         self._first = first
         self._page_size = 0
-
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        # Given a plain matrix, oneDNN blocks it anew in every call: a third of the time of a visit's products.
-        return torch.ops.mkldnn._reorder_linear_weight(weight) if self._packs else weight
-
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return super().linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, weight.shape, weight, self._config.norm_eps)
