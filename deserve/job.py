@@ -16,6 +16,7 @@ from deserve.controller import Controller
 from deserve.errors import UserError
 from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.cycle import cycle_times
 from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
 from deserve.planner.simulator import simulate
@@ -82,11 +83,13 @@ class Job:
             within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
         )
         self._ahead = ahead = ReadAhead(items, done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        context = self._lengths.mean_prompt + self._lengths.mean_output
         scheduler = Scheduler(
             plan,
             ahead,
             eos_ids=self._eos_ids(),
             stopped=StopFinder(detokenizer),
+            cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         ahead.wait(plan.concurrency)

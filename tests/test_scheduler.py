@@ -1,7 +1,7 @@
 """The scheduler alone, with a fake engine that does to its pages what a stage would do, and looks at every one."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ class Case:
     gather: bool = False  # close rounds whenever that can be done
     drafts: int = 0  # draft tokens of a row, at most
     losses: tuple[int, ...] = ()  # visits before which all KV memory is lost, and what is under way
+    requeued: tuple[int, ...] = ()  # visits before which a sequence of the round is requeued
+    latency: int = 0  # a cycle is never shorter than that of so many rounds
 
     @property
     def layout(self) -> Plan:
@@ -92,7 +94,7 @@ class Case:
 
         options = {"eos_ids": (EOS,)} | options
         if self.gather:
-            options["cycle_s"] = lambda rounds, sequences: float(rounds)
+            options["cycle_s"] = lambda rounds, sequences: float(max(rounds, self.latency))
         if self.drafts:
             options["drafter"] = propose
         return Scheduler(self.layout, source, **options)
@@ -184,7 +186,12 @@ def expected_output(request: Request, end: int) -> tuple[list[int], str]:
 
 
 def run(case: Case) -> Scheduler:
-    """Run `case` as the pipeline would, with a trip of `rounds` visits, and check all that must hold meanwhile."""
+    """Run `case` and check all that must hold meanwhile."""
+    return run_counted(case)[0]
+
+
+def run_counted(case: Case) -> tuple[Scheduler, int]:
+    """Run `case` as the pipeline would, with a trip of `rounds` visits. Returns the number of visits too."""
     requests = requests_of(case)
     ends = {request.custom_id: end for request, (_, _, end) in zip(requests, case.prompts, strict=True)}
     scheduler = case.scheduler(Source(deque(requests), case.pause))
@@ -193,7 +200,7 @@ def run(case: Case) -> Scheduler:
     turn, visits = deque(range(case.rounds)), 0
     # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
     work = sum(length + max_tokens for length, max_tokens, _ in case.prompts)
-    most = 50 + case.rounds * (case.pause + 2) * 3 * work * (1 + len(case.losses))
+    most = 50 + case.rounds * (case.pause + 2) * 3 * work * (1 + len(case.losses) + len(case.requeued))
     while turn:
         micro_batch = turn.popleft()
         if visits in case.losses:
@@ -205,6 +212,8 @@ def run(case: Case) -> Scheduler:
             result = VisitResult(np.array(under_way.pop(micro_batch), np.int32))
             assert len(result.tokens) == scheduler.awaited(micro_batch)
             completions += scheduler.commit(micro_batch, result)
+        if visits in case.requeued and len(slots := scheduler.micro_batches[micro_batch].slots):
+            scheduler.rounds.requeue(micro_batch, int(slots[visits % len(slots)]))
         plan, tokens = scheduler.plan(micro_batch)
         visits += 1
         assert visits < most, "a sequence starves"
@@ -224,7 +233,7 @@ def run(case: Case) -> Scheduler:
             turn.append(micro_batch)
     assert scheduler.finished and not scheduler.in_flight and scheduler.pages.all_free
     check_answers(requests, ends, completions)
-    return scheduler
+    return scheduler, visits
 
 
 def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
@@ -295,6 +304,7 @@ def cases(draw: Any) -> Case:
         gather=draw(st.booleans()),
         drafts=draw(st.sampled_from([0, 0, 1, 4])),
         losses=tuple(draw(st.lists(st.integers(1, 60), max_size=2))),
+        requeued=tuple(draw(st.lists(st.integers(1, 60), max_size=4))),
     )
 
 
@@ -316,6 +326,33 @@ def test_suspended_sequences_lose_nothing(policy: str) -> None:
 def test_without_a_host_pool_only_what_fits_to_its_end_is_admitted() -> None:
     scheduler = run(Case([(6, 30, 0)] * 8, rounds=3, main=12, height=0, max_batch_tokens=16))
     assert not scheduler.counters.suspensions and not scheduler.counters.recomputed_tokens
+
+
+def test_what_is_lost_is_computed_again() -> None:
+    scheduler = run(Case([(6, 30, 0)] * 8, rounds=3, main=60, losses=(9, 40), requeued=(20,)))
+    assert scheduler.counters.recomputed_tokens > 2 * 8 * 6
+
+
+def test_rounds_close_at_the_end_if_that_shortens_the_cycle() -> None:
+    """Uneven answers in four rounds: all are gathered, or as many as latency leaves idle."""
+    prompts = [(6, 4 + 3 * index, 0) for index in range(16)]
+    visits = {}
+    for latency in (0, 2, 4):
+        case = Case(prompts, rounds=4, main=200, concurrency=16, gather=True, latency=latency)
+        scheduler, visited = run_counted(case)
+        visits[latency] = visited
+        assert bool(scheduler.counters.moved_to_other_rounds) == (latency < 4) and not scheduler.counters.suspensions
+    assert visits[0] < visits[2] < visits[4] and visits[0] < 0.8 * visits[4]
+
+
+def test_sequences_with_swap_pages_change_rounds_by_way_of_the_host_pool() -> None:
+    case = Case([(6, 10 + 5 * index, 0) for index in range(8)], rounds=4, main=100, swap=8, height=8, gather=True)
+    scheduler = run(case)
+    counters = scheduler.counters
+    assert counters.moved_to_other_rounds and counters.suspensions == counters.resumptions > 0
+    assert not counters.recomputed_tokens
+    # Nobody is moved that the host pool does not take.
+    assert not run(replace(case, height=0)).counters.suspensions
 
 
 def test_no_request_is_a_job_too() -> None:

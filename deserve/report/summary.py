@@ -50,8 +50,8 @@ def closing_table(metrics: dict[str, Any]) -> str:
     pressure = metrics["memory_pressure"]
     if pressure["suspensions"]:
         lines.append(
-            f"memory ran short: {pressure['suspensions']:,} times a sequence was suspended to the host pool, "
-            f"{pressure['most_host_pages_used']:,} of whose {pressure['host_pool_pages']:,} pages were used at most"
+            f"{pressure['suspensions']:,} times a sequence was suspended to the host pool, to make room or to change "
+            f"rounds; {pressure['most_host_pages_used']:,} of {pressure['host_pool_pages']:,} pages were used at most"
         )
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]

@@ -15,6 +15,7 @@ from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
 from deserve.scheduler.sequences import Sequences, never
 
 NONE = np.zeros(0, np.int32)
+SHORTER = 0.9  # of a cycle: a round that has closed stays closed, and later more rounds may be better again
 
 
 class RequestSource(Protocol):
@@ -269,7 +270,7 @@ class Scheduler:
     # -- the job's end
 
     def _gathers(self, micro_batch: int) -> bool:
-        """Whether the sequences left get their tokens sooner, or no later, in fewer rounds than there are."""
+        """Whether the sequences left get their tokens clearly sooner in fewer rounds than there are."""
         if self._cycle_s is None or self._more_to_admit() or not self.rounds.open[micro_batch]:
             return False
         sequences, rounds = self.in_flight, int(self.rounds.open.sum())
@@ -277,7 +278,7 @@ class Scheduler:
             least = max(1, -(-sequences // self._layout.micro_batch_size))
             now = self._cycle_s(rounds, sequences)
             best = min((self._cycle_s(fewer, sequences) for fewer in range(least, rounds)), default=np.inf)
-            self._fewer = sequences, rounds, bool(sequences and best <= now)
+            self._fewer = sequences, rounds, bool(sequences and best <= SHORTER * now)
         return self._fewer[2]
 
     def requeue_all(self) -> None:

@@ -1,0 +1,30 @@
+"""How long a sequence waits from one token to the next, by the rounds that share the ring."""
+
+from collections.abc import Callable
+
+from deserve.planner.plan import Plan
+from deserve.planner.times import Machine, Work
+
+
+def cycle_times(plan: Plan, machine: Machine, layers: int, context: float) -> Callable[[int, int], float]:
+    """A function that gives the seconds between two visits of a round where so many rounds share so many sequences.
+
+    All sequences decode, with `context` tokens each, on `machine` laid out as in `plan`. A visit comes as soon as the
+    last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
+    """
+    shards = [plan.shard(rank, layers) for rank in range(machine.ranks)]
+    byte_s = [link.byte_s for link in machine.links] if machine.ranks > 1 else [0.0]
+
+    def cycle_s(rounds: int, sequences: int) -> float:
+        rows = -(-sequences // rounds)
+        work = Work(decodes=rows, decode_kv=rows * context, sampled=rows)
+        stages, delays, wires = [], [], []
+        for rank, (times, shard) in enumerate(zip(machine.stages, shards, strict=True)):
+            share = (shard.embeds, shard.outputs, machine.hidden_bytes)
+            stages.append(times.seconds(work, shard.last - shard.first, *share))
+            delays.append(times.delay(work, *share))
+            wires.append(byte_s[rank] * machine.frame_bytes(work, rank))
+        trip = sum(stages) + sum(delays) + sum(wires) + machine.latency_s
+        return max(trip, rounds * max(stages), rounds * max(wires))
+
+    return cycle_s
