@@ -29,13 +29,36 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
+@dataclass(frozen=True)
+class AnswerForm:
+    """What becomes of the text of one request's answer.
+
+    `dialect` is that of the tool calls to look for (a key of `deserve.model.tools.MARKS`), of which only the first
+    counts without `parallel_calls`. With `split_thoughts`, thoughts become `reasoning_content`; `thinking` says that
+    the prompt already opened them. `show_special`: special tokens have text. `include_stop`: so has what ended the
+    answer. `before` is put before the text.
+    """
+
+    dialect: str | None = None
+    parallel_calls: bool = True
+    split_thoughts: bool = False
+    thinking: bool = False
+    show_special: bool = False
+    include_stop: bool = False
+    return_token_ids: bool = False
+    before: str = ""
+
+
+PLAIN = AnswerForm()
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to be answered.
 
     `prompt` holds token ids. `endpoint` is `/v1/chat/completions` or `/v1/completions`: it decides the shape of
     the result. `line` is the 1-based line of the input file, 0 for a synthetic request. `default_length`: the request
-    states no `max_tokens`, and the job's default is what bounds its answer.
+    states no `max_tokens`, and the job's default is what bounds its answer. `form` says what becomes of its text.
     """
 
     custom_id: str
@@ -44,6 +67,7 @@ class Request:
     endpoint: str = "/v1/completions"
     line: int = 0
     default_length: bool = False
+    form: AnswerForm = PLAIN
 
 
 @dataclass(frozen=True)

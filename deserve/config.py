@@ -78,6 +78,8 @@ class WorkloadSection:
     unknown_keys: str = "refuse"  # requests with keys that are not done; ignore: answer them without
     model_names: Any = "auto"  # what requests may call the model: its own names; more names; or any
     max_line_mb: float = 32.0  # of a .jsonl file, or a record of a data set
+    chat_template: str | None = None  # a Jinja file in place of the model's own
+    reasoning: str = "auto"  # thoughts of chats: keep them in the text; split: as reasoning_content; auto: by template
 
 
 @dataclass
@@ -243,6 +245,7 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
+    _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))
     _one_of("output.retry_errors", config.output.retry_errors, ("auto", "all", "none"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)

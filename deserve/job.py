@@ -30,7 +30,7 @@ from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
-from deserve.text import Detokenizer, StopFinder
+from deserve.text import AnswerReader, Detokenizer, StopFinder
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
 
@@ -51,7 +51,7 @@ class Job:
         self._writer = ResultsWriter(
             self._folder / "results.jsonl", resume, checkpoint.name, self._manifest, config.output.retry_errors
         )
-        self._tokenizer = load_tokenizer(checkpoint, self._writer.began)
+        self._tokenizer = load_tokenizer(checkpoint, self._writer.began, config.workload.chat_template)
         self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         self._count = self._lengths.count
@@ -70,8 +70,7 @@ class Job:
 
     def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
-        detokenizer = Detokenizer(self._tokenizer)
-        self._recorder = Recorder(self._writer, detokenizer.completion, self._progress, self._dtype)
+        self._recorder = Recorder(self._writer, AnswerReader(self._tokenizer), self._progress, self._dtype)
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
         self._ignored: Counter[str] = Counter()
@@ -88,7 +87,7 @@ class Job:
             plan,
             ahead,
             eos_ids=self._eos_ids(),
-            stopped=StopFinder(detokenizer),
+            stopped=StopFinder(Detokenizer(self._tokenizer)),
             cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host

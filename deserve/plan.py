@@ -55,7 +55,8 @@ def plan(config: PlanConfig) -> str:
     model, dtype = checkpoint.config, model_dtype(config.model, checkpoint.config)
     limits = Limits(model.vocab_size, model.max_context)
     defaults = default_sampling(config.sampling, checkpoint.generation)
-    lengths = peek_lengths(config, load_tokenizer(checkpoint), limits, defaults=defaults)
+    tokenizer = load_tokenizer(checkpoint, chat_template=config.workload.chat_template)
+    lengths = peek_lengths(config, tokenizer, limits, defaults=defaults)
     budgets = token_budgets(config.pipeline.max_batch_tokens, gpu=True)
     times = stated_stage(config, model, dtype, budgets[-1])
     if config.stage.measure:

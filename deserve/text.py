@@ -1,13 +1,16 @@
 """From output tokens to text: what a completion reads as behind its prompt, and where a stop string ends it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from deserve.batch import Completion, IntArray, Request
+from deserve.batch import PLAIN, Completion, IntArray, Request
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer
+from deserve.model.tools import MARKS, THOUGHTS, Answer, parse, split_reasoning
 
 BROKEN = "\ufffd"  # stands for bytes that are no character, or not yet one
 CONTEXT = range(8, 33)  # last tokens of a prompt to decode with
@@ -15,11 +18,16 @@ MOST_PENDING = 16  # tokens of a character that does not become whole: nothing n
 
 
 class Detokenizer:
-    """Decodes the outputs of one job. Special tokens have no text; without a tokenizer, text is token ids."""
+    """Decodes the outputs of one job. Without a tokenizer, text is token ids.
 
-    def __init__(self, tokenizer: Tokenizer | ByteTokenizer | None):
+    Special tokens have no text, unless `show_special`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | ByteTokenizer | None, show_special: bool = False):
         self.special: dict[str, int] = tokenizer.special_tokens if tokenizer is not None else {}
-        self.decode: Callable[[Sequence[int]], str] = tokenizer.decode if tokenizer is not None else token_text
+        self.decode: Callable[[Sequence[int]], str] = (
+            partial(tokenizer.decode, show_special=show_special) if tokenizer is not None else token_text
+        )
         self._reads_on = tokenizer is not None
 
     def text(self, prompt: IntArray, tokens: IntArray) -> str:
@@ -58,6 +66,61 @@ class Detokenizer:
         # The last character of `before` was not whole.
         whole = before.rstrip(BROKEN)
         return text[len(whole) :] if text.startswith(whole) else self.decode(tokens)
+
+
+class AnswerReader:
+    """Reads what completions say: their text, their tool calls and thoughts where the request wants them apart."""
+
+    def __init__(self, tokenizer: Tokenizer | ByteTokenizer | None):
+        self._plain, self._all = Detokenizer(tokenizer), Detokenizer(tokenizer, show_special=True)
+
+    def __call__(self, completion: Completion) -> Answer:
+        form = completion.request.form
+        if form == PLAIN:
+            return Answer(self._plain.completion(completion))
+        marks = (*MARKS.get(form.dialect or "", ()), *(THOUGHTS if form.split_thoughts else ()))
+        text, thoughts, count = self._text(completion, marks), None, 0
+        if form.split_thoughts:
+            whole = text
+            thoughts, text = split_reasoning(whole, form.thinking)
+            if thoughts is not None:
+                ended = THOUGHTS[1] in whole
+                count = self._thought_tokens(completion, marks) if ended else len(completion.tokens)
+        answer = Answer(text) if form.dialect is None else parse(text, form.dialect)
+        content = answer.content
+        if content is not None and not form.show_special:
+            for mark in self._plain.special.keys() & set(marks):  # found, but in no call
+                content = content.replace(mark, "")
+        calls = answer.calls if form.parallel_calls else answer.calls[:1]
+        content = form.before + (content or "") if form.before else content
+        return replace(answer, content=content, calls=calls, reasoning=thoughts, reasoning_tokens=count)
+
+    def _text(self, completion: Completion, marks: Collection[str]) -> str:
+        """The text, up to where a stop string or a token ended it, or behind that."""
+        request, tokens = completion.request, completion.tokens
+        by_token = completion.finish_reason == "stop" and completion.text is None
+        if by_token and not request.form.include_stop:
+            tokens = tokens[:-1]
+        text = self._all.text(request.prompt, tokens[self._shown(request, tokens, marks)])
+        if completion.text is None:
+            return text
+        cuts = [(at, stop) for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
+        at, stop = min(cuts, default=(len(text), ""))
+        return text[: at + len(stop) * request.form.include_stop]
+
+    def _shown(self, request: Request, tokens: IntArray, marks: Collection[str]) -> IntArray:
+        """Indices of the tokens that have text: special ones if they are `marks`, or the request wants all."""
+        if request.form.show_special:
+            return np.arange(len(tokens), dtype=np.int32)
+        hidden = [token for text, token in self._plain.special.items() if text not in marks]
+        return np.flatnonzero(~np.isin(tokens, hidden)).astype(np.int32)
+
+    def _thought_tokens(self, completion: Completion, marks: Collection[str]) -> int:
+        """How many tokens it took up to the end of the thoughts, its mark included."""
+        shown = self._shown(completion.request, completion.tokens, marks)
+        tokens = completion.tokens[shown].tolist()
+        last = bisect_left(range(len(tokens)), True, key=lambda at: THOUGHTS[1] in self._all.decode(tokens[: at + 1]))
+        return int(shown[last]) + 1
 
 
 class StopFinder:

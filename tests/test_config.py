@@ -11,7 +11,7 @@ from deserve.errors import UserError
 from deserve.plan import PlanConfig, load_plan_config
 
 # A path or a name may look like anything that fits on a line.
-TEXTS = {"model.name", "model.path", "workload.source", "workload.path", "output.dir"}
+TEXTS = {"model.name", "model.path", "workload.source", "workload.path", "workload.chat_template", "output.dir"}
 LISTS = {"pipeline.partition", "sampling.stop", "model.architecture.architectures", "model.architecture.eos_token_id"}
 
 

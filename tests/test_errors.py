@@ -143,7 +143,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     assert (found.pop("first"), found.pop("last")) == ("length", "length")
     assert found == {
         "line-2": "invalid_json",
-        "other": "invalid_url",
+        "other": "unsupported_url",
         "empty": "empty_prompt",
         "long": "context_length_exceeded",
         "negative": "invalid_value",

@@ -87,7 +87,8 @@ def answers(output: Path) -> dict[str, dict[str, Any]]:
 def test_chats_with_the_folder_s_template_and_defaults(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "chats.jsonl"
     requests = [{"custom_id": f"own-{index}", "messages": chat} for index, chat in enumerate(CHATS)]
-    requests += [{"custom_id": f"cold-{index}", "messages": chat, "temperature": 0} for index, chat in enumerate(CHATS)]
+    cold = {"temperature": 0, "return_token_ids": True}
+    requests += [{"custom_id": f"cold-{index}", "messages": chat, **cold} for index, chat in enumerate(CHATS)]
     source.write_text("".join(json.dumps(request) + "\n" for request in requests))
     job = [f"model.path={folder}", "model.dtype=float32", f"workload.source={source}"]
     job += [f"sampling.max_tokens={MAX_TOKENS}"]
@@ -107,7 +108,7 @@ def test_chats_with_the_folder_s_template_and_defaults(folder: Path, tmp_path: P
         assert given.keys() == {request["custom_id"] for request in requests}
         reasons = set()
         for request in requests:
-            prompt = tokenizer.encode_chat(request["messages"])
+            prompt = tokenizer.encode(tokenizer.render_chat(request["messages"]), add_special_tokens=False)
             defaults = with_derived_seed(default_sampling(section, generation), request["custom_id"])
             wanted = replace(defaults, temperature=request.get("temperature", defaults.temperature))
             if wanted.temperature:
@@ -123,6 +124,8 @@ def test_chats_with_the_folder_s_template_and_defaults(folder: Path, tmp_path: P
             assert body["usage"]["completion_tokens"] == len(right)
             (choice,) = body["choices"]
             assert choice["finish_reason"] == reason
+            if "return_token_ids" in request:
+                assert (body["prompt_token_ids"], choice["token_ids"]) == (prompt, right)
             content = tokenizer.decode(right[:-1] if reason == "stop" else right)
             assert choice["message"] == {"role": "assistant", "content": content}
             ends |= {right[-1]} if reason == "stop" else set()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from deserve.batch import Completion, Request
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.model.tools import Answer
 from deserve.report.progress import Progress
 from deserve.report.recorder import NON_FINITE_LIMIT, Recorder
 from deserve.report.results import Manifest, ResultsWriter
@@ -36,7 +37,7 @@ def write(
 ) -> set[str]:
     with ResultsWriter(path, resume, "model", manifest, retry) as writer:
         for custom_id in custom_ids:
-            writer.completion(completion(custom_id), "text")
+            writer.completion(completion(custom_id), Answer("text"))
         return writer.done
 
 
@@ -47,8 +48,8 @@ def ids(path: Path) -> list[str]:
 def test_format(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "results.jsonl"
     with ResultsWriter(path, True, "smol") as writer:
-        writer.completion(completion("a", CHAT), "line\u2028two\x85\ud800")
-        writer.completion(completion("b"), "é")
+        writer.completion(completion("a", CHAT), Answer("line\u2028two\x85\ud800"))
+        writer.completion(completion("b"), Answer("é"))
         writer.error("c", "invalid_json", "line 3: not JSON")
         assert len(path.read_bytes().splitlines()) == 3  # visible before closing
     chat, text, error = (json.loads(line) for line in path.read_text().splitlines())
@@ -135,12 +136,12 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "write", full)
     with ResultsWriter(path, True, "model") as writer:
-        writer.completion(completion("a"), "text")
+        writer.completion(completion("a"), Answer("text"))
         with pytest.raises(UserError, match=r"results\.jsonl cannot be written: No space"):
-            writer.completion(completion("b"), "text")
+            writer.completion(completion("b"), Answer("text"))
         assert ids(path) == ["a"]
         room = 10_000
-        writer.completion(completion("b"), "text")
+        writer.completion(completion("b"), Answer("text"))
     assert ids(path) == ["a", "b"]
 
 
@@ -228,7 +229,7 @@ def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | N
     """And one in which any of them ends well goes on to its end. `healthy`: the number of that request."""
     with ResultsWriter(tmp_path / "results.jsonl", True, "model") as writer:
         progress = Progress(None, 0, io.StringIO())
-        recorder = Recorder(writer, str, progress, torch.float16)
+        recorder = Recorder(writer, lambda _: Answer(""), progress, torch.float16)
         for number in range(40):
             answered = completion(f"{number}")
             recorder.put(answered if number == healthy else replace(answered, finish_reason="error"))
@@ -260,7 +261,7 @@ def test_errors_that_are_tried_again(tmp_path: Path, retry: str, retried: set[st
     errors = {"plan": "kv_memory_exceeded", "input": "invalid_json"}
     written = [("a", None), *errors.items()]
     with ResultsWriter(path, True, "model") as writer:
-        writer.completion(completion("a"), "text")
+        writer.completion(completion("a"), Answer("text"))
         for name, code in errors.items():
             writer.error(name, code, "4 pages")
     with ResultsWriter(path, True, "model", retry_errors=retry) as writer:

@@ -26,7 +26,7 @@ class Unused:
     def encode(self, text: str) -> list[int]:
         raise AssertionError(text)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         raise AssertionError(messages)
 
 

@@ -45,7 +45,9 @@ def test_the_folder_is_a_checkpoint_like_any_other(folder):
 def test_it_talks(folder):
     """Rows permuted wrongly, or a wrong base of the rotation, and this is babble."""
     tokenizer = Tokenizer(folder)
-    prompt = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = tokenizer.encode(
+        tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}]), add_special_tokens=False
+    )
     model = reference_model(folder)
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     assert tokenizer.decode(ids) == "The capital of France is Paris."
@@ -55,7 +57,7 @@ def test_it_talks(folder):
 @packaged
 def test_the_tokenizer_is_the_model_s(folder):
     tokenizer = Tokenizer(folder)
-    chat = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+    chat = tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "hi"}]), add_special_tokens=False)
     assert chat[:4] == [1, 9690, 198, 2683]  # <|im_start|>, system, newline, You
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert chat[-len(tokenizer.encode(text)) :] == tokenizer.encode(text)

@@ -20,6 +20,7 @@ from deserve.config import load_config
 from deserve.job import Job
 from deserve.model.checkpoint import resolve
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer
+from deserve.model.tools import Answer
 from deserve.text import BROKEN, Detokenizer, StopFinder
 
 PIECES = ["▁", "a", "b", ".", "▁a", "▁b", "ab", "▁ab", "▁▁", "aa", "é", "€"]
@@ -223,9 +224,9 @@ def test_a_resumed_job_tells_the_template_the_date_of_its_first_start(tmp_path: 
 
     def prompt() -> str:
         job = Job(config, resolve(config.model), resume=True)
-        job._writer.completion(Completion(Request("other", ids(1)), ids(1), "stop"), "")  # something to resume
+        job._writer.completion(Completion(Request("other", ids(1)), ids(1), "stop"), Answer(""))  # something to resume
         job._writer.close()
-        return job._tokenizer.decode(job._tokenizer.encode_chat([{"role": "user", "content": "a"}]))
+        return job._tokenizer.render_chat([{"role": "user", "content": "a"}])
 
     first = prompt()
     began = datetime.fromisoformat(json.loads(manifest.read_text())["began"])

@@ -16,11 +16,23 @@ from hypothesis import strategies as st
 from deserve.batch import Request, SamplingParams
 from deserve.config import Config, SamplingSection
 from deserve.errors import RequestError, UserError
+from deserve.model.tokenizer import ChatTemplate
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.batch_file import BatchFile
 from deserve.workload.intake import Intake
 from deserve.workload.sampling import with_derived_seed
-from deserve.workload.schema import CHAT, COMPLETIONS, NO_EFFECT, NOT_DONE, ChatBody, CompletionBody, Message, Part
+from deserve.workload.schema import (
+    CHAT,
+    COMPLETIONS,
+    NO_EFFECT,
+    NOT_DONE,
+    ChatBody,
+    CompletionBody,
+    Message,
+    Part,
+    Tool,
+    ToolCall,
+)
 
 LIMITS = Limits(vocab_size=256, max_context=100)
 
@@ -30,13 +42,19 @@ class Bytes:
 
     longest_token = 1
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+    def chat_template(self, tools: bool = False) -> ChatTemplate:
+        return ChatTemplate()
+
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
         if messages[-1]["role"] != "user":
             raise RequestError("invalid_messages", "the last message must be the user's")
-        return self.encode("".join(f"{message['role'][0]}:{message['content']};" for message in messages))
+        return "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
 
 
 def configure(source: Path | str, path: Path | None = None, **sampling: Any) -> Config:
@@ -176,7 +194,9 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ("7", "invalid_request", "7"),
         ({}, "missing_parameter", "messages and prompt"),
         ({"prompt": "a", "messages": []}, "missing_parameter", "one of"),
-        ({"url": "/v1/embeddings", "body": {}}, "invalid_url", "/v1/embeddings"),
+        ({"url": "/v1/embeddings", "body": {"input": "a"}}, "unsupported_url", "/v1/embeddings is not supported"),
+        ({"url": "/v1/score", "body": {"text_1": "a"}}, "unsupported_url", "/v1/score is not supported"),
+        ({"url": "/v1/chat", "body": {}}, "invalid_url", "/v1/chat"),
         ({"url": [], "body": {}}, "invalid_url", "a list"),
         ({"body": {"max_tokens": 1}}, "missing_parameter", "messages and prompt"),
         ({"url": CHAT, "method": "GET", "body": {}}, "invalid_method", "GET"),
@@ -190,7 +210,8 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"messages": "hi"}, "invalid_value", "list"),
         ({"messages": ["hi"]}, "invalid_value", "messages[0]"),
         ({"messages": [{"content": "hi"}]}, "invalid_value", "role"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "invalid_value", "tool"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "unsupported_parameter", "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "invalid_value", "messages[0].role is 'robot'"),
         ({"messages": [{"role": "user"}]}, "invalid_value", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter", "text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_value", "content[0].text"),
@@ -249,7 +270,6 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
         ),
         ({"prompt": "a", "answer": "b"}, "unknown_parameter", ("answer='b'", COMPLETIONS, "unknown_keys=ignore")),
         ({"prompt": "a", "extra_body": {"top_k": 1}}, "unsupported_parameter", ("extra_body", "client")),
-        ({"prompt": "a", "add_special_tokens": False}, "unsupported_parameter", ("add_special_tokens=False",)),
         ({"url": CHAT, "body": {"messages": [], "prompt": "a"}}, "unknown_parameter", ("prompt='a'", CHAT)),
         ({"url": CHAT, "max_tokens": 5, "body": {"messages": []}}, "unknown_parameter", ("max_tokens=5", "beside")),
         ({"prompt": "a", "tool_choice": "required"}, "unsupported_parameter", ("tool_choice='required'",)),
@@ -262,10 +282,11 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
                 "structured_outputs": {"regex": "a"},
                 "bad_words": ["a"],
                 "allowed_token_ids": [1],
-                "add_special_tokens": True,
-                "truncate_prompt_tokens": 5,
-                "continue_final_message": True,
+                "enable_thinking": False,
                 "reasoning_effort": "low",
+                "documents": [{"text": "a"}],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+                "tool_choice": "required",
                 "logit_bias": {"5": 1},
             }.items()
         ),
@@ -280,9 +301,9 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
             ("messages[0].tool_c",),
         ),
         (
-            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
             "unsupported_parameter",
-            ("messages[0].tool_calls",),
+            ("messages[0].tool_calls", "says nothing of tools"),
         ),
     ],
 )
@@ -304,7 +325,7 @@ def test_ignored_keys_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(
         '{"prompt": "a", "n": 2, "answer": 1}\n{"url": "/v1/completions", "x": 1, "body": {"prompt": "b", "n": 3}}\n'
-        '{"messages": [{"role": "user", "content": "c", "tool_calls": [1]}], "n": 1, "user": "u"}\n{"prompt": 5}\n'
+        '{"messages": [{"role": "user", "content": "c", "audio": [1]}], "enable_thinking": true}\n{"prompt": 5}\n'
     )
     config = configure(path)
     config.workload.unknown_keys = "ignore"
@@ -312,12 +333,12 @@ def test_ignored_keys_are_counted(tmp_path: Path) -> None:
     *items, ill = open_workload(config, Bytes(), LIMITS, ignored=ignored)
     assert [text(item) for item in items] == ["a", "b", "u:c;"]
     rejected(ill, "invalid_value", "prompt")
-    assert ignored == {"n": 2, "answer": 1, "x": 1, "messages[].tool_calls": 1}
+    assert ignored == {"n": 2, "answer": 1, "x": 1, "messages[].audio": 1, "enable_thinking": 1}
 
 
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs" / "requests.md").read_text()
-    models = (ChatBody, CompletionBody, Message, Part)
+    models = (ChatBody, CompletionBody, Message, Part, Tool, ToolCall)
     keys = {key for model in models for key in (*model.model_fields, *model.not_done, *model.no_effect)}
     assert not [key for key in sorted(keys) if f"`{key}`" not in page]
 
@@ -426,7 +447,7 @@ def test_long_lines(tmp_path: Path) -> None:
 
 def test_a_text_that_no_context_holds_is_not_tokenized(tmp_path: Path) -> None:
     class Never(Bytes):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
             raise AssertionError
 
     path = tmp_path / "in.jsonl"

@@ -1,7 +1,9 @@
 """Text to token ids and back. Only rank 0 needs this, so transformers is imported where it is used."""
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any, ClassVar
 
 from deserve.errors import RequestError, UserError
 from deserve.model.checkpoint import Checkpoint
+from deserve.model.tools import dialect
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, unknown to Jinja
 
 # strftime's, with glibc's forms without padding
 DATE_PARTS = [f"%{flag}{letter}" for letter in "aAbBcdDeFGHIjmMpPSTuUVwWxXyYZ" for flag in ("", "-")]
@@ -23,13 +27,34 @@ STRFTIME_NOW = (
 )
 
 
+@dataclass(frozen=True)
+class ChatTemplate:
+    """What a chat template understands: its variables, tool calls in a `dialect`, thoughts."""
+
+    variables: frozenset[str] = frozenset()
+    dialect: str | None = None
+    thinks: bool = False
+
+    @staticmethod
+    def of(text: str) -> "ChatTemplate":
+        """Raises ValueError where `text` is not a Jinja template."""
+        from jinja2 import Environment, TemplateSyntaxError, meta
+
+        try:
+            syntax = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION_TAG.sub("", text))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"not a Jinja template: line {error.lineno}: {error.message}") from error
+        return ChatTemplate(frozenset(meta.find_undeclared_variables(syntax)), dialect(text), "</think>" in text)
+
+
 class Tokenizer:
     """A checkpoint's own tokenizer. Raises UserError when its files cannot be loaded.
 
-    `now` is the time that chat templates are told; None for the clock's.
+    `now` is the time that chat templates are told; None for the clock's. `chat_template` takes the place of the
+    model's own.
     """
 
-    def __init__(self, folder: Path, now: datetime | None = None):
+    def __init__(self, folder: Path, now: datetime | None = None, chat_template: str | None = None):
         self._now = now or datetime.now()
         from transformers import AutoTokenizer
 
@@ -38,6 +63,10 @@ class Tokenizer:
         except Exception as error:  # a tokenizer class may raise anything on a bad file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        self._tokenizer.truncation_side = "left"  # of prompts that ask to be cut
+        self._templates: dict[bool, tuple[ChatTemplate, dict[str, Any]]] = {}  # by whether there are tools
         self._remarked = False  # that a prompt brought its own BOS
 
     @property
@@ -57,26 +86,19 @@ class Tokenizer:
         return max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=1)
 
     @cached_property
-    def _dated(self) -> dict[str, Any]:
-        """Arguments for a chat template that prints the date: transformers' own `strftime_now` takes the clock's."""
-        template = self._tokenizer.get_chat_template()
-        if "strftime_now" not in template:
-            return {}
-        parts = {part: self._now.strftime(part) for part in DATE_PARTS}
-        return {"chat_template": STRFTIME_NOW + template, "date_parts": parts}
-
-    @cached_property
     def special_tokens(self) -> dict[str, int]:
         """The tokens that `decode` leaves out, by what they are called."""
         added = self._tokenizer.added_tokens_decoder
         return {token.content: number for number, token in added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a completion's prompt, with the special tokens that the model expects around it.
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """Token ids of a text, by default with the special tokens that the model expects around a prompt.
 
-        A text that begins with the BOS token gets no second one; the first such text is remarked on.
+        A text that begins with the BOS token gets no second one; the first such text is remarked on. A text of more
+        than `at_most` tokens, special ones included, loses its beginning.
         """
-        ids: list[int] = list(self._tokenizer(text)["input_ids"])
+        cut = {} if at_most is None else {"truncation": True, "max_length": at_most}
+        ids: list[int] = list(self._tokenizer(text, add_special_tokens=add_special_tokens, **cut)["input_ids"])
         bos, bos_text = self._tokenizer.bos_token_id, self._tokenizer.bos_token
         if bos is not None and ids[:2] == [bos, bos] and text.startswith(bos_text):
             if not self._remarked:
@@ -85,30 +107,67 @@ class Tokenizer:
             del ids[0]
         return ids
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant answers, by the model's chat template.
+    def chat_template(self, tools: bool = False) -> ChatTemplate:
+        """What the chat template understands; a model may have another one for requests with `tools`.
 
+        Raises RequestError when the model has no template, or a broken one.
+        """
+        return self._template(tools)[0]
+
+    def _template(self, tools: bool) -> tuple[ChatTemplate, dict[str, Any]]:
+        """What the chat template understands, and the arguments that make a template print the time `now`.
+
+        transformers' own `strftime_now` takes the clock's.
+        """
+        if tools not in self._templates:
+            if not self._tokenizer.chat_template:
+                raise RequestError("no_chat_template", "the model has no chat template: send a prompt instead")
+            try:
+                text = self._tokenizer.get_chat_template(tools=[] if tools else None)
+                understood = ChatTemplate.of(text)
+            except ValueError as error:
+                raise RequestError("no_chat_template", f"the model's chat template is unusable: {error}") from error
+            dated: dict[str, Any] = {}
+            if "strftime_now" in text:
+                parts = {part: self._now.strftime(part) for part in DATE_PARTS}
+                dated = {"chat_template": STRFTIME_NOW + text, "date_parts": parts}
+            self._templates[tools] = understood, dated
+        return self._templates[tools]
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """The text of a conversation, by default up to where the assistant answers, by the model's chat template.
+
+        `options` are those of transformers' `apply_chat_template`, and the template's own variables.
         Raises RequestError when the model has no template or its template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
-            raise RequestError("no_chat_template", "the model has no chat template: send a prompt instead")
+        dated = self._template(tools is not None)[1]
         try:
-            ids = self._tokenizer.apply_chat_template(
-                list(messages),
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self._dated,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    tools=tools,
+                    **dated,
+                    **options,
+                )
             )
         except Exception as error:  # a template is the model's program: it may fail in any manner
             raise RequestError("invalid_messages", f"the chat template refuses the messages: {error}") from error
-        return list(ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens left out."""
+    def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
+        """The text of token ids, special tokens left out unless `show_special`."""
         tokens = [int(token) for token in ids]
         # Cleaning up would take away spaces that the model wrote.
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=not show_special, clean_up_tokenization_spaces=False)
+        )
 
 
 class ByteTokenizer:
@@ -119,12 +178,19 @@ class ByteTokenizer:
     longest_token = 1
     special_tokens: ClassVar[dict[str, int]] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of the text."""
-        return list(text.encode())
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """The last `at_most` of the UTF-8 bytes of the text; there are no special tokens to add."""
+        return list(text.encode())[-(at_most or 0) :]
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat_template(self, tools: bool = False) -> ChatTemplate:
+        """There is no template: messages are all that is understood."""
+        return ChatTemplate()
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """One line for each message, `role: content`, and the beginning of the answer's.
+
+        Of the `options` of transformers' `apply_chat_template` two are known, `add_generation_prompt` and
+        `continue_final_message`.
 
         Raises RequestError for a message without role or content.
         """
@@ -132,9 +198,11 @@ class ByteTokenizer:
             lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         except (KeyError, TypeError) as error:
             raise RequestError("invalid_messages", f"a message needs role and content: {error!r}") from error
-        return self.encode(f"{lines}assistant: ")
+        if options.get("continue_final_message"):
+            return lines.removesuffix("\n")
+        return f"{lines}assistant: " if options.get("add_generation_prompt", True) else lines
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
         """The text of the bytes among the ids; what is no UTF-8 becomes the replacement character."""
         return bytes(token for token in map(int, ids) if token < 256).decode(errors="replace")
 
@@ -144,13 +212,30 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(checkpoint: Checkpoint, now: datetime | None = None) -> Tokenizer | ByteTokenizer | None:
+def load_tokenizer(
+    checkpoint: Checkpoint, now: datetime | None = None, chat_template: str | None = None
+) -> Tokenizer | ByteTokenizer | None:
     """The checkpoint's tokenizer; bytes for `tiny`; None, so token ids alone, for other models without one.
 
-    `now` is the time that chat templates are told; None for the clock's.
+    `now` is the time that chat templates are told; None for the clock's. `chat_template` names a file to take the
+    place of the model's own template.
 
-    Raises UserError when the tokenizer's files cannot be loaded.
+    Raises UserError when the tokenizer's files, or that one, cannot be loaded.
     """
+    template = None if chat_template is None else _read_template(Path(chat_template).expanduser())
+    if template is not None and (checkpoint.folder is None or not has_tokenizer(checkpoint.folder)):
+        raise UserError(f"workload.chat_template={chat_template}: the model has no tokenizer to use it with")
     if checkpoint.folder is None:
         return ByteTokenizer() if checkpoint.name == "tiny" else None
-    return Tokenizer(checkpoint.folder, now) if has_tokenizer(checkpoint.folder) else None
+    return Tokenizer(checkpoint.folder, now, template) if has_tokenizer(checkpoint.folder) else None
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_text()
+        ChatTemplate.of(text)
+        return text
+    except OSError as error:
+        raise UserError(f"workload.chat_template={path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"workload.chat_template={path}: {error}") from error

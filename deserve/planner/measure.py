@@ -22,6 +22,7 @@ from deserve.config import Config, NetworkSection
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.sampler import encode_sampling
+from deserve.model.tools import Answer
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.memory import available_memory
 from deserve.planner.plan import Plan, token_budgets
@@ -526,7 +527,7 @@ def measure_requests(page_size: int) -> float:
     with tempfile.TemporaryDirectory() as folder, ResultsWriter(Path(folder) / "results", False, "") as writer:
         begin = time.perf_counter()
         for answer in answers:
-            writer.completion(answer, " ".join(map(str, tokens.tolist())))
+            writer.completion(answer, Answer(" ".join(map(str, tokens.tolist()))))
         return max(0.0, come_and_go) + (time.perf_counter() - begin) / WRITTEN
 
 

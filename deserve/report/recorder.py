@@ -8,6 +8,7 @@ import torch
 
 from deserve.batch import Completion
 from deserve.errors import UserError
+from deserve.model.tools import Answer
 from deserve.report.progress import Progress
 from deserve.report.results import ResultsWriter
 from deserve.workload import Rejected
@@ -23,9 +24,9 @@ class Recorder:
     """
 
     def __init__(
-        self, writer: ResultsWriter, text: Callable[[Completion], str], progress: Progress, dtype: torch.dtype
+        self, writer: ResultsWriter, read: Callable[[Completion], Answer], progress: Progress, dtype: torch.dtype
     ):
-        self._writer, self._text, self._progress, self._dtype = writer, text, progress, dtype
+        self._writer, self._read, self._progress, self._dtype = writer, read, progress, dtype
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
         self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
@@ -57,7 +58,7 @@ class Recorder:
                     self._non_finite_logits(outcome)
                 else:
                     self._finite = True
-                    self._writer.completion(outcome, self._text(outcome))
+                    self._writer.completion(outcome, self._read(outcome))
                     self._progress.request(outcome)
         except BaseException as error:
             self._error = error

@@ -16,6 +16,7 @@ from typing import Any
 from deserve.batch import Completion
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.model.tools import Answer
 from deserve.workload import data_paths
 from deserve.workload.dialogues import SOURCES
 
@@ -52,6 +53,7 @@ class Manifest:
     model: Any
     dtype: str
     sampling: dict[str, Any]
+    chats: dict[str, Any]  # the job's own chat template, and what becomes of thoughts
     paths: tuple[Path, ...] = ()  # of the input's files, in their order
     began: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
 
@@ -60,12 +62,18 @@ class Manifest:
         """The manifest of a job. Raises UserError where an input file cannot be read."""
         paths = data_paths(config)
         source = config.workload.source
-        try:
-            files = [_file_fingerprint(path) for path in paths]
-        except OSError as error:
-            raise UserError(f"workload.source: {error.filename} cannot be read: {error.strerror}") from error
+        template = config.workload.chat_template
+        templates = [] if template is None else [Path(template).expanduser()]
+        fingerprints = {}
+        for key, group in {"workload.source": paths, "workload.chat_template": templates}.items():
+            try:
+                fingerprints[key] = [_file_fingerprint(path) for path in group]
+            except OSError as error:
+                raise UserError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
+        files = fingerprints["workload.source"]
         named = {"source": None if paths and source not in SOURCES else source, "files": files}
-        return cls(named, model, dtype, dataclasses.asdict(config.sampling), tuple(paths))
+        chats = {"template": fingerprints["workload.chat_template"], "reasoning": config.workload.reasoning}
+        return cls(named, model, dtype, dataclasses.asdict(config.sampling), chats, tuple(paths))
 
     def changed_file(self) -> Path | None:
         """A file of the input that is gone, or does not begin any more as it was when this manifest was made."""
@@ -103,6 +111,7 @@ class Manifest:
             "model": "model",
             "dtype": "model.dtype",
             "sampling": "sampling parameters",
+            "chats": "workload.chat_template or workload.reasoning",
         }
         before = before if isinstance(before, dict) else {}
         grown = self._has_grown(before.get("input"))
@@ -142,7 +151,7 @@ class Manifest:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
-        keys = ("input", "model", "dtype", "sampling", "began")
+        keys = ("input", "model", "dtype", "sampling", "chats", "began")
         shown = {key: getattr(self, key) for key in keys}
         as_json: dict[str, Any] = json.loads(json.dumps(shown))
         return as_json
@@ -201,25 +210,40 @@ class ResultsWriter:
                 raise UserError(f"output.dir={path.parent} cannot be written: {error}") from error
             self._opened = opened.pop_all()
 
-    def completion(self, completion: Completion, text: str) -> None:
+    def completion(self, completion: Completion, answer: Answer) -> None:
         """Append the line of an answered request."""
         request = completion.request
         name = _name(request.custom_id)
         chat = request.endpoint == "/v1/chat/completions"
-        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        reason = completion.finish_reason
+        said: dict[str, Any] = {"text": answer.content}
+        if chat:
+            message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+            if answer.reasoning is not None:
+                message["reasoning_content"] = answer.reasoning
+            if answer.calls:
+                message["tool_calls"] = answer.tool_calls(name, request.form.dialect)
+                reason = "tool_calls" if reason == "stop" else reason
+            said = {"message": message}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
         prompt_tokens, completion_tokens = len(request.prompt), len(completion.tokens)
-        body = {
+        body: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self._model_name,
-            "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": completion.finish_reason}],
+            "choices": [choice],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "total_tokens": prompt_tokens + completion_tokens,
             },
         }
+        if answer.reasoning is not None:
+            body["usage"]["completion_tokens_details"] = {"reasoning_tokens": answer.reasoning_tokens}
+        if request.form.return_token_ids:  # where vLLM has them
+            choice["token_ids"] = completion.tokens.tolist()
+            (body if chat else choice)["prompt_token_ids"] = request.prompt.tolist()
         response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
         self._append(request.custom_id, response, None)
 

@@ -18,6 +18,10 @@ from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, brief, check_ke
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
 FIRST_KEY = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([^"\\]+)"')  # as most programs write lines
 URLS = {CHAT: CHAT, COMPLETIONS: COMPLETIONS, "/chat/completions": CHAT, "/completions": COMPLETIONS}  # Azure's lack v1
+# Endpoints of OpenAI's and vLLM's batches that generate no text from a prompt, or not in these forms.
+OTHER_URLS = {"/v1/embeddings", "/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank"}
+OTHER_URLS |= {"/v1/responses", "/v1/moderations", "/v1/images/generations", "/v1/images/edits", "/v1/videos"}
+OTHER_URLS |= {"/v1/audio/transcriptions", "/v1/audio/translations"}
 
 # How a file begins that is not made of lines of UTF-8, what it is, and how to make it so.
 FOREIGN = {
@@ -192,6 +196,10 @@ def _endpoint_and_body(entry: dict[str, Any], ignored: Counter[str] | None) -> t
     if not short and method is not None and method != "POST":
         raise RequestError("invalid_method", f"method is {brief(method)}, but must be POST")
     url = entry.get("url")
+    if isinstance(url, str) and url in OTHER_URLS:
+        raise RequestError(
+            "unsupported_url", f"url {url} is not supported: this job answers {CHAT} and {COMPLETIONS} only"
+        )
     if url is not None and (not isinstance(url, str) or url not in URLS):
         raise RequestError("invalid_url", f"url is {brief(url)}, but must be {CHAT} or {COMPLETIONS}")
     if not isinstance(body, dict):

@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from deserve.batch import Request, SamplingParams
+from deserve.batch import AnswerForm, Request, SamplingParams
 from deserve.errors import RequestError
+from deserve.model.tokenizer import ChatTemplate
 from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
 from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, Part, brief, check_keys, validated
 
 # A normalizer may shorten a text before it is cut into tokens: NFC makes one syllable of three jamo.
 NORMALIZED = 3
+# Variables of chat templates that `chat_template_kwargs` may not set: they have keys of their own, or are the job's.
+STRUCTURE = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "date_parts"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class Intake:
     """Makes requests of one job; `defaults` hold what a request does not say itself.
 
     Without a `tokenizer` only prompts of token ids are taken. `names` are those of the model, None takes any. Keys that
-    are not done refuse the request; where `ignored` is given, they are counted there and passed over.
+    are not done refuse the request; where `ignored` is given, they are counted there and passed over. `reasoning` is
+    `workload.reasoning`.
     """
 
     tokenizer: Tokenizer | None
@@ -29,6 +33,7 @@ class Intake:
     defaults: SamplingParams
     names: ModelNames | None = None
     ignored: Counter[str] | None = field(default=None, compare=False)
+    reasoning: str = "auto"
 
     def request(self, custom_id: str, line: int, endpoint: str, values: dict[str, Any]) -> Request:
         """The request of an OpenAI body: `messages` at the chat endpoint, else `prompt`, text or token ids.
@@ -44,7 +49,7 @@ class Intake:
         check_keys(form, values, form.endpoint, "", self.ignored)
         body = validated(form, values)
         self._check_model(body)
-        ids = self._chat_ids(body, values["messages"]) if isinstance(body, ChatBody) else self._prompt_ids(body.prompt)
+        ids, form_of_answer = self._chat(body, values) if isinstance(body, ChatBody) else self._completion(body)
         room = self.limits.max_context - len(ids)
         if room < 1:
             raise RequestError(
@@ -60,7 +65,8 @@ class Intake:
             # No more than the vocabulary to choose from: the same as no cut, and small enough for int32.
             top_k=sampling.top_k if sampling.top_k < self.limits.vocab_size else 0,
         )
-        return Request(custom_id, np.array(ids, dtype=np.int32), sampling, endpoint, line, default_length)
+        prompt = np.array(ids, dtype=np.int32)
+        return Request(custom_id, prompt, sampling, endpoint, line, default_length, form_of_answer)
 
     def _check_model(self, body: Body) -> None:
         if body.model is not None and self.names is not None and body.model not in self.names:
@@ -70,17 +76,67 @@ class Intake:
                 "workload.model_names=any (or to the names that mean this model)",
             )
 
-    def _chat_ids(self, body: ChatBody, values: list[dict[str, Any]]) -> list[int]:
+    def _chat(self, body: ChatBody, values: dict[str, Any]) -> tuple[list[int], AnswerForm]:
+        template = self._known_tokenizer.chat_template(tools=bool(body.tools))
         messages = []
-        for index, (message, value) in enumerate(zip(body.messages, values, strict=True)):
+        for index, (message, value) in enumerate(zip(body.messages, values["messages"], strict=True)):
             name = f"messages[{index}]"
             if value.keys() - message.model_fields_set:
                 check_keys(Message, value, "a message", f"{name}.", self.ignored)
-            messages.append(_for_template(message, self._text(message, f"{name}.content")))
-        if not any(message["content"].strip() for message in messages):
+            messages.append(self._turn(message, name, template))
+        if not any(message.get("content", "").strip() or "tool_calls" in message for message in messages):
             raise RequestError("empty_prompt", "messages hold no text")
-        tokenizer = self._tokenizer_for([message["content"] for message in messages])
-        return self._in_vocabulary(tokenizer.encode_chat(messages))
+        options = self._variables(body, template)
+        if body.tools and self._takes(template.dialect is not None, "tools", values["tools"]):
+            options["tools"] = values["tools"]
+        if body.documents and self._takes("documents" in template.variables, "documents", body.documents):
+            options["documents"] = body.documents
+        if body.continue_final_message:
+            if body.add_generation_prompt:
+                raise RequestError(
+                    "invalid_value", "continue_final_message and add_generation_prompt exclude each other"
+                )
+            options |= {"continue_final_message": True, "add_generation_prompt": False}
+        elif body.add_generation_prompt is False:
+            options["add_generation_prompt"] = False
+        text = self._known_tokenizer.render_chat(messages, **options)
+        last = messages[-1]
+        form = replace(
+            _form(body, last.get("content", "") if last["role"] == "assistant" else ""),
+            dialect=template.dialect if "tools" in options and body.tool_choice != "none" else None,
+            parallel_calls=body.parallel_tool_calls is not False,
+            split_thoughts=self.reasoning == "split" or (self.reasoning == "auto" and template.thinks),
+            thinking=text.rstrip().endswith("<think>"),
+        )
+        return self._in_vocabulary(self._encode(body, text, add_special_tokens=False)), form
+
+    def _turn(self, message: Message, name: str, template: ChatTemplate) -> dict[str, Any]:
+        """A message as chat templates know it. `developer` is OpenAI's newer name for `system`.
+
+        Raises RequestError, naming the message by `name`, where the template would leave a part of it out.
+        """
+        turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+        if message.content is not None or not message.tool_calls:
+            turn["content"] = self._text(message, f"{name}.content")
+        if message.name is not None:
+            turn["name"] = message.name
+        reasoning = message.reasoning_content or message.reasoning  # the older and the newer name
+        if reasoning:
+            turn["reasoning_content"] = reasoning
+        if message.tool_calls:
+            turn["tool_calls"] = [call.for_template() for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        for key, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if key in turn and message.role != role:
+                raise RequestError("invalid_value", f"{name}.{key} belongs to the turn of an assistant or a tool")
+        if template.dialect is None and (message.role == "tool" or "tool_calls" in turn):
+            key = "tool_calls" if "tool_calls" in turn else "role"
+            raise RequestError(
+                "unsupported_parameter",
+                f"{name}.{key} is not supported: the model's chat template says nothing of tools",
+            )
+        return turn
 
     def _text(self, message: Message, name: str) -> str:
         """The content of a turn in one piece, parts joined as they stand."""
@@ -103,23 +159,64 @@ class Intake:
         check_keys(Part, values, "a part", f"{name}.", self.ignored)
         return validated(Part, values, f"{name}.").text
 
-    def _prompt_ids(self, prompt: str | list[Any]) -> list[int]:
-        if isinstance(prompt, list):
-            return self._in_vocabulary(prompt)
-        return self._in_vocabulary(self._tokenizer_for([prompt]).encode(prompt))
+    def _variables(self, body: ChatBody, template: ChatTemplate) -> dict[str, Any]:
+        """What the request sets of the template's variables. Raises RequestError for one that the template has not."""
+        own = {"enable_thinking": body.enable_thinking, "reasoning_effort": body.reasoning_effort}
+        stated = own | {
+            f"chat_template_kwargs.{key}": value for key, value in (body.chat_template_kwargs or {}).items()
+        }
+        taken = {}
+        for name, value in stated.items():
+            key = name.rpartition(".")[2]
+            if value is not None and self._takes(key in template.variables - STRUCTURE, name, value):
+                taken[key] = value
+        return taken
 
-    def _tokenizer_for(self, texts: list[str]) -> Tokenizer:
-        """The tokenizer, for texts that can fit: tokenizing takes 80 times the memory of a text."""
+    def _takes(self, does: bool, name: str, value: Any) -> bool:
+        """Whether the chat template `does` take the key `name`. Raises RequestError if not, or counts it as ignored."""
+        if does:
+            return True
+        if self.ignored is None:
+            raise RequestError(
+                "unsupported_parameter",
+                f"{name}={brief(value)} is not supported: the model's chat template does not take it; leave it out, or "
+                "set workload.chat_template=FILE to one that does",
+            )
+        self.ignored[name] += 1
+        return False
+
+    def _completion(self, body: CompletionBody) -> tuple[list[int], AnswerForm]:
+        prompt = body.prompt
+        if isinstance(prompt, list):
+            ids = self._in_vocabulary(prompt)
+            ids = ids[-(self._at_most(body) or 0) :]
+            return ids, _form(body, self._known_tokenizer.decode(ids) if body.echo else "")
+        return self._in_vocabulary(self._encode(body, prompt, add_special_tokens=True)), _form(body, prompt)
+
+    @property
+    def _known_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError("no_tokenizer", "the model has no tokenizer: give the prompt as a list of token ids")
-        size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-        longest = NORMALIZED * self.tokenizer.longest_token
+        return self.tokenizer
+
+    def _encode(self, body: Body, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that can fit: tokenizing takes 80 times the memory of a text."""
+        tokenizer = self._known_tokenizer
+        size = len(text) if text.isascii() else len(text.encode())
+        longest = NORMALIZED * tokenizer.longest_token
         if size > self.limits.max_context * longest:
             raise RequestError(
                 "context_length_exceeded",
                 f"the prompt has {size} bytes, which no {self.limits.max_context} tokens can hold, the limit",
             )
-        return self.tokenizer
+        stated = body.add_special_tokens
+        return tokenizer.encode(text, add_special_tokens if stated is None else stated, self._at_most(body))
+
+    def _at_most(self, body: Body) -> int | None:
+        """How many tokens of the prompt are taken: -1 stands for as many as leave room for the answer."""
+        if body.truncate_prompt_tokens == -1:
+            return max(1, self.limits.max_context - (body.max_completion_tokens or body.max_tokens or 1))
+        return body.truncate_prompt_tokens
 
     def _in_vocabulary(self, ids: list[Any]) -> list[int]:
         if not ids:
@@ -135,12 +232,11 @@ class Intake:
         return ids
 
 
-def _for_template(message: Message, text: str) -> dict[str, Any]:
-    """A message as chat templates know it. `developer` is OpenAI's newer name for `system`."""
-    turn = {"role": "system" if message.role == "developer" else message.role, "content": text}
-    if message.name is not None:
-        turn["name"] = message.name
-    reasoning = message.reasoning_content or message.reasoning  # the older and the newer name
-    if reasoning:
-        turn["reasoning_content"] = reasoning
-    return turn
+def _form(body: Body, before: str) -> AnswerForm:
+    """What any request may say of its answer's text; `before` is what `echo` puts before it."""
+    return AnswerForm(
+        show_special=body.skip_special_tokens is False,
+        include_stop=bool(body.include_stop_str_in_output),
+        return_token_ids=bool(body.return_token_ids),
+        before=before if body.echo else "",
+    )

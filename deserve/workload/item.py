@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from deserve.batch import Request
+from deserve.model.tokenizer import ChatTemplate
 
 
 class Tokenizer(Protocol):
@@ -13,11 +14,17 @@ class Tokenizer(Protocol):
     def longest_token(self) -> int:
         """Bytes of text that one token can stand for, at most."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
+    def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
+        """Token ids of a text, of its end where there are more than `at_most`."""
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation through the chat template; RequestError where that refuses it."""
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without special tokens."""
+
+    def chat_template(self, tools: bool = False) -> ChatTemplate:
+        """What the chat template (for requests with `tools`) understands; RequestError where there is none."""
+
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The text of a conversation through the chat template; RequestError where that refuses it."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ To do a key, give it a field in one of the models and take it out of `NOT_DONE`;
 """
 
 import difflib
+import json
 import re
 from collections import Counter
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -32,9 +33,7 @@ NO_EFFECT = {
     "session_id": "names the conversation in the server's log",
     "stream_options": "streaming, which is refused",
     "stream_interval": "streaming, which is refused",
-    "parallel_tool_calls": "tools, which are refused",
     "guided_decoding_backend": "guided decoding, which is refused",
-    "truncation_side": "truncate_prompt_tokens, which is refused",
     "return_tokens_as_token_ids": "logprobs, which are refused",
 }
 
@@ -47,8 +46,6 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "prompt_logprobs": (),
     "logprob_token_ids": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -72,21 +69,12 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "allowed_token_ids": (),
     "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "echo": (False,),
+    "truncation_side": ("left",),
     "suffix": ("",),
     "prompt_embeds": (),
-    "return_token_ids": (False,),
     "return_prompt_text": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "reasoning_effort": (),
     "reasoning": (),
     "include_reasoning": (True,),
     "thinking_token_budget": (-1,),
@@ -102,7 +90,22 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": ({},),
     "extra_body": ({},),
 }
-HINTS = {"extra_body": "it is an argument of OpenAI's Python client, which puts its keys into the body: do that"}
+# Keys of chats, which may ask for nothing at the other endpoint.
+OF_CHATS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "chat_template_kwargs": ({},),
+    "enable_thinking": (),
+    "reasoning_effort": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "documents": ([],),
+}
+HINTS = {
+    "extra_body": "it is an argument of OpenAI's Python client, which puts its keys into the body: do that",
+    "chat_template": "give the job one, workload.chat_template=FILE",
+}
 
 
 def brief(value: Any) -> str:
@@ -146,6 +149,30 @@ def _one_prompt(value: Any) -> Any:
     return value
 
 
+def _arguments(value: Any) -> Any:
+    """What a function was called with: JSON text, as the API has it, as the object that templates expect."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value or "{}")
+    except (ValueError, RecursionError):
+        return value
+
+
+def _tool_choice(value: Any) -> Any:
+    if value == "required" or isinstance(value, dict):
+        raise RequestError(
+            "unsupported_parameter", f"tool_choice={brief(value)} is not supported: give auto or none, or leave it out"
+        )
+    return value
+
+
+def _count_or_all(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError(f"is {value}, but must be a whole number of at least 1, or -1")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 
@@ -157,6 +184,7 @@ class Keys(BaseModel):
 
     no_effect: ClassVar[dict[str, str]] = {}
     not_done: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    within: ClassVar[dict[str, type["Keys"]]] = {}  # of keys that hold objects, or lists of them
 
 
 class Sampling(Keys):
@@ -182,19 +210,64 @@ class Sampling(Keys):
     ignore_eos: bool | None = Field(None, description="true or false")
 
 
+class Function(Keys):
+    """A function that the model may call; the chat template gets it as the line has it."""
+
+    name: Annotated[Text, Field(min_length=1)] = Field(description="a string, not empty")
+    description: Text | None = Field(None, description="a string")
+    parameters: dict[str, Any] | None = Field(None, description="a JSON Schema, an object")
+
+
+class Tool(Keys):
+    """An entry of `tools`."""
+
+    type: Literal["function"] = Field(description="function")
+    function: Function = Field(description="an object")
+
+    within = {"function": Function}
+
+
+class CalledFunction(Keys):
+    """What an earlier answer called."""
+
+    name: Annotated[Text, Field(min_length=1)] = Field(description="a string, not empty")
+    arguments: Annotated[dict[str, Any], BeforeValidator(_arguments)] = Field(
+        description="a JSON object, or a string that holds one"
+    )
+
+
+class ToolCall(Keys):
+    """A call in an earlier answer."""
+
+    id: Text | None = Field(None, description="a string")
+    type: Literal["function"] | None = Field(None, description="function")
+    function: CalledFunction = Field(description="an object")
+
+    within = {"function": CalledFunction}
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates know it."""
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        named = {} if self.id is None else {"id": self.id}
+        return {**named, "type": "function", "function": function}
+
+
 class Message(Keys):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="one of system, developer, user, assistant"
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="one of system, developer, user, assistant, tool"
     )
     content: Text | list[Any] | None = Field(None, description="a string or a list of parts")
     name: Text | None = Field(None, description="a string")
     reasoning_content: Text | None = Field(None, description="a string")
     reasoning: Text | None = Field(None, description="a string")
+    tool_calls: list[ToolCall] | None = Field(None, description="a list of objects")
+    tool_call_id: Text | None = Field(None, description="a string")
 
     no_effect = {"id": "names the message", "annotations": "the provider's notes on its answer"}
-    not_done = {"tool_calls": ([],), "function_call": (), "tool_call_id": (), "refusal": ("",), "audio": ()}
+    not_done = {"function_call": (), "refusal": ("",), "audio": ()}
+    within = {"tool_calls": ToolCall}
 
 
 class Part(Keys):
@@ -210,6 +283,14 @@ class Body(Sampling):
     """What both endpoints take."""
 
     model: Text | None = Field(None, description="a string")
+    skip_special_tokens: bool | None = Field(None, description="true or false")
+    include_stop_str_in_output: bool | None = Field(None, description="true or false")
+    return_token_ids: bool | None = Field(None, description="true or false")
+    echo: bool | None = Field(None, description="true or false")
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    truncate_prompt_tokens: Annotated[Whole, AfterValidator(_count_or_all)] | None = Field(
+        None, description="a whole number of at least 1, or -1"
+    )
 
     endpoint: ClassVar[str]
     no_effect = NO_EFFECT
@@ -219,9 +300,21 @@ class ChatBody(Body):
     """The body of `/v1/chat/completions`."""
 
     messages: list[Message] = Field(description="a list of objects")
+    tools: list[Tool] | None = Field(None, description="a list of objects")
+    tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] | None = Field(
+        None, description="none or auto"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    enable_thinking: bool | None = Field(None, description="true or false")
+    reasoning_effort: Text | None = Field(None, description="a string")
+    documents: list[dict[str, Any]] | None = Field(None, description="a list of objects")
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    continue_final_message: bool | None = Field(None, description="true or false")
 
     endpoint = CHAT
-    not_done = NOT_DONE | {"add_special_tokens": (False,)}
+    not_done = NOT_DONE
+    within = {"messages": Message, "tools": Tool}
 
 
 class CompletionBody(Body):
@@ -232,7 +325,7 @@ class CompletionBody(Body):
     )
 
     endpoint = COMPLETIONS
-    not_done = NOT_DONE | {"add_special_tokens": (True,)}
+    not_done = NOT_DONE | OF_CHATS
 
 
 def _decimal(value: Any) -> Any:
@@ -272,12 +365,14 @@ def validated(keys: type[K], values: dict[str, Any], prefix: str = "") -> K:
 def _words(error: ValidationError, keys: type[Keys]) -> str:
     errors = error.errors(include_url=False)
     first = next((entry for entry in errors if entry["type"] == "value_error"), errors[0])
-    name, *inner = first["loc"]
-    wanted = keys.model_fields[str(name)].description
-    if name == "messages" and inner:
-        name, wanted = f"messages[{inner[0]}]", "an object"
-        if len(inner) > 1:
-            name, wanted = f"{name}.{inner[1]}", Message.model_fields[str(inner[1])].description
+    name, wanted, inside, holds = "", None, keys, None
+    for part in first["loc"]:  # keys and indices, and among them which part of a union does not fit
+        if isinstance(part, int) and holds:
+            name, wanted = f"{name}[{part}]", "an object"
+        elif isinstance(part, str) and part in inside.model_fields:
+            name = f"{name}.{part}" if name else part
+            wanted, holds = inside.model_fields[part].description, inside.within.get(part)
+            inside = holds or inside
     if first["type"] == "value_error":
         return f"{name} {first['ctx']['error']}"
     if first["type"] == "missing":

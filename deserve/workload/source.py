@@ -126,6 +126,7 @@ def _intake(
         defaults,
         _model_names(config),
         ignored if config.workload.unknown_keys == "ignore" else None,
+        config.workload.reasoning,
     )
 
 

@@ -1,0 +1,291 @@
+"""Chats: what a line says reaches the template as transformers has it, and what the model writes is read back."""
+
+import json
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import save_tokenizer
+from transformers import AutoTokenizer
+
+from deserve.batch import AnswerForm, Completion, Request, SamplingParams
+from deserve.config import load_config
+from deserve.errors import RequestError, UserError
+from deserve.model.checkpoint import resolve
+from deserve.model.tokenizer import Tokenizer, load_tokenizer
+from deserve.model.tools import Answer
+from deserve.text import AnswerReader
+from deserve.workload.intake import Intake
+from deserve.workload.item import Limits
+from deserve.workload.schema import CHAT, COMPLETIONS
+
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def turns(call: str = "") -> str:
+    calls = "{% for c in m.tool_calls or [] %}" + call + "{% endfor %}" if call else ""
+    return "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}" + calls + "<|end|>{% endfor %}"
+
+
+# As the families' own templates write calls; the arguments must be objects
+TEMPLATES = {
+    "plain": turns() + ASKS,
+    "hermes": TOOLS + turns("<tool_call>{{ c.function | tojson }}</tool_call>") + ASKS,
+    "mistral": TOOLS + turns("[TOOL_CALLS][{{ c.function | tojson }}]{{ c.id }}{{ m.tool_call_id }}") + ASKS,
+    "llama3": TOOLS + turns('<|python_tag|>{"parameters": "{{ c.function.arguments.city }}"}') + ASKS,
+    "thinks": turns()
+    + "{% if add_generation_prompt %}<|assistant|><think>\n"
+    + "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}",
+    "variables": "{{ documents | length }}{{ reasoning_effort }}{{ style }}" + turns() + ASKS,
+}
+SPECIAL = ("[TOOL_CALLS]", "<|python_tag|>")
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+USER = {"role": "user", "content": "Weather?"}
+CALLED = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+CONVERSATION = [
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "rain"},
+]
+
+
+@cache
+def folder(name: str) -> Path:
+    """A model folder with the tokenizer of bytes, the marks of calls among its special tokens."""
+    folder = save_tokenizer(Path(mkdtemp()), TEMPLATES[name])
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    for number, mark in enumerate(SPECIAL, start=261):
+        tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"id": number, "content": mark})
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    return Tokenizer(folder(name))
+
+
+def intake(name: str, reasoning: str = "auto", ignored: Counter[str] | None = None) -> Intake:
+    return Intake(tokenizer(name), Limits(300, 2000), SamplingParams(), None, ignored, reasoning)
+
+
+def chat(name: str, messages: Any = (USER,), reasoning: str = "auto", **keys: Any) -> Request:
+    return intake(name, reasoning).request("a", 1, CHAT, {"messages": list(messages)} | keys)
+
+
+def refusal(name: str, **keys: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        chat(name, **keys)
+    return f"{caught.value.code}: {caught.value}"
+
+
+def rendered(name: str, messages: Any, **options: Any) -> list[int]:
+    """What transformers itself makes of a conversation."""
+    options = {"add_generation_prompt": True} | options
+    reference = AutoTokenizer.from_pretrained(folder(name))
+    ids: list[int] = reference.apply_chat_template(list(messages), return_dict=False, **options)
+    return ids
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral", "llama3"])
+def test_tools_reach_the_template_as_transformers_documents_them(name: str) -> None:
+    call = CALLED | {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    turns = [USER, {"role": "assistant", "tool_calls": [call]}, CONVERSATION[2]]
+    request = chat(name, CONVERSATION, tools=[WEATHER])
+    assert request.prompt.tolist() == rendered(name, turns, tools=[WEATHER])
+    assert request.form.dialect == name
+    for choice in ("auto", None):
+        assert chat(name, tools=[WEATHER], tool_choice=choice).form.dialect == name
+    none = chat(name, tools=[WEATHER], tool_choice="none")  # as in vLLM, the model is told of them all the same
+    assert none.form.dialect is None and none.prompt.tolist() == rendered(name, [USER], tools=[WEATHER])
+    assert chat(name, tools=[]).form.dialect is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"tools": [WEATHER], "tool_choice": "required"}, "unsupported_parameter: tool_choice='required'"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "unsupported_parameter: tool_choice=an object"),
+        ({"tools": [WEATHER], "tool_choice": "any"}, "invalid_value: tool_choice is 'any'"),
+        ({"tools": [{"type": "web_search"}]}, "invalid_value: tools[0].type is 'web_search', but must be function"),
+        ({"tools": [{"type": "function"}]}, "invalid_value: tools[0].function is missing"),
+        ({"tools": [{"type": "function", "function": {}}]}, "invalid_value: tools[0].function.name is missing"),
+        ({"tools": "weather"}, "invalid_value: tools is 'weather', but must be a list of objects"),
+        (
+            {"messages": [USER | {"tool_calls": [CALLED]}]},
+            "invalid_value: messages[0].tool_calls belongs to the turn of an assistant",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
+            "invalid_value: messages[0].tool_calls[0].function.arguments is '[', but must be a JSON object",
+        ),
+    ],
+)
+def test_what_is_wrong_with_tools_is_said(keys: dict[str, Any], words: str) -> None:
+    assert refusal("hermes", **keys).startswith(words)
+
+
+def test_a_template_takes_what_it_knows() -> None:
+    documents = [{"title": "a", "text": "b"}]
+    stated = {"documents": documents, "reasoning_effort": "low", "chat_template_kwargs": {"style": "plain"}}
+    ids = chat("variables", **stated).prompt.tolist()
+    assert ids == rendered("variables", [USER], documents=documents, reasoning_effort="low", style="plain")
+    off = chat("thinks", enable_thinking=False)
+    assert off.prompt.tolist() == rendered("thinks", [USER], enable_thinking=False)
+    assert off.prompt.tolist() == chat("thinks", chat_template_kwargs={"enable_thinking": False}).prompt.tolist()
+    assert (off.form.thinking, chat("thinks").form.thinking) == (False, True)
+    for key, value in (stated | {"enable_thinking": True, "tools": [WEATHER]}).items():
+        named = "chat_template_kwargs.style" if key == "chat_template_kwargs" else key
+        assert refusal("plain", **{key: value}).startswith(f"unsupported_parameter: {named}=")
+    assert "chat_template_kwargs.messages" in refusal("plain", chat_template_kwargs={"messages": []})
+    assert "messages[2].role" in refusal("plain", messages=[USER, USER, CONVERSATION[2]])
+    ignored: Counter[str] = Counter()
+    body = {"messages": [USER], "tools": [WEATHER], "enable_thinking": False}
+    request = intake("plain", ignored=ignored).request("a", 1, CHAT, body)
+    assert request.prompt.tolist() == rendered("plain", [USER])
+    assert ignored == {"tools": 1, "enable_thinking": 1}
+
+
+def test_where_the_answer_begins() -> None:
+    begun = [USER, {"role": "assistant", "content": "It is"}]
+    going_on = chat("plain", begun, continue_final_message=True, echo=True)
+    assert going_on.prompt.tolist() == rendered(
+        "plain", begun, add_generation_prompt=False, continue_final_message=True
+    )
+    assert going_on.form.before == "It is"
+    ended = chat("plain", begun, add_generation_prompt=False, echo=False)
+    assert ended.prompt.tolist() == rendered("plain", begun, add_generation_prompt=False)
+    both = {"messages": begun, "continue_final_message": True, "add_generation_prompt": True}
+    assert "exclude each other" in refusal("plain", **both)
+
+
+def test_how_a_prompt_is_tokenized() -> None:
+    def completion(prompt: Any, **keys: Any) -> list[int]:
+        ids: list[int] = intake("plain").request("a", 1, COMPLETIONS, {"prompt": prompt} | keys).prompt.tolist()
+        return ids
+
+    begin, *letters = completion("abcdef")
+    assert begin == 257 and completion("abcdef", add_special_tokens=False) == letters
+    assert completion("abcdef", truncate_prompt_tokens=3) == [257, *letters[-2:]]  # as vLLM, special tokens stay
+    assert completion([1, 2, 3], truncate_prompt_tokens=2) == [2, 3]
+    assert completion("a" * 3000, truncate_prompt_tokens=-1, max_tokens=10) == [257, *letters[:1] * 1989]
+    assert len(chat("plain", truncate_prompt_tokens=4).prompt) == 4
+    assert chat("plain", add_special_tokens=True).prompt.tolist() == [257, *rendered("plain", [USER])]
+    for keys in ({"truncate_prompt_tokens": 0}, {"truncate_prompt_tokens": -2}):
+        with pytest.raises(RequestError, match="truncate_prompt_tokens"):
+            completion("a", **keys)
+
+
+def test_a_template_of_the_job_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    path.write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    checkpoint = resolve(load_config(["model.path=" + str(make_model(tmp_path / "model"))]).model)
+    own = load_tokenizer(checkpoint, chat_template=str(path))
+    assert own is not None and own.render_chat([USER]) == "[Weather?]"
+    path.write_text("{% for m in %}")
+    with pytest.raises(UserError, match=r"workload\.chat_template=.*not a Jinja template: line 1"):
+        load_tokenizer(checkpoint, chat_template=str(path))
+    with pytest.raises(UserError, match=r"workload\.chat_template=.*No such file"):
+        load_tokenizer(checkpoint, chat_template=str(tmp_path / "none"))
+    path.write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match=r"no tokenizer"):
+        load_tokenizer(resolve(load_config(["model=tiny"]).model), chat_template=str(path))
+
+
+def make_model(folder: Path) -> Path:
+    from checkpoints import make_checkpoint
+
+    return save_tokenizer(make_checkpoint(folder))
+
+
+# Answers
+
+
+def read(name: str, form: AnswerForm, text: str, reason: str = "stop", stop: tuple[str, ...] = ()) -> Answer:
+    """What is read of a completion that says `text`, special tokens included; `stop` strings have ended it, or EOS."""
+    request = Request("a", np.array([257, 65], np.int32), SamplingParams(stop=stop), CHAT, form=form)
+    tokens = tokenizer(name).encode(text, add_special_tokens=False)
+    cut = text[: min(text.find(end) for end in stop)] if stop else None
+    ended = [256] if reason == "stop" and not stop else []
+    return AnswerReader(tokenizer(name))(Completion(request, np.array(tokens + ended, np.int32), reason, cut))
+
+
+PARIS = ("weather", '{"city": "Paris"}')
+BOTH = '{"name": "weather", "arguments": {"city": "Paris"}}'
+
+
+@pytest.mark.parametrize("ending", ["length", "stop"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", f"Well.<|user|><tool_call>\n{BOTH}\n</tool_call>"),
+        ("mistral", f"Well.[TOOL_CALLS][{BOTH}]"),
+        ("llama3", f"Well.<|python_tag|>{BOTH.replace('arguments', 'parameters')}"),
+    ],
+)
+def test_calls_are_read_whether_or_not_their_marks_are_special(name: str, text: str, ending: str) -> None:
+    assert read(name, AnswerForm(dialect=name), text, ending) == Answer("Well.", (PARIS,))
+
+
+def test_marks_without_a_call_are_cut() -> None:
+    form = AnswerForm(dialect="mistral")
+    assert read("mistral", form, "a[TOOL_CALLS]b<|user|>") == Answer("ab")
+    assert read("mistral", AnswerForm(dialect="mistral", show_special=True), "a[TOOL_CALLS]") == Answer("a[TOOL_CALLS]")
+    assert read("mistral", form, f"[TOOL_CALLS][{BOTH}]x\n\n", stop=("\n",)).calls == ()
+    assert read("mistral", form, f"[TOOL_CALLS][{BOTH}]\n", stop=("\n",)) == Answer(None, (PARIS,))
+
+
+def test_only_the_first_of_parallel_calls() -> None:
+    form = AnswerForm(dialect="mistral", parallel_calls=False)
+    assert read("mistral", form, f"[TOOL_CALLS][{BOTH}, {BOTH}]") == Answer(None, (PARIS,))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "answer"),
+    [
+        ("Well.\n</think>\n\nYes", "stop", Answer("Yes", (), "Well.", 14)),
+        ("Well", "length", Answer("", (), "Well", 4)),
+        ("</think>Yes", "stop", Answer("Yes", (), "", 8)),
+        ("é</think>", "length", Answer("", (), "é", 10)),
+    ],
+)
+def test_thoughts_are_counted(text: str, reason: str, answer: Answer) -> None:
+    assert read("thinks", AnswerForm(split_thoughts=True, thinking=True), text, reason) == answer
+
+
+def test_thoughts_before_calls() -> None:
+    form = AnswerForm(dialect="mistral", split_thoughts=True)
+    text = f"<think>Rain?</think>[TOOL_CALLS][{BOTH}]"
+    assert read("mistral", form, text) == Answer(None, (PARIS,), "Rain?", len("<think>Rain?</think>"))
+    assert read("mistral", form, "No thoughts") == Answer("No thoughts")
+
+
+def test_who_splits_thoughts() -> None:
+    assert [chat("thinks", reasoning=how).form.split_thoughts for how in ("auto", "keep", "split")] == [
+        True,
+        False,
+        True,
+    ]
+    assert [chat("plain", reasoning=how).form.split_thoughts for how in ("auto", "keep", "split")] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_what_else_a_text_shows() -> None:
+    shown, whole = AnswerForm(show_special=True), AnswerForm(include_stop=True)
+    assert read("plain", shown, "a<|user|>b").content == "a<|user|>b"
+    assert read("plain", AnswerForm(show_special=True, include_stop=True), "a").content == "a<|end|>"
+    assert read("plain", whole, "a").content == "a"
+    assert read("plain", whole, "ab.c!", stop=("!", ".")).content == "ab."
+    assert read("plain", AnswerForm(before="It is"), " so").content == "It is so"
