@@ -41,7 +41,6 @@ from bench.timing import (
 from deserve.config import ModelSection, load_config
 from deserve.errors import UserError
 from deserve.kvcache.pages import KVPages
-from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
@@ -108,7 +107,7 @@ class Stack:
         count = max(visit.decodes + (visit.prefill > 0) for visit in visits)
         width = -(-max(max(visit.context, visit.prefill) for visit in visits) // PAGE)
         pages = count * width
-        spec = KVSpec(config.num_kv_heads, config.head_dim, dtype)
+        spec = config.kv_spec(dtype)
         self.kv = KVPages(spec, layers, page_size=PAGE, main_pages=pages, device=device)
         for layer in self.kv.layers:
             layer.memory.normal_()
@@ -147,7 +146,7 @@ class Stack:
             torch.randn(visit.tokens, size, dtype=self.dtype, device=self.device)
             for size in (config.hidden_size, config.q_size, config.intermediate_size)
         )
-        kv_ms = 1e3 * visit.kv_tokens * config.kv_bytes_per_token_per_layer(self.dtype) / peak.bandwidth
+        kv_ms = 1e3 * visit.kv_tokens * config.kv_spec(self.dtype).token_bytes / peak.bandwidth
         products = (peak.product_s(shape, self.dtype.itemsize, visit.tokens) for shape in layer_matrices(config))
         bare = 1e3 * sum(products) + kv_ms
         alone = graph_ms(lambda: self.products(x, attended, activated), self.device, repeats) / self.layers
@@ -223,7 +222,7 @@ def shares(metrics: dict[str, Any], peak: Peak, config: ModelConfig, dtype: torc
         operations = sum(2 * out * size * tokens for (out, size), tokens in matrices)
         operations += answered * 4 * config.q_size * pairs * layers
         weights = sum(out * size for (out, size), _ in matrices) * dtype.itemsize
-        kv = answered * kv_tokens * config.kv_bytes_per_token_per_layer(dtype) * layers
+        kv = answered * kv_tokens * config.kv_spec(dtype).token_bytes * layers
         both_s = kv / peak.bandwidth
         both_s += sum(count * peak.product_s(shape, dtype.itemsize, tokens / count) for shape, tokens in matrices)
         found.append(

@@ -7,7 +7,6 @@ from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
 from deserve.kvcache.pages import KVPages
 from deserve.kvcache.slab import SwapCounters
-from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
@@ -110,7 +109,7 @@ def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dt
 def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
     """What a stage takes of which memory, for who ran out of it."""
     layers = shard.last - shard.first
-    page_bytes = plan.page_size * config.kv_bytes_per_token_per_layer(dtype) * layers
+    page_bytes = plan.page_size * config.kv_spec(dtype).token_bytes * layers
     host = plan.rounds * plan.swap_pages + pool_pages(plan.host_height)
     pages = plan.main_pages + plan.slab_pages(layers)
     weights_gb, pages_gb, host_gb = (
@@ -135,7 +134,7 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
         fetch_shard_files(checkpoint, shard)
         weights = load_shard(checkpoint.folder, config, shard, device, dtype)
     kv = KVPages(
-        KVSpec(config.num_kv_heads, config.head_dim, dtype),
+        config.kv_spec(dtype),
         shard.last - shard.first,
         page_size=plan.page_size,
         main_pages=plan.main_pages,

@@ -16,7 +16,6 @@ from checkpoints import make_checkpoint, reference_model
 from test_pipeline import Truth, greedy, run_jobs, text, wrong_answers
 
 from deserve.kvcache.pages import KVPages
-from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
@@ -76,7 +75,7 @@ class Whole:
         self._shards = []
         for shard in (Shard(0, half, True, False), Shard(half, config.num_layers, False, True)):
             weights = load_shard(folder, config, shard, cpu, torch.float32)
-            spec = KVSpec(config.num_kv_heads, config.head_dim, torch.float32)
+            spec = config.kv_spec(torch.float32)
             kv = KVPages(spec, half, page_size=PAGE_SIZE, main_pages=pages, device=cpu)
             kv.memory.fill_(100.0)
             self._shards.append((Decoder(config, weights, self._backend), kv))

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.pages import KVLayer, KVPages
-from deserve.kvcache.spec import KVSpec
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
@@ -104,7 +103,7 @@ class Runner:
         self.page_size = page
         self.decoder = Decoder(config, weights, backend)
         self.width = 512 // page
-        spec = KVSpec(config.num_kv_heads, config.head_dim, dtype)
+        spec = config.kv_spec(dtype)
         pages = MAX_ROWS * self.width
         self.kv = KVPages(spec, len(weights.layers), page_size=page, main_pages=pages, device=DEVICE)
         self.kv.memory.fill_(100.0)  # what sequences before left in the pages must not be seen

@@ -112,7 +112,7 @@ def make_decoder(config: ModelConfig, backend: type[TorchBackend]) -> Decoder:
 
 
 def make_kv(config: ModelConfig, main_pages: int, **options: int) -> KVPages:
-    spec = KVSpec(config.num_kv_heads, config.head_dim, torch.float32)
+    spec = config.kv_spec(torch.float32)
     return KVPages(spec, LAYERS, page_size=PAGE, main_pages=main_pages, device=CPU, **options)
 
 

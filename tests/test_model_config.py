@@ -32,7 +32,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
 def test_sizes_follow_from_the_heads():
     config = parse_config(RAW, "config.json")
     assert (config.head_dim, config.q_size, config.kv_size, config.group) == (16, 64, 32, 2)
-    assert config.kv_bytes_per_token_per_layer(torch.bfloat16) == 2 * 32 * 2
+    assert config.kv_spec(torch.bfloat16).token_bytes == 2 * 32 * 2
     assert config.dtype == torch.bfloat16
     assert config.rope_theta == 10000.0
     assert parse_config(RAW | {"head_dim": 32}, "config.json").q_size == 128

@@ -345,7 +345,7 @@ def on_two_gpus(
     words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
     config = load_config(words)
     model = resolve(config.model).config
-    page_bytes = 16 * model.kv_bytes_per_token_per_layer(torch.bfloat16)
+    page_bytes = 16 * model.kv_spec(torch.bfloat16).token_bytes
     times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 1024, page_s=page_bytes / 50e9)
     times = replace(times, visit=Cost(Curve((0.0,), (visit_ms * MS,))))
     link = LinkTimes(latency_ms * MS, 0.0)
@@ -419,7 +419,7 @@ def test_a_long_job_of_crowded_pages_is_told_from_some_waves(monkeypatch: pytest
     """Where sequences are suspended short waves and long ones alternate: one alone would tell a rate 20 % off."""
     model = resolve(load_config(["model=llama-3-70b", "model.weights=dummy"]).model).config
     times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512)
-    page_bytes = 16 * model.kv_bytes_per_token_per_layer(torch.bfloat16)
+    page_bytes = 16 * model.kv_spec(torch.bfloat16).token_bytes
     link = LinkTimes(64 * MS, 0.0)
     gpus = Machine((times,) * 2, (link,) * 2, (0, 0), 0, 2 * model.hidden_size, page_bytes)
     made = Plan((0, 40), 5, 22, 110, 512, "prefill_first", 16, 3204, 0, 13)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from deserve.errors import UserError
+from deserve.kvcache.spec import KVSpec
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,9 +68,9 @@ class ModelConfig:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
 
-    def kv_bytes_per_token_per_layer(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values that one token leaves in one layer's cache."""
-        return 2 * self.kv_size * dtype.itemsize
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec:
+        """What a layer keeps of a token, as `dtype`."""
+        return KVSpec(self.num_kv_heads, self.head_dim, dtype)
 
 
 @dataclass(frozen=True)

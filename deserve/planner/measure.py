@@ -86,7 +86,7 @@ def survey(
         comes, goes = (edges[world.rank - 1], world.rank > 0), (edges[world.rank], not world.is_last)
         if all(edge is not None for edge, exists in (comes, goes) if exists):  # no hidden states pass through the host
             frames = Curve(seconds=frames.seconds[:1])
-    page_bytes = page_size * checkpoint.config.kv_bytes_per_token_per_layer(dtype)
+    page_bytes = page_size * checkpoint.config.kv_spec(dtype).token_bytes
     planning = measure_scheduling(page_size, most) if world.rank == 0 else Curve()
     if device.type == "cpu":
         loop = rehearse(world, config, probe.forward, probe.scenes, link.latency_s)
@@ -267,7 +267,7 @@ class _Probe:
         near, far = (-(-(context + 1) // page_size) for context in (self._context, self._long_context))
         pages = max(self._width, self._far * far, max_tokens * near)
         if device.type == "cpu":
-            page_bytes = page_size * model.kv_bytes_per_token_per_layer(dtype)
+            page_bytes = page_size * model.kv_spec(dtype).token_bytes
             pages = max(pages, -(-COLD_BYTES // page_bytes))
         self._pages, self._slots, self._next_page, self._next_slot = pages, 4 * max_tokens + 8, 0, 0
         plan = Plan((0,), 1, max_tokens, self._slots, max_tokens, "vanilla", page_size, pages, 0, 0)

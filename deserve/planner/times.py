@@ -205,7 +205,7 @@ def stated_times(
         return Curve((0.0, knee, end), (fixed, fixed, fixed * end / knee))
 
     layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
-    kv_s = model.kv_bytes_per_token_per_layer(dtype) / bytes_per_s
+    kv_s = model.kv_spec(dtype).token_bytes / bytes_per_s
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
     tokens = product(layer_bytes) if layer_s is None else Curve((0.0,), (layer_s,))
     head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
