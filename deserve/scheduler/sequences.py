@@ -136,8 +136,10 @@ class Sequences:
         length = length + kept
         self.length[slots] = length
         done = ended | failed | (length >= self.end[slots])
-        reasons = np.where(failed, "error", np.where(ended, "stop", "length"))
-        return [Ending(int(slots[row]), str(reasons[row]), texts.get(row)) for row in np.flatnonzero(done).tolist()]
+        return [
+            Ending(int(slots[row]), "error" if failed[row] else "stop" if ended[row] else "length", texts.get(row))
+            for row in np.flatnonzero(done).tolist()
+        ]
 
     def _verify(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> tuple[Ints, Bools, Bools]:
         """Put what was sampled for `slots` [rows] in place.
