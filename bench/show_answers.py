@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from deserve.report.results import failure
+
 SHOWN = 3
 
 
@@ -17,12 +19,13 @@ def main(folder: Path) -> None:
     shown = 0
     for entry in read_lines(Path(metrics["config"]["workload"]["source"])):
         answer = answers.get(entry.get("custom_id"))
-        if shown == SHOWN or answer is None or answer["response"] is None:
+        if shown == SHOWN or answer is None or failure(answer) is not None:
             continue
         shown += 1
         choice = answer["response"]["body"]["choices"][0]
         print(f"\n{indented('> ', question(entry.get('body', entry)))}")
-        print(indented("  ", choice["message"]["content"] if "message" in choice else choice["text"]))
+        said = choice["message"] if "message" in choice else {"content": choice["text"]}
+        print(indented("  ", said["content"] or json.dumps(said.get("tool_calls", ""))))
     print(
         f"\n{metrics['requests']} requests, {metrics['errors']} errors, {metrics['output_tokens']} output tokens in "
         f"{metrics['elapsed_s']:.1f} s: {metrics['output_tokens_per_s']:.1f} output tokens/s"

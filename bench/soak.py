@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from deserve.report.results import failure
+
 STARTUP_S = 120.0  # for the ranks to come up on a busy machine
 GROWTH_MB = 16.0  # of a rank between the second quarter of the undisturbed job and its end: more is a leak
 
@@ -181,7 +183,7 @@ def read(output: Path) -> tuple[dict[str, str], list[str]]:
         entry = json.loads(line)
         if texts.get(entry["custom_id"], "error") != "error":
             repeated.append(entry["custom_id"])
-        texts[entry["custom_id"]] = entry["response"]["body"]["choices"][0]["text"] if entry["response"] else "error"
+        texts[entry["custom_id"]] = "error" if failure(entry) else entry["response"]["body"]["choices"][0]["text"]
     return texts, repeated
 
 

@@ -101,6 +101,7 @@ class OutputSection:
 
     dir: str = "outputs"
     resume: bool = True
+    errors: str = "same"  # the file that errors go to: results.jsonl; separate: errors.jsonl
     retry_errors: str = "auto"  # auto: those that another plan, setting or model folder may mend; all; none
     grace_s: float = 20.0  # time for visits in flight after SIGTERM
 
@@ -246,6 +247,7 @@ def _check(config: Config) -> None:
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))
+    _one_of("output.errors", config.output.errors, ("same", "separate"))
     _one_of("output.retry_errors", config.output.retry_errors, ("auto", "all", "none"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)

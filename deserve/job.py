@@ -49,7 +49,12 @@ class Job:
         self._folder = Path(config.output.dir)
         self._manifest = Manifest.of(config, checkpoint.fingerprint(), str(self._dtype).removeprefix("torch."))
         self._writer = ResultsWriter(
-            self._folder / "results.jsonl", resume, checkpoint.name, self._manifest, config.output.retry_errors
+            self._folder / "results.jsonl",
+            resume,
+            checkpoint.name,
+            self._manifest,
+            config.output.retry_errors,
+            config.output.errors == "separate",
         )
         self._tokenizer = load_tokenizer(checkpoint, self._writer.began, config.workload.chat_template)
         self._changed: Path | None = None  # a file that was not read as it was at the start

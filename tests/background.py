@@ -1,7 +1,6 @@
 """Starts the project in the background, for tests that disturb it while it runs."""
 
 import contextlib
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 from launch import ROOT
+from results import code, read_results
 
 
 class Running:
@@ -118,11 +118,8 @@ def line_count(output: Path) -> int:
 
 def answers(output: Path) -> dict[str, str]:
     """The text of each request. Every line must be whole, an answer, and the only one of its request."""
-    data = (output / "results.jsonl").read_bytes()
-    assert not data or data.endswith(b"\n")
     found: dict[str, str] = {}
-    for line in data.splitlines():
-        entry = json.loads(line)
-        assert entry["error"] is None and entry["custom_id"] not in found, entry
+    for entry in read_results(output):
+        assert code(entry) is None and entry["custom_id"] not in found, entry
         found[entry["custom_id"]] = entry["response"]["body"]["choices"][0]["text"]
     return found

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from launch import python, torchrun
+from results import code, read_results
 from safetensors.torch import load_file, save_file
 
 from deserve.config import load_config
@@ -105,10 +106,10 @@ def test_partitions_that_cannot_work(partition: object) -> None:
 def answers(output: Path) -> dict[str, str]:
     """Each request's error code, or how its answer ended: the last line counts, and only errors are followed by one."""
     found: dict[str, str] = {}
-    for entry in map(json.loads, (output / "results.jsonl").read_text().splitlines()):
-        name, error = entry["custom_id"], entry["error"]
+    for entry in read_results(output):
+        name = entry["custom_id"]
         assert found.get(name) not in ("stop", "length")
-        found[name] = error["code"] if error else entry["response"]["body"]["choices"][0]["finish_reason"]
+        found[name] = code(entry) or entry["response"]["body"]["choices"][0]["finish_reason"]
     return found
 
 

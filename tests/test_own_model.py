@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import make_checkpoint, reference_model, save_tokenizer
 from launch import python, torchrun
+from results import code, read_results
 from test_pipeline import greedy, run_jobs, sampled, until_eos
 
 from deserve.config import ModelSection, SamplingSection, load_config
@@ -79,8 +80,8 @@ def test_an_entry_of_the_group_keeps_what_it_says() -> None:
 
 
 def answers(output: Path) -> dict[str, dict[str, Any]]:
-    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
-    assert all(line["error"] is None for line in lines)
+    lines = read_results(output)
+    assert not any(map(code, lines))
     return {line["custom_id"]: line["response"]["body"] for line in lines}
 
 

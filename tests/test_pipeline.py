@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
 from launch import torchrun
+from results import code, read_results
 from safetensors.torch import load_file, save_file
 
 from deserve.model.sampler import draw, uniforms
@@ -198,11 +199,10 @@ def layouts(ranks: int) -> dict[str, list[str]]:
 def wrong_answers(output: Path, truth: Truth) -> dict[str, Any]:
     """What a job answered otherwise than `truth` has it: nothing, if all is well."""
     given = {}
-    for line in (output / "results.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_results(output):
         assert entry["custom_id"] not in given, entry
-        if entry["error"] is not None:
-            given[entry["custom_id"]] = (entry["error"]["code"], "error")
+        if code(entry) is not None:
+            given[entry["custom_id"]] = (code(entry), "error")
             continue
         choice = entry["response"]["body"]["choices"][0]
         given[entry["custom_id"]] = (choice["text"], choice["finish_reason"])

@@ -15,16 +15,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results import checked, code, read_results
 
-from deserve.batch import Completion, Request
+from deserve.batch import AnswerForm, Completion, Request
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.tools import Answer
 from deserve.report.progress import Progress
 from deserve.report.recorder import NON_FINITE_LIMIT, Recorder
-from deserve.report.results import Manifest, ResultsWriter
+from deserve.report.results import Manifest, ResultsWriter, failure
 
 CHAT = "/v1/chat/completions"
+
+FILES = ("results.jsonl", "errors.jsonl")
 
 
 def completion(custom_id: str, endpoint: str = "/v1/completions") -> Completion:
@@ -33,9 +36,14 @@ def completion(custom_id: str, endpoint: str = "/v1/completions") -> Completion:
 
 
 def write(
-    path: Path, *custom_ids: str, resume: bool = True, manifest: Manifest | None = None, retry: str = "auto"
+    path: Path,
+    *custom_ids: str,
+    resume: bool = True,
+    manifest: Manifest | None = None,
+    retry: str = "auto",
+    separate: bool = False,
 ) -> set[str]:
-    with ResultsWriter(path, resume, "model", manifest, retry) as writer:
+    with ResultsWriter(path, resume, "model", manifest, retry, separate) as writer:
         for custom_id in custom_ids:
             writer.completion(completion(custom_id), Answer("text"))
         return writer.done
@@ -51,8 +59,11 @@ def test_format(tmp_path: Path) -> None:
         writer.completion(completion("a", CHAT), Answer("line\u2028two\x85\ud800"))
         writer.completion(completion("b"), Answer("é"))
         writer.error("c", "invalid_json", "line 3: not JSON")
-        assert len(path.read_bytes().splitlines()) == 3  # visible before closing
-    chat, text, error = (json.loads(line) for line in path.read_text().splitlines())
+        writer.error("d", "invalid_value", "line 4: n")
+        writer.error("e", "model_not_found", "line 5: gpt")
+        writer.error("f", "non_finite_logits", "NaN")
+        assert len(path.read_bytes().splitlines()) == 6  # visible before closing
+    chat, text, error, *refused = (json.loads(line) for line in path.read_text().splitlines())
     assert chat["id"].startswith("batch_req_") and chat["custom_id"] == "a" and chat["error"] is None
     assert chat["response"]["status_code"] == 200 and chat["response"]["request_id"]
     body = chat["response"]["body"]
@@ -71,6 +82,64 @@ def test_format(tmp_path: Path) -> None:
     assert len({entry["id"] for entry in (chat, text, error)}) == 3
     assert error["response"] is None
     assert error["error"] == {"code": "invalid_json", "message": "line 3: not JSON"}
+    assert all(checked(entry)["error"] is None for entry in refused)
+    assert [entry["response"]["status_code"] for entry in refused] == [400, 404, 500]
+    assert refused[0]["response"]["body"]["error"] == {
+        "message": "line 4: n",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_value",
+    }
+
+
+def test_answers_with_calls_thoughts_and_token_ids(tmp_path: Path) -> None:
+    form = AnswerForm(dialect="hermes", split_thoughts=True, return_token_ids=True)
+    answer = Answer(None, (("f", "{}"),), "Well.", 1)
+    with ResultsWriter(tmp_path / "results.jsonl", True, "smol") as writer:
+        for reason in ("stop", "length"):
+            asked = replace(completion(reason, CHAT).request, form=form)
+            writer.completion(replace(completion(reason, CHAT), request=asked, finish_reason=reason), answer)
+        asked = replace(completion("text").request, form=AnswerForm(return_token_ids=True))
+        writer.completion(replace(completion("text"), request=asked), Answer("a"))
+    stop, length, text = (entry["response"]["body"] for entry in read_results(tmp_path))
+    (choice,) = stop["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Well.",
+        "tool_calls": [{"id": call["id"], "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }
+    assert (choice["finish_reason"], length["choices"][0]["finish_reason"]) == ("tool_calls", "length")
+    assert stop["usage"]["completion_tokens_details"] == {"reasoning_tokens": 1}
+    assert (stop["prompt_token_ids"], choice["token_ids"]) == ([0, 1, 2], [0, 1])
+    assert (text["choices"][0]["prompt_token_ids"], text["choices"][0]["token_ids"]) == ([0, 1, 2], [0, 1])
+    assert "completion_tokens_details" not in text["usage"]
+
+
+def test_errors_in_a_file_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with ResultsWriter(path, True, "model", separate_errors=True) as writer:
+        writer.completion(completion("a"), Answer("text"))
+        writer.error("plan", "kv_memory_exceeded", "4 pages")
+        writer.error("input", "invalid_json", "line 3")
+    names = {name: [(line["custom_id"], code(line)) for line in read_results(tmp_path, name)] for name in FILES}
+    errors = [("plan", "kv_memory_exceeded"), ("input", "invalid_json")]
+    assert names == {"results.jsonl": [("a", None)], "errors.jsonl": errors}
+    with (tmp_path / "errors.jsonl").open("ab") as file:
+        file.write(b'{"id": ')  # torn by a crash
+    with ResultsWriter(path, True, "model", separate_errors=True) as writer:
+        assert (writer.done, writer.retried) == ({"a", "input"}, 1)
+        writer.error("plan", "kv_memory_exceeded", "4 pages")
+    assert len(read_results(tmp_path, "errors.jsonl")) == 2
+    with ResultsWriter(path, True, "model") as writer:  # now to the same file: it must be whole by itself
+        writer.error("plan", "kv_memory_exceeded", "4 pages")
+    assert codes(path) == [("a", None), ("plan", "kv_memory_exceeded")]
+    assert write(path, "plan", separate=True) == {"a", "input"}
+    assert write(path, separate=True) == write(path) == {"a", "input", "plan"}  # an answer counts before any error
+    write(path, "a", resume=False, separate=True)
+    assert ids(tmp_path / "results.jsonl.1") == ["a", "plan", "plan"] and ids(tmp_path / "errors.jsonl.1")
+    assert (ids(path), ids(tmp_path / "errors.jsonl")) == (["a"], [])
 
 
 def test_resume_continues_the_file(tmp_path: Path) -> None:
@@ -242,7 +311,7 @@ def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | N
         else:
             recorder.close()
             assert recorder.non_finite == 39 == progress.summary()["errors"]
-    errors = [json.loads(line)["error"] for line in (tmp_path / "results.jsonl").read_bytes().splitlines()]
+    errors = [failure(line) for line in read_results(tmp_path)]
     message = "NaN or infinite logits after 2 tokens in float16"
     assert {(error["code"], error["message"].split(",")[0]) for error in errors if error} == {
         ("non_finite_logits", message)
@@ -250,8 +319,7 @@ def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | N
 
 
 def codes(path: Path) -> list[tuple[str, str | None]]:
-    entries = [json.loads(line) for line in path.read_bytes().splitlines()]
-    return [(entry["custom_id"], entry["error"] and entry["error"]["code"]) for entry in entries]
+    return [(entry["custom_id"], code(entry)) for entry in read_results(path.parent, path.name)]
 
 
 @pytest.mark.parametrize(("retry", "retried"), [("auto", {"plan"}), ("all", {"plan", "input"}), ("none", set())])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results import code, read_results
 
 import deserve.run
 from deserve.comm.world import World
@@ -122,8 +123,7 @@ def start(tmp_path: Path, *overrides: str) -> int:
 
 
 def results(tmp_path: Path) -> list[tuple[str, str | None]]:
-    entries = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    return [(entry["custom_id"], entry["error"] and entry["error"]["code"]) for entry in entries]
+    return [(entry["custom_id"], code(entry)) for entry in read_results(tmp_path / "out")]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,19 @@ MENDABLE = {
     "unsupported_parameter",
 }
 
+# Codes of lines that never reached an endpoint. As in OpenAI's Batch API, all other errors have a status: 400, or this.
+NOT_RUN = {
+    "duplicate_custom_id",
+    "invalid_json",
+    "invalid_method",
+    "invalid_request",
+    "invalid_url",
+    "invalid_utf8",
+    "line_too_long",
+    "unsupported_url",
+}
+STATUS = {"model_not_found": 404, "non_finite_logits": 500}
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -157,6 +170,29 @@ class Manifest:
         return as_json
 
 
+class _Log:
+    """An append-only file of lines. Raises OSError where it cannot be opened."""
+
+    def __init__(self, path: Path, size: int, opened: contextlib.ExitStack):
+        self._path, self._size = path, size  # bytes, all of whole lines
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        opened.callback(os.close, self._file)
+        opened.callback(os.fsync, self._file)
+        os.ftruncate(self._file, size)
+
+    def append(self, data: bytes) -> None:
+        """Append a line; if the disk is full, nothing of it stays. Raises UserError."""
+        line, written = memoryview(data), 0
+        try:
+            while written < len(line):  # once, unless the disk is nearly full
+                written += os.write(self._file, line[written:])
+        except OSError as problem:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise UserError(f"{self._path} cannot be written: {problem.strerror}") from problem
+        self._size += len(line)
+
+
 class ResultsWriter:
     """The one writer of a results file, from opening to `close`; a context manager.
 
@@ -165,6 +201,8 @@ class ResultsWriter:
     lines of one request the last one counts: `retry_errors` (`auto`: those in `MENDABLE`, `all`, `none`) says
     which errors are tried again, `retried` how many. A file of nothing but such errors is kept aside if it is of
     another job. `began` is when the job first started.
+
+    With `separate_errors`, errors go to `errors.jsonl` beside it. Then an answer counts before any error.
 
     Raises UserError if the folder cannot be written, if another process writes to it, if a line other than
     the last is corrupt, or if the results there are of another job than `manifest` says.
@@ -177,12 +215,14 @@ class ResultsWriter:
         model_name: str,
         manifest: Manifest | None = None,
         retry_errors: str = "auto",
+        separate_errors: bool = False,
     ):
         self.path = path
         self.done: set[str] = set()
-        self._to_retry: dict[str, int] = {}  # the hash of code and message by custom_id
+        self._to_retry: dict[str, int] = {}  # by custom_id, the hash of code and message
         self._model_name, self._retry_errors = model_name, retry_errors
-        self._size = 0  # bytes, all of whole lines
+        paths = [path.with_name("errors.jsonl"), path]
+        self._errors_path = paths[0] if separate_errors else path
         with contextlib.ExitStack() as opened:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,20 +230,19 @@ class ResultsWriter:
                 opened.callback(os.close, self._lock)
                 _lock(self._lock, path.parent)
                 if not resume:
-                    _set_aside(path)
-                if path.exists():
-                    self._size = self._read_done()
+                    _set_aside(*paths)
+                sizes = {path: self._read_done(path) for path in paths}
                 self.retried = len(self._to_retry)
-                must_write = manifest is not None and self._must_write(manifest, path.parent / "manifest.json")
-                if manifest is not None and self._size:
+                must_write = manifest is not None and self._must_write(manifest, sizes)
+                if manifest is not None and any(sizes.values()):
                     manifest = manifest.continuing(path.parent / "manifest.json")
                 self.began = datetime.now() if manifest is None else datetime.fromisoformat(manifest.began)
                 if manifest is not None and must_write:
                     manifest.write(path.parent / "manifest.json")
-                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-                opened.callback(os.close, self._file)
-                opened.callback(os.fsync, self._file)
-                os.ftruncate(self._file, self._size)
+                self._answers = _Log(path, sizes[path], opened)
+                self._errors = self._answers
+                if separate_errors:
+                    self._errors = _Log(self._errors_path, sizes[self._errors_path], opened)
             except FileExistsError:
                 raise UserError(f"output.dir={path.parent} is a file: give a folder, new or old") from None
             except OSError as error:
@@ -244,14 +283,19 @@ class ResultsWriter:
         if request.form.return_token_ids:  # where vLLM has them
             choice["token_ids"] = completion.tokens.tolist()
             (body if chat else choice)["prompt_token_ids"] = request.prompt.tolist()
-        response = {"status_code": 200, "request_id": f"req_{name}", "body": body}
-        self._append(request.custom_id, response, None)
+        self._append(self._answers, request.custom_id, (200, body), None)
 
     def error(self, custom_id: str, code: str, message: str) -> None:
         """Append the line of a request that cannot be answered, unless it is the one that an earlier start wrote."""
         if self._to_retry.pop(custom_id, None) == hash((code, message)):
             return
-        self._append(custom_id, None, {"code": code, "message": message})
+        if code in NOT_RUN:
+            self._append(self._errors, custom_id, None, {"code": code, "message": message})
+            return
+        status = STATUS.get(code, 400)
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = {"message": message, "type": kind, "param": None, "code": code}
+        self._append(self._errors, custom_id, (status, {"error": error}), None)
 
     def close(self) -> None:
         """Bring all lines to the disk and let the next job in."""
@@ -268,58 +312,70 @@ class ResultsWriter:
     ) -> None:
         self.close()
 
-    def _append(self, custom_id: str, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
-        entry = {
-            "id": f"batch_req_{_name(custom_id)}",
-            "custom_id": custom_id,
-            "response": response,
-            "error": error,
-        }
+    def _append(
+        self,
+        log: _Log,
+        custom_id: str,
+        response: tuple[int, dict[str, Any]] | None,
+        error: dict[str, Any] | None,
+    ) -> None:
+        """Append the line of a request to `log`; `response` is a status and a body."""
+        name = _name(custom_id)
+        entry: dict[str, Any] = {"id": f"batch_req_{name}", "custom_id": custom_id, "response": None, "error": error}
+        if response is not None:
+            status, body = response
+            entry["response"] = {"status_code": status, "request_id": f"req_{name}", "body": body}
         # json.dumps leaves ASCII only: text may hold what other readers take for the end of a line (U+2028).
-        line = memoryview(json.dumps(entry).encode() + b"\n")
-        written = 0
-        try:
-            while written < len(line):  # once, unless the disk is nearly full
-                written += os.write(self._file, line[written:])
-        except OSError as problem:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, self._size)
-            raise UserError(f"{self.path} cannot be written: {problem.strerror}") from problem
-        self._size += len(line)
+        log.append(json.dumps(entry).encode() + b"\n")
 
-    def _must_write(self, manifest: Manifest, path: Path) -> bool:
+    def _must_write(self, manifest: Manifest, sizes: dict[Path, int]) -> bool:
+        path = self.path.with_name("manifest.json")
         if self.done:
             return manifest.check(path)
         try:
-            return self._size == 0 or manifest.check(path)
+            return not any(sizes.values()) or manifest.check(path)
         except UserError:
-            _set_aside(self.path)
+            _set_aside(*sizes)
             self._to_retry.clear()
-            self.retried = self._size = 0
+            self.retried = 0
+            sizes.update(dict.fromkeys(sizes, 0))
             return True
 
-    def _read_done(self) -> int:
-        """Fill `done` from the file; returns its length in bytes up to the last whole line."""
+    def _read_done(self, path: Path) -> int:
+        """Fill `done` from a file; returns its length in bytes up to the last whole line."""
+        if not path.exists():
+            return 0
         size, torn = 0, None
-        with self.path.open("rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if torn is not None:
-                    raise UserError(f"{self.path}: line {torn} is corrupt; mend or remove it. {WAYS_OUT}")
+                    raise UserError(f"{path}: line {torn} is corrupt; mend or remove it. {WAYS_OUT}")
                 entry = _entry(line)
                 if entry is None:
                     torn = number
                     continue
-                custom_id, error = entry["custom_id"], entry.get("error")
+                custom_id, error = entry["custom_id"], failure(entry)
                 self.done.add(custom_id)
                 self._to_retry.pop(custom_id, None)
-                if isinstance(error, dict) and self._is_retried(error.get("code")):
+                if error is not None and self._is_retried(error["code"]):
                     self.done.remove(custom_id)
-                    self._to_retry[custom_id] = hash((error.get("code"), error.get("message")))
+                    # An error that stays the same is not written again, unless to the other file.
+                    same = path == self._errors_path
+                    self._to_retry[custom_id] = hash((error["code"], error["message"])) if same else 0
                 size += len(line)
         return size
 
     def _is_retried(self, code: Any) -> bool:
         return self._retry_errors == "all" or (self._retry_errors == "auto" and code in MENDABLE)
+
+
+def failure(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Code and message of a line of results, None for an answer."""
+    response, error = entry.get("response"), entry.get("error")
+    if isinstance(response, dict) and response.get("status_code") != 200:
+        body = response.get("body")
+        error = body.get("error") if isinstance(body, dict) else {}
+    return {key: error.get(key) for key in ("code", "message")} if isinstance(error, dict) else None
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
@@ -344,13 +400,14 @@ def _lock(file: int, folder: Path) -> None:
         raise UserError(f"output.dir={folder} is in use by another job: wait for it, or give another") from None
 
 
-def _set_aside(path: Path) -> None:
-    if not path.exists():
-        return
+def _set_aside(*paths: Path) -> None:
+    """Rename files, all with the same new number."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+    while any(path.with_name(f"{path.name}.{number}").exists() for path in paths):
         number += 1
-    path.rename(aside)
+    for path in paths:
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.{number}"))
 
 
 def _file_fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
