@@ -133,7 +133,7 @@ class Job:
             "plan": {
                 **plan.to_json(),
                 "predicted_output_tokens_per_s": plan.predicted,
-                "predicted_for_these_answers": None if self._lengths.exact else self._hindsight(plan),
+                "predicted_for_these_answers": self._hindsight(plan),
             },
             "machine": asdict(self._machine),
             "config": as_dict(self._config),
@@ -165,6 +165,8 @@ class Job:
 
     def _hindsight(self, plan: Plan) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
+        if self._lengths.exact or plan.predicted is None:
+            return None
         sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
         if not sizes:
             return None

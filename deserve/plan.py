@@ -17,9 +17,9 @@ from deserve.errors import UserError
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
-from deserve.planner.measure import over, survey
 from deserve.planner.plan import token_budgets
 from deserve.planner.planner import GB, choose_plan, table
+from deserve.planner.survey import over, survey
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
 from deserve.run import set_up_device
 from deserve.workload import Limits, default_sampling, peek_lengths

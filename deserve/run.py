@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,9 +22,9 @@ from deserve.errors import UserError, tell_torchrun
 from deserve.job import Job
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.pipeline import run_pipeline
-from deserve.planner.measure import survey
 from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan
+from deserve.planner.survey import survey
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
 from deserve.report.timeline import Timeline
@@ -54,7 +55,8 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
             begun = f"begun/{config.output.dir}"
             job = Job(config, checkpoint, resume=config.output.resume or world.note(begun) is not None)
             world.leave_note(begun, "")
-    machine = survey(world, config, checkpoint, dtype, device)
+    kept = Path(config.output.dir) / "survey.json"
+    machine = survey(world, config, checkpoint, dtype, device, kept)
     chosen = None
     with world.step("plan"):
         if job is not None and machine is not None:

@@ -3,19 +3,14 @@
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from deserve.batch import VisitPlan
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.network import Wire
 from deserve.comm.world import World
-from deserve.config import load_config
-from deserve.planner.rehearsal import Scene, rehearse_start
 
 SHARED = 20_000_000
 LATENCY_MS = 32
@@ -109,26 +104,9 @@ def in_order(world: World) -> dict[str, Any]:
     return {f"whole_and_in_order_{world.rank}": whole, f"pending_{world.rank}": pending}
 
 
-def rehearsal(world: World) -> dict[str, Any]:
-    """How long after a visit on one rank the next rank's begins, in s: of a stage that does nothing, and of one that
-    is said to take longer than all of that."""
-    rows = 4
-    index = np.arange(rows, dtype=np.int32)
-    plan = VisitPlan(
-        0, slots=index, new_tokens=np.ones(rows, np.int32), context=0 * index, samples=np.ones(rows, np.int32)
-    )
-    scene = Scene(plan, torch.zeros(rows, 16), 0.0)
-    config, cpu = load_config(["model=tiny"]), torch.device("cpu")
-    start_s, none_s = (
-        rehearse_start(world, config, lambda _, x: x.clone(), replace(scene, alone_s=alone_s), 0.0, cpu)
-        for alone_s in (0.0, 1.0)
-    )
-    return {f"start_{world.rank}": start_s, f"no_start_{world.rank}": none_s}
-
-
 if __name__ == "__main__":
     world = World()
-    found = ping_pong(world) | burst(world) | large(world) | in_order(world) | rehearsal(world)
+    found = ping_pong(world) | burst(world) | large(world) | in_order(world)
     found[f"shared_{world.rank}"] = len(world.share("long text", "x" * SHARED))  # as a long trace is
     everything = world.gather("found", found)
     if world.rank == 0:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from deserve.planner.plan import Plan
-from deserve.planner.times import Machine, Work
+from deserve.planner.times import Machine, VisitLoad
 
 
 def cycle_times(plan: Plan, machine: Machine, layers: int, context: float) -> Callable[[int, int], float]:
@@ -13,18 +13,16 @@ def cycle_times(plan: Plan, machine: Machine, layers: int, context: float) -> Ca
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
     shards = [plan.shard(rank, layers) for rank in range(machine.ranks)]
-    byte_s = [link.byte_s for link in machine.links] if machine.ranks > 1 else [0.0]
 
     def cycle_s(rounds: int, sequences: int) -> float:
         rows = -(-sequences // rounds)
-        work = Work(decodes=rows, decode_kv=rows * context, sampled=rows)
-        stages, delays, wires = [], [], []
+        load = VisitLoad(decodes=rows, decode_kv=rows * context, sampled=rows)
+        stages, starts, wires = [], [], []
         for rank, (times, shard) in enumerate(zip(machine.stages, shards, strict=True)):
-            share = (shard.embeds, shard.outputs, machine.hidden_bytes)
-            stages.append(times.seconds(work, shard.last - shard.first, *share))
-            delays.append(times.delay(work, *share))
-            wires.append(byte_s[rank] * machine.frame_bytes(work, rank))
-        trip = sum(stages) + sum(delays) + sum(wires) + machine.latency_s
+            stages.append(times.seconds(load, shard.last - shard.first, shard.embeds, shard.outputs))
+            starts.append(times.start_s)
+            wires.append(machine.links[rank].byte_s * machine.frame_bytes(load, rank))
+        trip = sum(stages) + sum(starts) + sum(wires) + machine.latency_s
         return max(trip, rounds * max(stages), rounds * max(wires))
 
     return cycle_s

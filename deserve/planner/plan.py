@@ -15,7 +15,9 @@ class Plan:
     """The layout of a run; the same on every rank.
 
     `partition` holds the first layer of each rank; `concurrency` the sequences in flight; pages count per rank.
-    `predicted` is output tokens/s and `bound` the resource that keeps it from being more.
+    Buffers and graphs are made for visits of `max_batch_tokens`; the first visits have `visit_tokens` at most.
+    `predicted` is output tokens/s, None for a job too small to tell, and `bound` the resource that keeps it from being
+    more.
     """
 
     partition: tuple[int, ...]
@@ -32,6 +34,7 @@ class Plan:
     bound: str = ""
     why: str = ""  # one sentence behind `bound`
     stage_s: tuple[float, ...] = ()  # seconds of a full decode visit, by rank
+    visit_tokens: int = 0  # 0: as many as max_batch_tokens
 
     def shard(self, rank: int, layers: int) -> Shard:
         """The share of `rank` of a model of `layers` layers."""

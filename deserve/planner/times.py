@@ -1,7 +1,8 @@
 """How long things take: the visits of a stage and the links between stages, as measured or from stated rates."""
 
 from bisect import bisect_right
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,12 +14,12 @@ from deserve.model.weights import Shard, parameter_bytes
 from deserve.planner.plan import BUDGETS
 
 
-class Work(NamedTuple):
-    """What a visit computes, as far as time depends on it."""
+class VisitLoad(NamedTuple):
+    """What a visit computes, as far as its time depends on it. Counts may be means."""
 
     decodes: float = 0  # rows of one token
     decode_kv: float = 0  # tokens of KV cache that they read
-    prefills: float = 0  # tokens of prompts
+    prefills: float = 0  # prompt tokens
     pairs: float = 0  # prompt tokens times the KV tokens of their sequence, summed over prompts
     sampled: float = 0  # tokens that the last rank samples
     swapped: float = 0  # pages that come in from host memory
@@ -36,6 +37,12 @@ class Curve:
     at: tuple[float, ...] = (0.0,)
     seconds: tuple[float, ...] = (0.0,)
 
+    @staticmethod
+    def through(points: Iterable[tuple[float, float]]) -> "Curve":
+        """The curve through `points` (count, seconds), sorted by count."""
+        at, seconds = zip(*points, strict=True)
+        return Curve(tuple(map(float, at)), seconds)
+
     def __call__(self, count: float) -> float:
         if len(self.at) == 1:
             return self.seconds[0]
@@ -43,37 +50,22 @@ class Curve:
         x0, x1, y0, y1 = self.at[right - 1], self.at[right], self.seconds[right - 1], self.seconds[right]
         return max(0.0, y0 + (y1 - y0) * (max(count, self.at[0]) - x0) / (x1 - x0))
 
-    def scaled(self, factor: float) -> "Curve":
-        """`factor` times as many seconds."""
-        return Curve(self.at, tuple(factor * seconds for seconds in self.seconds))
-
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of some `Work`: by its tokens, what decode rows add to that, and attention to the KV cache."""
+    """Seconds of a `VisitLoad`: by its tokens, what decode rows add to that, and attention to the KV cache."""
 
     tokens: Curve = field(default_factory=Curve)
     decodes: Curve = field(default_factory=Curve)
     kv_s: float = 0.0  # per KV token that a decode row reads
-    pair_s: float = 0.0  # per pair of a prompt's token and a KV token
-    mixed_s: float = 0.0  # where decodes and prompts meet in a visit: they attend apart
-    # Times as long as all that, where visits follow each other for long and power runs short.
-    prompts_last: float = 1.0  # of prompts alone
-    mixed_last: float = 1.0  # of decodes and prompts
+    pair_s: float = 0.0  # per pair of a prompt token and a KV token
+    mixed_s: float = 0.0  # where decodes and prompts share a visit: their attention runs separately
 
-    def __call__(self, work: Work) -> float:
-        seconds = self.tokens(work.tokens) + self.kv_s * work.decode_kv + self.pair_s * work.pairs
-        if not work.prefills:
-            return seconds + self.decodes(work.decodes)
-        if not work.decodes:
-            return seconds * self.prompts_last
-        return (seconds + self.mixed_s + self.decodes(work.decodes)) * self.mixed_last
-
-    def scaled(self, factor: float) -> "Cost":
-        """`factor` times as many seconds."""
-        tokens, decodes = self.tokens.scaled(factor), self.decodes.scaled(factor)
-        kv_s, pair_s, mixed_s = (factor * seconds for seconds in (self.kv_s, self.pair_s, self.mixed_s))
-        return replace(self, tokens=tokens, decodes=decodes, kv_s=kv_s, pair_s=pair_s, mixed_s=mixed_s)
+    def __call__(self, load: VisitLoad) -> float:
+        seconds = self.tokens(load.tokens) + self.kv_s * load.decode_kv + self.pair_s * load.pairs
+        if load.decodes or not load.prefills:
+            seconds += self.decodes(load.decodes)
+        return seconds + (self.mixed_s if load.decodes and load.prefills else 0.0)
 
 
 @dataclass(frozen=True)
@@ -81,48 +73,34 @@ class StageTimes:
     """What one rank takes for a visit."""
 
     layer: Cost  # each layer
-    visit: Cost = field(default_factory=Cost)  # once a visit: addresses, masks, the embedding, host work
+    visit: Cost = field(default_factory=Cost)  # once per visit: addresses, masks, the embedding
     head: Curve = field(default_factory=Curve)  # output layer and sampler, by rows; the last rank only
     plan: Curve = field(default_factory=Curve)  # scheduling, by rows; rank 0 only
-    frames: Curve = field(default_factory=Curve)  # the host's part in receiving and sending, by bytes of hidden states
+    host: Curve = field(default_factory=Curve)  # what the host does in the loop beside that, by tokens
     page_s: float = 0.0  # bringing in one page of one layer from host memory
-    ahead: bool = False  # a device computes, while its host works on the next visits and pages are brought in
-    start_s: float = 0.0  # from the arrival of a visit's frame until such a device begins, beside the host's part
-    launch_s: float = 0.0  # the host's launches of a layer, where the visit is not one CUDA graph: with prompts in it
-    request_s: float = 0.0  # a request's coming and going, beside its visits; rank 0 only
+    ahead: bool = False  # a device computes while its host works on the next visits and pages are brought in
+    start_s: float = 0.0  # from the arrival of a visit's frame until its work begins on an idle rank
+    request_s: float = 0.0  # admitting a request, and writing its result; rank 0 only
 
-    def seconds(self, work: Work, layers: int, first: bool, last: bool, hidden_bytes: int) -> float:
+    def seconds(self, load: VisitLoad, layers: int, first: bool, last: bool) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
-        seconds = layers * self.layer(work) + self.visit(work)
+        seconds = layers * (self.layer(load) + self.page_s * load.moved) + self.visit(load)
         if last:
-            seconds += self.head(work.sampled)
-        seconds += layers * self.page_s * work.moved
-        host = self.host(work, first, last, hidden_bytes)
+            seconds += self.head(load.sampled)
+        host = self.host_s(load, first)
         if self.ahead:
-            # The slab holds no more than some layers' pages when a visit begins, the others come in meanwhile.
-            rest = self.copies(work, layers - slab_slots(layers))
-            return max(seconds, rest, host + (layers * self.launch_s if work.prefills else 0.0))
-        return seconds + host + self.copies(work, layers)
+            # When a visit begins, the slab holds the pages of some layers; the others come in meanwhile.
+            return max(seconds, self.copies(load, layers - slab_slots(layers)), host)
+        return seconds + host + self.copies(load, layers)
 
-    def host(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
+    def host_s(self, load: VisitLoad, first: bool) -> float:
         """What the host does for a visit beside its layers."""
-        begun = work.sampled - work.decodes  # prompts that are followed by their first token
-        seconds = self.plan(work.tokens) + self.request_s * begun if first else 0.0
-        return seconds if first and last else seconds + self.frames(work.tokens * hidden_bytes)
+        begun = load.sampled - load.decodes  # prompts that are followed by their first token
+        return self.host(load.tokens) + (self.plan(load.tokens) + self.request_s * begun if first else 0.0)
 
-    def copies(self, work: Work, layers: int) -> float:
+    def copies(self, load: VisitLoad, layers: int) -> float:
         """Bringing in the visit's swap pages."""
-        return layers * self.page_s * work.swapped
-
-    def delay(self, work: Work, first: bool, last: bool, hidden_bytes: int) -> float:
-        """How much later than a visit's frame arrives its work can begin, beside what keeps the rank busy."""
-        return self.start_s + self.host(work, first, last, hidden_bytes) if self.ahead else 0.0
-
-    def scaled(self, factor: float) -> "StageTimes":
-        """`factor` times as many seconds of layers, output layer and sampler."""
-        return replace(
-            self, layer=self.layer.scaled(factor), visit=self.visit.scaled(factor), head=self.head.scaled(factor)
-        )
+        return layers * self.page_s * load.swapped
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,7 +114,7 @@ class StageTimes:
             return Cost(**{**parts, "tokens": curve(parts["tokens"]), "decodes": curve(parts["decodes"])})
 
         parts = {name: cost(raw[name]) for name in ("layer", "visit")}
-        curves = {name: curve(raw[name]) for name in ("head", "plan", "frames")}
+        curves = {name: curve(raw[name]) for name in ("head", "plan", "host")}
         return StageTimes(**{**raw, **parts, **curves})
 
 
@@ -173,14 +151,14 @@ class Machine:
 
     @cached_property
     def latency_s(self) -> float:
-        """Once round the ring, without any work."""
+        """Once round the ring, without any load."""
         return sum(link.latency_s for link in self.links) if self.ranks > 1 else 0.0
 
-    def frame_bytes(self, work: Work, rank: int) -> float:
+    def frame_bytes(self, load: VisitLoad, rank: int) -> float:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""
         if rank == self.ranks - 1:
-            return 16 + 4 * work.sampled
-        return 72 + 16 * (work.decodes + work.sampled) + work.tokens * self.hidden_bytes
+            return 16 + 4 * load.sampled
+        return 72 + 16 * (load.decodes + load.sampled) + load.tokens * self.hidden_bytes
 
 
 def stated_times(
