@@ -38,6 +38,7 @@ class PipelineSection:
     micro_batch_size: Any = "auto"  # sequences in one micro-batch
     policy: str = "auto"
     max_batch_tokens: Any = "auto"  # token budget of one visit
+    tune: bool = True  # what is auto and rank 0's alone, by the throughput of a long job
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Rank 0's part in the visits: tokens in, plans out."""
 
+import time
 from collections import deque
 
 import torch
@@ -11,6 +12,7 @@ from deserve.report.recorder import Recorder
 from deserve.report.timeline import Timeline
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
+from deserve.tuner import Tuner
 from deserve.workload.read_ahead import ReadAhead
 
 
@@ -26,14 +28,17 @@ class Controller:
         progress: Progress,
         stop: Stop,
         timeline: Timeline,
+        tuner: Tuner,
     ):
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._recorder, self._progress = requests, recorder, progress
-        self._under_way: deque[tuple[int, int]] = deque()  # micro-batches whose tokens are to come, and how many
+        self._tuner = tuner
+        # Micro-batches whose tokens are to come, how many, and how many prompt tokens the visit computes.
+        self._under_way: deque[tuple[int, int, int]] = deque()
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        while any(micro_batch == visited for visited, _ in self._under_way):
+        while any(micro_batch == visited for visited, _, _ in self._under_way):
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if self._stop.reason is not None:
             self._scheduler.admitting = False
@@ -44,15 +49,20 @@ class Controller:
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
-        self._under_way.append((micro_batch, plan.sampled))
+        self._under_way.append((micro_batch, plan.sampled, plan.tokens - plan.sampled))
         return plan, tokens
 
     def _collect(self) -> None:
-        micro_batch, sampled = self._under_way.popleft()
+        micro_batch, sampled, prompts = self._under_way.popleft()
         words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
         with self._timeline.span("commit", micro_batch):
-            for completion in self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled)):
+            completions = self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled))
+            for completion in completions:
                 self._recorder.put(completion)
+            finished = [(len(each.request.prompt), len(each.tokens)) for each in completions]
+            if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, sampled, finished):
+                filling = self._tuner.filling
+                self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
             self._progress.tokens(sampled)
 
     def close(self) -> None:

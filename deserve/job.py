@@ -18,7 +18,7 @@ from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.cycle import cycle_times
 from deserve.planner.plan import Plan
-from deserve.planner.planner import choose_plan, table
+from deserve.planner.planner import PLANNED_POLICIES, choose_plan, table
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
@@ -31,6 +31,7 @@ from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.text import AnswerReader, Detokenizer, StopFinder
+from deserve.tuner import Filling, Tuner
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
 
@@ -97,7 +98,17 @@ class Job:
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         ahead.wait(plan.concurrency)
-        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline)
+        self._tuner = self._make_tuner(plan)
+        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline, self._tuner)
+
+    def _make_tuner(self, plan: Plan) -> Tuner:
+        """The tuner of what `plan` leaves to it: nothing that was set by hand."""
+        pipeline = self._config.pipeline
+        begin = Filling(plan.policy, plan.visit_tokens or plan.max_batch_tokens, plan.micro_batch_size)
+        most = replace(begin, tokens=plan.max_batch_tokens)
+        by_knob = {"policy": pipeline.policy, "tokens": pipeline.max_batch_tokens, "rows": pipeline.micro_batch_size}
+        knobs = tuple(knob for knob, stated in by_knob.items() if stated == "auto" and pipeline.tune)
+        return Tuner(begin, most, knobs, PLANNED_POLICIES, self._lengths.count)
 
     def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
         """As many of `items` as were counted at the start; what is appended meanwhile is for the next start."""
@@ -135,6 +146,7 @@ class Job:
                 "predicted_output_tokens_per_s": plan.predicted,
                 "predicted_for_these_answers": self._hindsight(plan),
             },
+            "tuning": self._tuner.report(),
             "machine": asdict(self._machine),
             "config": as_dict(self._config),
         }

@@ -53,6 +53,7 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"{pressure['suspensions']:,} times a sequence was suspended to the host pool, to make room or to change "
             f"rounds; {pressure['most_host_pages_used']:,} of {pressure['host_pool_pages']:,} pages were used at most"
         )
+    lines += tuning(metrics["tuning"])
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]
     lines.append(f"bound by {bound(stages, plan['bound'])}")
@@ -67,6 +68,19 @@ def closing_table(metrics: dict[str, Any]) -> str:
                 line += f", for which it would have been {plan['predicted_for_these_answers']:,.1f}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def tuning(report: dict[str, Any]) -> list[str]:
+    """What tuning did: a line, or none where the job was too short for it."""
+    if not report["tried"]:
+        return []
+    tried = f"tuning tried {report['tried']} other ways to fill visits"
+    if not report["moves"]:
+        return [f"{tried}; none was faster"]
+    began, ended = report["began"], report["ended"]
+    changes = [f"{name} {began[name]} -> {ended[name]}" for name in began if began[name] != ended[name]]
+    gains = ", ".join(f"{100 * move['gain']:+.0f} %" for move in report["moves"])
+    return [f"{tried} and kept {len(report['moves'])} ({gains}): {', '.join(changes)}"]
 
 
 def bound(stages: list[dict[str, Any]], planned: str) -> str:

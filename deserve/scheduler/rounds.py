@@ -46,7 +46,7 @@ class Rounds:
 
     def __init__(self, rounds: int, size: int, sequences: Sequences, pages: Pages):
         """`size`: the most sequences of a micro-batch."""
-        self._size, self._sequences, self._pages = size, sequences, pages
+        self.size, self._sequences, self._pages = size, sequences, pages
         self.batches = [MicroBatch() for _ in range(rounds)]
         self.open = np.ones(rounds, bool)  # rounds that have not retired
         self.counters = Counters()
@@ -64,7 +64,7 @@ class Rounds:
 
     def has_place(self, round_: int) -> bool:
         """Whether the round may have one more sequence."""
-        return len(self.batches[round_].slots) < self._size
+        return len(self.batches[round_].slots) < self.size
 
     def enter(self, round_: int, slot: int) -> None:
         """Put the sequence in `slot` last in the round."""
@@ -169,7 +169,7 @@ class Rounds:
             if pages.movable(slot):
                 to = min(others, key=rows.__getitem__)
                 rows[to] += 1
-                if rows[to] > self._size:
+                if rows[to] > self.size:
                     return False
                 movers.append((slot, to))
             else:

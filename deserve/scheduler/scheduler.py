@@ -70,6 +70,7 @@ class Scheduler:
         """
         self._policy, self._layout, self._source = POLICIES[layout.policy], layout, source
         self._cycle_s, self._drafter = cycle_s, drafter
+        self._visit_tokens = layout.visit_tokens or layout.max_batch_tokens
         self.sequences = Sequences(layout.concurrency, eos_ids, stopped)
         self.pages = Pages(
             layout.main_pages,
@@ -118,6 +119,13 @@ class Scheduler:
         self.rounds.drop_all()
         self._abandoned = True
 
+    def fill_by(self, policy: str, tokens: int, rows: int) -> None:
+        """Fill visits by `policy` from now on, of at most `tokens` tokens, from micro-batches of `rows` sequences.
+
+        A micro-batch that has more keeps them until they end.
+        """
+        self._policy, self._visit_tokens, self.rounds.size = POLICIES[policy], tokens, rows
+
     # -- a visit's end and the next one's beginning
 
     def commit(self, micro_batch: int, result: VisitResult) -> list[Completion]:
@@ -140,7 +148,7 @@ class Scheduler:
 
     def plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The next visit of `micro_batch`: what all ranks do, and the token ids that rank 0 embeds."""
-        visit = _Filling(self._layout.max_batch_tokens)
+        visit = _Filling(self._visit_tokens)
         if self._gathers(micro_batch) and self.rounds.close(micro_batch, visit.moves):
             return self._compose(micro_batch, visit)
         if self.retires(micro_batch):
@@ -275,7 +283,7 @@ class Scheduler:
             return False
         sequences, rounds = self.in_flight, int(self.rounds.open.sum())
         if self._fewer[:2] != (sequences, rounds):
-            least = max(1, -(-sequences // self._layout.micro_batch_size))
+            least = max(1, -(-sequences // self.rounds.size))
             now = self._cycle_s(rounds, sequences)
             best = min((self._cycle_s(fewer, sequences) for fewer in range(least, rounds)), default=np.inf)
             self._fewer = sequences, rounds, bool(sequences and best <= SHORTER * now)
