@@ -10,14 +10,48 @@ IntArray = NDArray[np.int32]
 Ints = NDArray[np.signedinteger[Any]]  # counts and indices, which do not travel
 
 NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
+DEAD_END = -2  # sampled where the request's own rules allow no token
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What one request changes in its logits; the defaults change nothing.
+
+    `frequency_penalty` and `presence_penalty` count output tokens, `repetition_penalty` prompt and output tokens.
+    `bias` adds to the logits of token ids. Only `allowed` token ids may be chosen, where there are any. No token may
+    complete one of the sequences of ids `banned`. None of `ends` may be among the first `min_tokens` output tokens.
+    """
+
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    bias: tuple[tuple[int, float], ...] = ()
+    allowed: tuple[int, ...] = ()
+    banned: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    ends: tuple[int, ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty) or self.repetition_penalty != 1
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether earlier tokens matter."""
+        return self.penalises or any(len(word) > 1 for word in self.banned)
+
+
+NO_RULES = Rules()
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 cut nothing off. The same `seed` gives the same tokens
-    whatever the request was batched with.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 cut nothing off. The same `seed` gives the same tokens
+    whatever the request was batched with. `grammar`, in llguidance's notation, is what the answer keeps to. `n` answers
+    are wanted, and the log-probabilities of their tokens and of the `logprobs` likeliest ones beside each, unless that
+    is None.
     """
 
     max_tokens: int = 256
@@ -27,6 +61,16 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    rules: Rules = NO_RULES
+    grammar: str | None = None
+    n: int = 1
+    logprobs: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the first words of an admission say all there is to say."""
+        return self.rules == NO_RULES and self.grammar is None and self.logprobs is None and not self.min_p
 
 
 @dataclass(frozen=True)
@@ -59,6 +103,7 @@ class Request:
     `prompt` holds token ids. `endpoint` is `/v1/chat/completions` or `/v1/completions`: it decides the shape of
     the result. `line` is the 1-based line of the input file, 0 for a synthetic request. `default_length`: the request
     states no `max_tokens`, and the job's default is what bounds its answer. `form` says what becomes of its text.
+    `choice` counts the `sampling.n` answers to one line, which are requests of their own.
     """
 
     custom_id: str
@@ -68,19 +113,22 @@ class Request:
     line: int = 0
     default_length: bool = False
     form: AnswerForm = PLAIN
+    choice: int = 0
 
 
 @dataclass(frozen=True)
 class Completion:
     """The outcome of a request: its output tokens and the OpenAI `finish_reason`, `stop` or `length`.
 
-    `error` is the reason where the logits after `tokens` are NaN or infinite.
+    `error` is the reason where the logits after `tokens` are NaN or infinite, `dead_end` where the request's own rules
+    allow no further token. `beside` [tokens, width]: log-probabilities, as `VisitResult` has them.
     """
 
     request: Request
     tokens: IntArray
     finish_reason: str
     text: str | None = None  # set where a stop string cut the text; decoded from `tokens` otherwise
+    beside: IntArray | None = None
 
 
 def _empty(*shape: int) -> IntArray:
@@ -153,10 +201,11 @@ class VisitPlan:
     @staticmethod
     def max_words(rows: int, pages: int) -> int:
         """Words of the longest plan of at most `rows` sequences, where a micro-batch can own `pages` pages."""
-        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (3 + 2 + 2)
+        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (3 + 2 + 2) + ADMISSION_ROOM
 
 
-ADMISSION_WORDS = 6
+ADMISSION_WORDS = 6  # that every admission has
+ADMISSION_ROOM = 1 << 18  # words that the admissions of a visit may have beyond those: rules, a grammar, a prompt
 _SECTIONS = {"slots": 1, "new_tokens": 1, "context": 1, "samples": 1, "page_writes": 3, "stash": 2, "restore": 2}
 _HEADER_WORDS = 2 + len(_SECTIONS) + 1
 
@@ -165,8 +214,9 @@ _HEADER_WORDS = 2 + len(_SECTIONS) + 1
 class VisitResult:
     """What a visit brings back to rank 0: the sampled tokens, in the order of the plan's rows.
 
-    `beside` [sampled, width] holds further int32 words of each token (float bits of log probabilities, say); its width
-    is 0 where nobody asked for any, and then the words of the result are its tokens.
+    `beside` [sampled, width] holds further int32 words of each token: the bits of its log-probability (float32), then
+    the ids of the likeliest tokens, then the bits of theirs. The width is what the most
+    demanding row asked for. Where it is 0, the words of the result are its tokens.
     """
 
     tokens: IntArray  # [sampled]
@@ -185,3 +235,11 @@ class VisitResult:
     def max_words(sampled: int, width: int = 0) -> int:
         """Words of the longest result of at most `sampled` tokens with `width` words beside each."""
         return sampled * (1 + width)
+
+
+MOST_LOGPROBS = 20  # likeliest tokens that a request may ask for beside each of its own, as in OpenAI's API
+
+
+def beside_width(logprobs: int | None) -> int:
+    """Words beside a token of a request that asks for so many `logprobs`."""
+    return 0 if logprobs is None else 1 + 2 * logprobs

@@ -15,7 +15,7 @@ from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.errors import UserError
 from deserve.model.checkpoint import Checkpoint, model_dtype
-from deserve.model.tokenizer import load_tokenizer
+from deserve.model.tokenizer import end_ids, load_tokenizer
 from deserve.planner.cycle import cycle_times
 from deserve.planner.plan import Plan
 from deserve.planner.planner import PLANNED_POLICIES, choose_plan, table
@@ -92,7 +92,7 @@ class Job:
         scheduler = Scheduler(
             plan,
             ahead,
-            eos_ids=self._eos_ids(),
+            eos_ids=end_ids(self._checkpoint, self._tokenizer),
             stopped=StopFinder(Detokenizer(self._tokenizer)),
             cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),
         )
@@ -169,11 +169,6 @@ class Job:
             )
         if changed:
             raise UserError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
-
-    def _eos_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text, by whichever of the model's files."""
-        own = self._tokenizer.eos_id if self._tokenizer is not None else None
-        return tuple({*self._checkpoint.eos_ids, *([] if own is None else [own])})
 
     def _hindsight(self, plan: Plan) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""

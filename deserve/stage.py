@@ -1,5 +1,8 @@
 """A stage: one rank's share of the layers and the KV cache that belongs to it."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 
 from deserve.batch import VisitPlan
@@ -14,11 +17,15 @@ from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
 from deserve.model.sampler import Sampler
+from deserve.model.tokenizer import end_ids, load_tokenizer
 from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
 from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan
 from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import to_device
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 class Stage:
@@ -32,13 +39,14 @@ class Stage:
         dtype: torch.dtype,
         device: torch.device,
         graphs: Graphs | None = None,
+        guide: "Callable[[], LLTokenizer] | None" = None,
     ):
         self.dtype = dtype  # of hidden states
         self._decoder = decoder
         self._kv = kv
         self._device = device
         self._graphs = graphs
-        self._sampler = Sampler(slots, device)
+        self._sampler = Sampler(slots, device, guide)
 
     @property
     def swapping(self) -> SwapCounters:
@@ -149,7 +157,14 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
     graphs = None
     if decoder.backend.captures:
         graphs = capture(decoder, kv, plan.micro_batch_size, plan.max_batch_tokens)
-    return Stage(decoder, kv, plan.concurrency, dtype, device, graphs)
+    return Stage(decoder, kv, plan.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
+
+
+def guide(checkpoint: Checkpoint) -> "LLTokenizer":
+    """What the last rank needs to know of tokens for grammars. Loads the tokenizer, which other ranks do without."""
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer is not None  # rank 0 takes no grammar without one
+    return tokenizer.guide(checkpoint.config.vocab_size, end_ids(checkpoint, tokenizer))
 
 
 def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, tables: int = 1) -> Backend:

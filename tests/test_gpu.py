@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.pages import KVLayer, KVPages
+from deserve.model.admissions import encode_sampling
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedVisits, GraphPool
 from deserve.model.safetensors_folder import INDEX
-from deserve.model.sampler import Sampler, encode_sampling
+from deserve.model.sampler import Sampler
 from deserve.model.weights import Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.planner.plan import Plan
 from deserve.scheduler.scheduler import Scheduler

@@ -19,7 +19,7 @@ from launch import torchrun
 from results import code, read_results
 from safetensors.torch import load_file, save_file
 
-from deserve.model.sampler import draw, uniforms
+from deserve.model.sampler import draw, draw_uncut, uniforms
 from deserve.model.smollm2 import ensure_smollm2
 
 RANKS = (1, 2, 3)
@@ -67,11 +67,11 @@ class Truth:
         ]
 
 
-def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+def greedy(model: Any, prompt: list[int], count: int, **settings: Any) -> list[int]:
     """`count` tokens of transformers' own greedy decoding, end-of-text ignored."""
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
-    settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    settings |= {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     return out[0, len(prompt) :].tolist()
 
@@ -83,8 +83,11 @@ def sampled(model: Any, prompt: list[int], count: int, temperature: float, top_p
         for _ in range(count):
             logits = model(torch.tensor([ids])).logits[:, -1].float()
             chance = uniforms(np.array([seed], np.uint64), np.array([len(ids)], np.int32))
-            settings = (torch.tensor([value]) for value in (temperature, top_p, top_k))
-            ids.append(int(draw(logits, *settings, torch.from_numpy(chance))))
+            settings = [torch.from_numpy(chance), torch.tensor([temperature]), torch.zeros(1)]
+            if top_p < 1 or top_k:
+                ids.append(int(draw(logits, *settings, torch.tensor([top_p]), torch.tensor([top_k]))))
+            else:
+                ids.append(int(draw_uncut(logits, *settings)))
     return ids[len(prompt) :]
 
 
@@ -139,6 +142,23 @@ def truth(tmp_path_factory) -> Truth:
             stop = f" {tokens[9]} {tokens[10]}"
             expected = text(tokens)[: text(tokens).index(stop)], "stop"
             truth.add(f"stop-{len(prompt)}", prompt, expected, stop=["never", stop], ignore_eos=True)
+        if index % 4 == 1:
+            bias = {tokens[3]: -4.0, tokens[5]: 3.0}
+            ruled = greedy(
+                model, prompt, 16, repetition_penalty=1.6, sequence_bias={(token,): by for token, by in bias.items()}
+            )
+            said = {"repetition_penalty": 1.6, "logit_bias": {str(token): by for token, by in bias.items()}}
+            truth.add(f"ruled-{len(prompt)}", prompt, (text(ruled), "length"), max_tokens=16, ignore_eos=True, **said)
+        if index % 4 == 2:
+            late = greedy(model, prompt, 16)[:1]
+            while len(late) < 16:
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*prompt, *late]])).logits[0, -1]
+                for token in {*late}:
+                    logits[token] -= 1.5 * late.count(token) + 0.5
+                late.append(int(logits.argmax()))
+            said = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
+            truth.add(f"late-{len(prompt)}", prompt, (text(late), "length"), max_tokens=16, ignore_eos=True, **said)
         if index % 4 == 0:
             choice = {
                 "temperature": 0.5 + index / 20,

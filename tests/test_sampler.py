@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from deserve.batch import NO_TOKEN, SamplingParams
-from deserve.model.sampler import Sampler, argmax, draw, encode_sampling, uniforms
+from deserve.batch import DEAD_END, NO_TOKEN, Rules, SamplingParams, VisitResult, beside_width
+from deserve.model.admissions import Encoder, encode_sampling
+from deserve.model.sampler import Sampler, argmax, draw, draw_uncut, uniforms
 
 VOCAB = 50
 DRAWS = 40_000
 
 
-def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
+def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int, min_p: float = 0) -> np.ndarray:
     """The probabilities [vocab] that the parameters ask for, one token after the other."""
     scaled = logits.astype(np.float64) / temperature
+    scaled = np.where(np.exp(scaled - scaled.max()) < min_p, -np.inf, scaled)
     order = np.argsort(-scaled, kind="stable")
     kept = order[:top_k] if top_k else order
     probabilities = np.exp(scaled[kept] - scaled[kept].max())
@@ -26,31 +28,38 @@ def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: in
     return result
 
 
-def drawn(logits: np.ndarray, temperature: float, top_p: float, top_k: int, uniform: np.ndarray) -> np.ndarray:
+def drawn(
+    logits: np.ndarray, temperature: float, top_p: float, top_k: int, uniform: np.ndarray, min_p: float = 0.0
+) -> np.ndarray:
     n = len(uniform)
     rows = torch.from_numpy(logits).expand(n, -1)
-    settings = (torch.full((n,), value) for value in (temperature, top_p, top_k))
-    return draw(rows, *settings, torch.from_numpy(uniform)).numpy()
+    of_all = [torch.from_numpy(uniform), torch.full((n,), temperature), torch.full((n,), min_p)]
+    if top_p == 1 and not top_k:
+        return draw_uncut(rows, *of_all).numpy()
+    return draw(rows, *of_all, torch.full((n,), top_p), torch.full((n,), top_k)).numpy()
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
+    ("temperature", "top_p", "top_k", "min_p"),
     [
-        (1.0, 1.0, 0),
-        (0.3, 1.0, 0),
-        (2.5, 1.0, 0),
-        (1.0, 0.5, 0),
-        (1.0, 1.0, 5),
-        (1.5, 0.8, 10),
-        (1.0, 1e-6, 0),
-        (1.0, 1.0, 1),
+        (1.0, 1.0, 0, 0.0),
+        (0.3, 1.0, 0, 0.0),
+        (2.5, 1.0, 0, 0.0),
+        (2.5, 1.0, 0, 0.2),
+        (1.0, 0.5, 0, 0.0),
+        (1.0, 1.0, 5, 0.0),
+        (1.5, 0.8, 10, 0.0),
+        (1.5, 0.9, 10, 0.3),
+        (1.0, 1e-6, 0, 0.0),
+        (1.0, 1.0, 1, 0.0),
+        (1.0, 1.0, 0, 1.0),
     ],
 )
-def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     logits = np.random.default_rng(1).normal(0, 2, VOCAB).astype(np.float32)
     uniform = ((np.arange(DRAWS) + 0.5) / DRAWS).astype(np.float32)  # evenly spread, so the counts are nearly exact
-    found = np.bincount(drawn(logits, temperature, top_p, top_k, uniform), minlength=VOCAB) / DRAWS
-    wanted = distribution(logits, temperature, top_p, top_k)
+    found = np.bincount(drawn(logits, temperature, top_p, top_k, uniform, min_p), minlength=VOCAB) / DRAWS
+    wanted = distribution(logits, temperature, top_p, top_k, min_p)
     assert np.abs(found - wanted).max() < 2 / DRAWS
     assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
 
@@ -62,7 +71,8 @@ def test_rows_have_their_own_parameters() -> None:
     top_p = random.uniform(0.1, 1, 30).astype(np.float32)
     top_k = random.integers(0, 12, 30)
     uniform = random.uniform(size=30).astype(np.float32)
-    together = draw(*map(torch.from_numpy, (logits, temperature, top_p, top_k, uniform))).tolist()
+    min_p = np.zeros(30, np.float32)
+    together = draw(*map(torch.from_numpy, (logits, uniform, temperature, min_p, top_p, top_k))).tolist()
     for row, token in enumerate(together):
         alone = drawn(logits[row], temperature[row].item(), top_p[row].item(), int(top_k[row]), uniform[row : row + 1])
         assert token == alone[0]
@@ -105,25 +115,38 @@ def test_what_a_row_gets_does_not_depend_on_its_company() -> None:
         SamplingParams(temperature=0.0),
         SamplingParams(temperature=0.7, top_p=0.9, seed=2**63 - 1),
         SamplingParams(temperature=1.3, top_k=4, seed=5),
-        SamplingParams(temperature=1.3, top_k=4, seed=2**40),
+        SamplingParams(temperature=1.3, seed=2**40),
+        SamplingParams(temperature=1.3, min_p=0.2, seed=4, logprobs=2),
+        SamplingParams(rules=Rules(bias=((17, 50.0),)), logprobs=0),
+        SamplingParams(rules=Rules(allowed=(3, 9), banned=((3,), (9,)))),
+        SamplingParams(temperature=1.3, rules=Rules(repetition_penalty=1.5, frequency_penalty=2.0), seed=8),
     ]
-    logits = torch.from_numpy(random.normal(0, 2, (4, 512)).astype(np.float32))
-    slots, positions = np.array([5, 1, 6, 2], np.int32), np.array([10, 20, 30, 30], np.int32)
-    words = [encode_sampling(int(slot), sampling) for slot, sampling in zip(slots, wanted, strict=True)]
-    sampler = Sampler(8, torch.device("cpu"))
-    sampler.admit(words)
-    together = sampler.sample(logits, slots, positions).tolist()
-    assert together[0] == int(logits[0].argmax())
-    for row in range(4):
-        alone = Sampler(8, torch.device("cpu"))
-        alone.admit([np.array([3, *words[row][1:], 77], np.int32)])  # whatever else the admission holds
-        one = slice(row, row + 1)
-        assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [together[row]]
+    count = len(wanted)
+    logits = torch.from_numpy(random.normal(0, 2, (count, 512)).astype(np.float32))
+    slots, positions = random.permutation(12)[:count].astype(np.int32), np.full(count, 5, np.int32)
+    prompts = random.integers(0, 512, (count, 5)).astype(np.int32)
+
+    def admitted(rows: list[int], encoder: Encoder) -> Sampler:
+        sampler = Sampler(12, torch.device("cpu"))
+        sampler.admit([encoder.words(int(slots[row]), wanted[row], 5, prompts[row]) for row in rows])
+        return sampler
+
+    result = admitted([*range(count)], Encoder(()))
+    together = VisitResult.decode(result.sample(logits, slots, positions).numpy(), count)
+    assert together.tokens[0] == int(logits[0].argmax())
+    assert together.tokens[5] == 17 and together.tokens[6] == DEAD_END
+    probabilities = logits[4].log_softmax(-1)
+    own, *rest = together.beside[4].tolist()
+    torch.testing.assert_close(np.array(own, np.int32).view(np.float32), probabilities[together.tokens[4]].numpy())
+    assert rest[:2] == logits[4].topk(2).indices.tolist()
+    for row in range(count):
+        alone, one = admitted([row], Encoder(())), slice(row, row + 1)
+        found = VisitResult.decode(alone.sample(logits[one], slots[one], positions[one]).numpy(), 1)
+        assert found.tokens[0] == together.tokens[row]
+        assert found.beside.shape[1] == beside_width(wanted[row].logprobs)
         # A slot that is given to the next sequence keeps nothing of the last.
-        alone.admit([encode_sampling(3, SamplingParams())])
-        assert alone.sample(logits[one], np.array([3], np.int32), positions[one]).tolist() == [
-            int(logits[row].argmax())
-        ]
+        alone.admit([encode_sampling(int(slots[row]), SamplingParams())])
+        assert alone.sample(logits[one], slots[one], positions[one]).tolist() == [int(logits[row].argmax())]
 
 
 def test_many_rows_are_drawn_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:

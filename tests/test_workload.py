@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Request, SamplingParams
+from deserve.batch import Request, Rules, SamplingParams
 from deserve.config import Config, SamplingSection
 from deserve.errors import RequestError, UserError
+from deserve.model.grammar import Kind, checked_grammar
 from deserve.model.tokenizer import ChatTemplate
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.batch_file import BatchFile
@@ -239,8 +241,25 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "stop": [1]}, "invalid_value", "stop"),
         ({"prompt": "a", "stop": ""}, "invalid_value", "stop"),
         ({"prompt": "a", "ignore_eos": 1}, "invalid_value", "ignore_eos"),
-        ({"prompt": "a", "n": 2}, "unsupported_parameter", "n=2"),
-        ({"prompt": "a", "logprobs": 0}, "unsupported_parameter", "logprobs"),
+        ({"prompt": "a", "best_of": 2}, "unsupported_parameter", "best_of=2"),
+        ({"prompt": "a", "n": 0}, "invalid_value", "n is 0"),
+        ({"prompt": "a", "logprobs": 21}, "invalid_value", "logprobs is 21"),
+        ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs is True"),
+        ({"messages": [{"role": "user", "content": "c"}], "top_logprobs": 2}, "invalid_value", "logprobs: true"),
+        ({"prompt": "a", "presence_penalty": 3}, "invalid_value", "presence_penalty is 3"),
+        ({"prompt": "a", "logit_bias": {"300": 1}}, "invalid_value", "logit_bias holds '300'"),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "invalid_value", "logit_bias holds '-1'"),
+        ({"prompt": "a", "allowed_token_ids": [257]}, "invalid_value", "allowed_token_ids holds 257"),
+        ({"prompt": "a", "allowed_token_ids": []}, "invalid_value", "allowed_token_ids is empty"),
+        ({"prompt": "a", "bad_words": [""]}, "invalid_value", "bad_words"),
+        ({"prompt": "a", "min_tokens": 9, "max_tokens": 8}, "invalid_value", "min_tokens is 9"),
+        ({"prompt": "a", "guided_regex": "("}, "invalid_grammar", "regex"),
+        ({"prompt": "a", "guided_regex": "a", "guided_json": {}}, "invalid_value", "guided_regex"),
+        ({"prompt": "a", "guided_regex": "a", "ignore_eos": True}, "invalid_value", "ignore_eos"),
+        ({"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, "invalid_value", "json, regex"),
+        ({"prompt": "a", "structured_outputs": {}}, "invalid_value", "none of json"),
+        ({"prompt": "a", "response_format": {"type": "json_schema"}}, "missing_parameter", "schema is missing"),
+        ({"prompt": "a", "guided_json": "x" * 2**21}, "invalid_grammar", "json_schema"),
         ({"prompt": "a", "stream": True}, "unsupported_parameter", "stream"),
         ({"prompt": "a", "tools": [{}]}, "unsupported_parameter", "tools"),
         ({"prompt": "a", "custom_id": [7]}, "invalid_value", "custom_id"),
@@ -260,6 +279,49 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
     assert text(*read_lines(tmp_path, {"prompt": "a"} | harmless)) == "a"
 
 
+def keeps_to(kind: Kind, text: str) -> SamplingParams:
+    return SamplingParams(grammar=checked_grammar(kind, text))
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"n": 3, "min_p": 0.1}, SamplingParams(n=3, min_p=0.1)),
+        ({"logprobs": 5}, SamplingParams(logprobs=5)),
+        ({"logprobs": 0}, SamplingParams(logprobs=0)),
+        ({"logprobs": False}, SamplingParams()),
+        ({"frequency_penalty": 1, "presence_penalty": -1.5}, Rules(frequency_penalty=1.0, presence_penalty=-1.5)),
+        ({"repetition_penalty": 1.2, "min_tokens": 3}, Rules(repetition_penalty=1.2, min_tokens=3)),
+        ({"logit_bias": {"7": -100, "12": 3.5}}, Rules(bias=((7, -100.0), (12, 3.5)))),
+        ({"allowed_token_ids": [4, 5], "bad_words": ["ab"]}, Rules(allowed=(4, 5), banned=((97, 98),))),
+        ({"guided_choice": ["a", "b"]}, keeps_to("choice", '["a", "b"]')),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            keeps_to("choice", '["a", "b"]'),
+        ),
+        (
+            {"structured_outputs": {"json": {"enum": [5]}}},
+            keeps_to("json_schema", '{"enum": [5]}'),
+        ),
+        ({"guided_json": '{"enum": [5]}'}, keeps_to("json_schema", '{"enum": [5]}')),
+        (
+            {"response_format": {"type": "json_object"}},
+            keeps_to("json_schema", '{"type": "object"}'),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [5]}}}},
+            keeps_to("json_schema", '{"enum": [5]}'),
+        ),
+        ({"response_format": {"type": "text"}}, SamplingParams()),
+    ],
+)
+def test_what_shapes_an_answer(tmp_path: Path, said: Any, wanted: SamplingParams | Rules) -> None:
+    (item,) = read_lines(tmp_path, {"prompt": "a", "max_tokens": 16, "seed": 5} | said)
+    assert isinstance(item, Request), item
+    sampling = replace(item.sampling, seed=0, max_tokens=256)
+    assert sampling == (SamplingParams(rules=wanted) if isinstance(wanted, Rules) else wanted)
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
@@ -273,21 +335,15 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
         ({"url": CHAT, "body": {"messages": [], "prompt": "a"}}, "unknown_parameter", ("prompt='a'", CHAT)),
         ({"url": CHAT, "max_tokens": 5, "body": {"messages": []}}, "unknown_parameter", ("max_tokens=5", "beside")),
         ({"prompt": "a", "tool_choice": "required"}, "unsupported_parameter", ("tool_choice='required'",)),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "unsupported_parameter", ("response_format",)),
         *(
             ({"messages": [{"role": "user", "content": "hi"}], key: value}, "unsupported_parameter", (key,))
             for key, value in {
                 "chat_template_kwargs": {"enable_thinking": False},
-                "guided_json": {},
-                "structured_outputs": {"regex": "a"},
-                "bad_words": ["a"],
-                "allowed_token_ids": [1],
                 "enable_thinking": False,
                 "reasoning_effort": "low",
                 "documents": [{"text": "a"}],
                 "tools": [{"type": "function", "function": {"name": "f"}}],
                 "tool_choice": "required",
-                "logit_bias": {"5": 1},
             }.items()
         ),
         (
@@ -324,7 +380,8 @@ def test_keys_that_change_nothing(tmp_path: Path) -> None:
 def test_ignored_keys_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text(
-        '{"prompt": "a", "n": 2, "answer": 1}\n{"url": "/v1/completions", "x": 1, "body": {"prompt": "b", "n": 3}}\n'
+        '{"prompt": "a", "best_of": 2, "answer": 1}\n'
+        '{"url": "/v1/completions", "x": 1, "body": {"prompt": "b", "best_of": 3}}\n'
         '{"messages": [{"role": "user", "content": "c", "audio": [1]}], "enable_thinking": true}\n{"prompt": 5}\n'
     )
     config = configure(path)
@@ -333,7 +390,7 @@ def test_ignored_keys_are_counted(tmp_path: Path) -> None:
     *items, ill = open_workload(config, Bytes(), LIMITS, ignored=ignored)
     assert [text(item) for item in items] == ["a", "b", "u:c;"]
     rejected(ill, "invalid_value", "prompt")
-    assert ignored == {"n": 2, "answer": 1, "x": 1, "messages[].audio": 1, "enable_thinking": 1}
+    assert ignored == {"best_of": 2, "answer": 1, "x": 1, "messages[].audio": 1, "enable_thinking": 1}
 
 
 def test_every_key_is_documented() -> None:

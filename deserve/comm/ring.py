@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from deserve.batch import VisitPlan, VisitResult
+from deserve.batch import MOST_LOGPROBS, VisitPlan, VisitResult, beside_width
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.nccl import NcclReceiver, NcclSender
@@ -49,7 +49,7 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     depth = plan.rounds + 1
     first, last = world.rank == 0, world.is_last
     plan_bytes = 4 * VisitPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
-    result_bytes = 4 * VisitResult.max_words(plan.max_batch_tokens)
+    result_bytes = 4 * VisitResult.max_words(plan.max_batch_tokens, beside_width(MOST_LOGPROBS))
     most_hidden = plan.max_batch_tokens * hidden_bytes
     hidden_in: Receiver | None = None
     output: Sender

@@ -1,11 +1,20 @@
-"""The choice of the next token: greedy, or by chance that only the request's seed and the position decide."""
+"""The choice of the next token: greedy, or sampled, determined by the request's seed and the token's position."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deserve.batch import ADMISSION_WORDS, NO_TOKEN, IntArray, SamplingParams
+from deserve.batch import ADMISSION_WORDS, DEAD_END, NO_TOKEN, IntArray, Ints, beside_width
+from deserve.model.admissions import Decoder
+from deserve.model.grammar import Grammars
+from deserve.model.processors import Processors, log_probabilities
 from deserve.staging import to_device
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
 
@@ -14,13 +23,6 @@ _GOLDEN, _MIX1, _MIX2 = (
     np.uint64(0xBF58476D1CE4E5B9),
     np.uint64(0x94D049BB133111EB),
 )
-
-
-def encode_sampling(slot: int, sampling: SamplingParams) -> IntArray:
-    """`sampling` as the words of an admission: slot, temperature and top_p (float bits), top_k, seed (low, high)."""
-    bits = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32).tolist()
-    seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
-    return np.array([slot, *bits, min(sampling.top_k, 2**31 - 1), *seed], np.int32)
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: IntArray) -> NDArray[np.float32]:
@@ -44,15 +46,22 @@ def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class Sampler:
     """The last rank's side of sampling: how each slot's sequence wants its tokens."""
 
-    def __init__(self, slots: int, device: torch.device):
+    def __init__(self, slots: int, device: torch.device, guide: "Callable[[], LLTokenizer] | None" = None):
+        """`guide` gives the tokenizer that grammars need; it is asked when the first one comes."""
         self._device = device
         self._temperature = np.zeros(slots, np.float32)
         self._top_p = np.ones(slots, np.float32)
+        self._min_p = np.zeros(slots, np.float32)
         self._top_k = np.zeros(slots, np.int64)
         self._seed = np.zeros(slots, np.uint64)
+        self._logprobs = np.full(slots, -1)  # likeliest tokens wanted beside each, -1: not even its own probability
+        self._admissions = Decoder()
+        self._processors = Processors(slots, device)
+        self._guide = guide
+        self._grammars: Grammars | None = None
 
     def admit(self, admissions: list[IntArray]) -> None:
-        """Take note of new sequences, whose first words `encode_sampling` made."""
+        """Take note of new sequences, whose words an `admissions.Encoder` made."""
         if not admissions:
             return
         admitted = np.stack([admission[:ADMISSION_WORDS] for admission in admissions])
@@ -61,36 +70,112 @@ class Sampler:
         self._temperature[slots], self._top_p[slots] = floats[:, 0], floats[:, 1]
         self._top_k[slots] = admitted[:, 3]
         self._seed[slots] = np.ascontiguousarray(admitted[:, 4:6]).view(np.uint64)[:, 0]
+        self._min_p[slots], self._logprobs[slots] = 0, -1
+        for slot, admission in zip(slots.tolist(), admissions, strict=True):
+            self._admit_extras(slot, admission)
+
+    def _admit_extras(self, slot: int, admission: IntArray) -> None:
+        extras = self._admissions.extras(admission)
+        if extras is None:
+            self._processors.forget(slot)
+            if self._grammars is not None:
+                self._grammars.forget(slot)
+            return
+        self._min_p[slot] = extras.min_p
+        self._logprobs[slot] = -1 if extras.logprobs is None else extras.logprobs
+        self._processors.admit(slot, extras.rules, extras.prompt, extras.tokens)
+        if extras.grammar is not None and self._grammars is None:
+            assert self._guide is not None
+            self._grammars = Grammars(self._guide(), self._device)
+        if self._grammars is not None:
+            self._grammars.admit(slot, extras.grammar, extras.tokens[extras.prompt :])
 
     def sample(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
-        """The next token of each row of `logits` [n, vocab]: int32 [n]. `positions` [n] is where each will stand.
+        """The next token of each row of `logits` [n, vocab], and what is wanted beside it: the words of a VisitResult.
 
-        NO_TOKEN for a row with NaN or infinity in it. A logit of minus infinity beside finite ones is allowed: that
-        token has probability 0.
+        `positions` [n] is where each token will stand. NO_TOKEN for a row with NaN or infinity in it, DEAD_END for one
+        whose own rules leave no token. A logit of minus infinity beside finite ones is allowed: that token has
+        probability 0.
         """
         greedy = argmax(logits)
         # NaN counts as the largest, so the largest logit alone tells, and the host does not wait for the answer.
         finite = logits.gather(1, greedy[:, None]).squeeze(1).isfinite()
-        greedy = greedy.to(torch.int32)
-        chance = np.flatnonzero(self._temperature[slots] > 0)
-        if len(chance):
-            greedy = self._drawn(greedy, logits, slots, positions, chance)
-        return greedy.masked_fill(~finite, NO_TOKEN)
+        tokens = self._chosen(greedy.to(torch.int32), logits, slots, positions)
+        ruled, masked = self._processors.rows(slots), self._masked(slots)
+        special = np.union1d(ruled, masked)
+        if len(special):
+            at = to_device(special, self._device)
+            x = logits.index_select(0, at).float()
+            self._constrain(x, slots[special], positions[special])
+            best = argmax(x)
+            alive = x.gather(1, best[:, None]).squeeze(1).isfinite()
+            chosen = self._chosen(best.to(torch.int32), x, slots[special], positions[special])
+            tokens = tokens.index_copy(0, at, chosen.masked_fill(~alive, DEAD_END))
+        tokens = tokens.masked_fill(~finite, NO_TOKEN)
+        self._processors.record(tokens, slots, positions)
+        if len(masked) and self._grammars is not None:
+            self._grammars.record(tokens.index_select(0, to_device(masked, self._device)), slots[masked])
+        return self._with_probabilities(tokens, logits, slots)
+
+    def _masked(self, slots: IntArray) -> Ints:
+        return self._grammars.rows(slots) if self._grammars is not None else np.zeros(0, np.int64)
+
+    def _constrain(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> None:
+        """Apply the rules and grammars of `slots` [n] to their `logits` [n, vocab], in place."""
+        masked = self._masked(slots)
+        if len(masked) and self._grammars is not None:
+            at = to_device(masked, self._device)
+            masks = self._grammars.masks(slots[masked], logits.shape[1])
+            logits.index_copy_(0, at, self._grammars.apply(logits.index_select(0, at), masks))
+        ruled = self._processors.rows(slots)
+        if len(ruled):
+            at = to_device(ruled, self._device)
+            x = self._processors.apply(logits.index_select(0, at), slots[ruled], positions[ruled])
+            logits.index_copy_(0, at, x)
+
+    def _chosen(self, tokens: torch.Tensor, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+        """`tokens` [n], those of greedy rows, with the others' drawn from `logits` [n, vocab] instead."""
+        chance = self._temperature[slots] > 0
+        cut = (self._top_k[slots] > 0) | (self._top_p[slots] < 1)
+        for rows, choose in ((np.flatnonzero(chance & ~cut), draw_uncut), (np.flatnonzero(chance & cut), draw)):
+            if len(rows):
+                tokens = self._drawn(tokens, logits, slots, positions, rows, choose)
+        return tokens
 
     def _drawn(
-        self, greedy: torch.Tensor, logits: torch.Tensor, slots: IntArray, positions: IntArray, chance: NDArray[np.intp]
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        slots: IntArray,
+        positions: IntArray,
+        rows: Ints,
+        choose: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
-        """`greedy` [n] with the rows `chance` drawn instead."""
-        slots, positions = slots[chance], positions[chance]
-        settings = (self._temperature[slots], self._top_p[slots], self._top_k[slots])
-        values = [to_device(v, self._device) for v in (*settings, uniforms(self._seed[slots], positions))]
-        rows = to_device(chance, self._device)
+        slots, positions = slots[rows], positions[rows]
+        settings: list[NDArray[Any]] = [self._temperature[slots], self._min_p[slots]]
+        if choose is draw:
+            settings += [self._top_p[slots], self._top_k[slots]]
+        at, uniform, *values = (
+            to_device(v, self._device) for v in (rows, uniforms(self._seed[slots], positions), *settings)
+        )
         few = max(1, DRAWN_BYTES // (4 * logits.shape[1]))
         drawn = [
-            draw(logits.index_select(0, some).float(), *its)
-            for some, *its in zip(*(value.split(few) for value in (rows, *values)), strict=True)
+            choose(logits.index_select(0, some).float(), *its)
+            for some, *its in zip(*(value.split(few) for value in (at, uniform, *values)), strict=True)
         ]
-        return greedy.index_copy(0, rows, torch.cat(drawn).to(torch.int32))
+        return tokens.index_copy(0, at, torch.cat(drawn).to(torch.int32))
+
+    def _with_probabilities(self, tokens: torch.Tensor, logits: torch.Tensor, slots: IntArray) -> torch.Tensor:
+        """`tokens` [n], and beside them the log-probabilities of the rows that want them."""
+        wanted = np.flatnonzero(self._logprobs[slots] >= 0)
+        if not len(wanted):
+            return tokens
+        top, at = int(self._logprobs[slots].max()), to_device(wanted, self._device)
+        chosen = tokens.index_select(0, at).clamp(min=0)
+        own, ids, best = log_probabilities(logits.index_select(0, at), chosen, top)
+        parts = [own[:, None].view(torch.int32), ids.to(torch.int32), best.contiguous().view(torch.int32)]
+        beside = tokens.new_zeros(len(tokens), beside_width(top)).index_copy(0, at, torch.cat(parts, 1))
+        return torch.cat([tokens, beside.view(-1)])
 
 
 def argmax(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
@@ -106,19 +191,33 @@ def argmax(logits: torch.Tensor, block: int = 256) -> torch.Tensor:
     return best * block + blocks[torch.arange(n), best].argmax(-1)
 
 
+def draw_uncut(
+    logits: torch.Tensor, uniform: torch.Tensor, temperature: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Sample each row of `logits` [n, vocab] at its `temperature` [n] from the tokens that are at least `min_p` [n]
+    times as likely as the likeliest; `uniform` [n] decides. Returns [n]. Needs no sorting."""
+    kept = _likely(logits / temperature[:, None], min_p).softmax(-1).cumsum(-1)
+    choice = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True)
+    # Rounding may leave a draw at the very end, where the last tokens have probability 0: the last that has one is it.
+    return torch.minimum(choice, (kept < kept[:, -1:]).sum(-1, keepdim=True)).squeeze(1)
+
+
+def _likely(scaled: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """`scaled` [n, vocab] logits, minus infinity where a token is less than `min_p` [n] times as likely as the best."""
+    return scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + min_p[:, None].log(), -torch.inf)
+
+
 def draw(
     logits: torch.Tensor,
+    uniform: torch.Tensor,
     temperature: torch.Tensor,
+    min_p: torch.Tensor,
     top_p: torch.Tensor,
     top_k: torch.Tensor,
-    uniform: torch.Tensor,
 ) -> torch.Tensor:
-    """Sample each row of `logits` [n, vocab] at its `temperature` [n], cut to its `top_k` most likely tokens
-    (0: all), then to the fewest of them that hold `top_p` of the probability; `uniform` [n] decides. Returns [n].
-
-    The most likely token is always kept.
-    """
-    values, tokens = (logits / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+    """The same cut to the `top_k` [n] most likely tokens (0: all), then to the fewest of them that hold `top_p` [n] of
+    the probability. The most likely token is always kept."""
+    values, tokens = _likely(logits / temperature[:, None], min_p).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(values.shape[1], device=values.device)
     beyond_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
     probabilities = values.masked_fill(beyond_k, -torch.inf).softmax(-1)
@@ -126,5 +225,6 @@ def draw(
     # A full top_p keeps everything: rounding in the sum must not cut off the tail.
     beyond_p = (before >= top_p[:, None]) & (top_p[:, None] < 1) & (rank > 0)
     kept = probabilities.masked_fill(beyond_p, 0.0).cumsum(-1)
-    choice = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True).clamp_(max=values.shape[1] - 1)
-    return tokens.gather(1, choice).squeeze(1)
+    choice = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True)
+    last = (kept < kept[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(1, torch.minimum(choice, last)).squeeze(1)

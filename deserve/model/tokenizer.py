@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deserve.errors import RequestError, UserError
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.tools import dialect
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, unknown to Jinja
@@ -90,6 +93,12 @@ class Tokenizer:
         """The tokens that `decode` leaves out, by what they are called."""
         added = self._tokenizer.added_tokens_decoder
         return {token.content: number for number, token in added.items() if token.special}
+
+    def guide(self, vocab_size: int, ends: tuple[int, ...]) -> "LLTokenizer":
+        """What grammars need to know of the tokens; one of `ends` follows a complete text. Takes a second."""
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._tokenizer, n_vocab=vocab_size, eos_token=list(ends))
 
     def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
         """Token ids of a text, by default with the special tokens that the model expects around a prompt.
@@ -178,6 +187,12 @@ class ByteTokenizer:
     longest_token = 1
     special_tokens: ClassVar[dict[str, int]] = {}
 
+    def guide(self, vocab_size: int, ends: tuple[int, ...]) -> "LLTokenizer":
+        """What grammars need to know of the tokens."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=vocab_size, eos_token=list(ends))
+
     def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
         """The last `at_most` of the UTF-8 bytes of the text; there are no special tokens to add."""
         return list(text.encode())[-(at_most or 0) :]
@@ -210,6 +225,24 @@ class ByteTokenizer:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder carries a tokenizer at all."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+class _Bytes:
+    """The ByteTokenizer as llguidance wants to see one."""
+
+    eos_token_id = ByteTokenizer.eos_id
+    bos_token_id = None
+    tokens: ClassVar[list[bytes]] = [*(bytes([byte]) for byte in range(256)), b"<end>"]
+    special_token_ids: ClassVar[list[int]] = [ByteTokenizer.eos_id]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
+def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | ByteTokenizer | None) -> tuple[int, ...]:
+    """Every token that ends a text, by whichever of the model's files."""
+    own = tokenizer.eos_id if tokenizer is not None else None
+    return tuple({*checkpoint.eos_ids, *([] if own is None else [own])})
 
 
 def load_tokenizer(

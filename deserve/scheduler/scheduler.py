@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from deserve.batch import Completion, IntArray, Request, VisitPlan, VisitResult
-from deserve.model.sampler import encode_sampling
+from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, Request, VisitPlan, VisitResult
+from deserve.model.admissions import Encoder, extra_words
 from deserve.planner.plan import Plan
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
@@ -42,6 +42,7 @@ class _Filling:
     drafts: IntArray = field(default_factory=lambda: NONE)  # [decodes] draft tokens behind each
     prefills: list[tuple[int, int]] = field(default_factory=list)  # slot, tokens
     admissions: list[IntArray] = field(default_factory=list)
+    room: int = ADMISSION_ROOM  # words that further admissions may have beyond their first ones
     moves: Moves = field(default_factory=Moves)
 
 
@@ -82,6 +83,8 @@ class Scheduler:
         )
         self.rounds = Rounds(layout.rounds, layout.micro_batch_size, self.sequences, self.pages)
         self.counters = self.rounds.counters
+        self._encoder = Encoder(eos_ids)
+        self._beside: dict[int, list[IntArray]] = {}  # by slot: log-probabilities of the output so far
         self.admitting = True
         self._abandoned = False
         self._next: Request | None = None  # taken from the source, not yet admitted
@@ -117,6 +120,7 @@ class Scheduler:
         """Drop all sequences, unfinished as they are, and admit no more; all micro-batches retire."""
         self.admitting = False
         self.rounds.drop_all()
+        self._beside.clear()
         self._abandoned = True
 
     def fill_by(self, policy: str, tokens: int, rows: int) -> None:
@@ -138,13 +142,31 @@ class Scheduler:
         assert len(result.tokens) == sampled, f"{len(result.tokens)} tokens where {sampled} were sampled"
         batch.awaited, batch.samples = NONE, NONE
         completions = []
-        for ending in self.sequences.append(slots, samples, result.tokens):
+        before = self.sequences.length[slots] if result.beside.size else None
+        endings = self.sequences.append(slots, samples, result.tokens)
+        if before is not None:
+            self._keep_beside(slots, samples, self.sequences.length[slots] - before, result.beside)
+        for ending in endings:
             request, output = self.sequences.request(ending.slot), self.sequences.output(ending.slot).copy()
-            completions.append(Completion(request, output, ending.reason, ending.text))
+            beside = self._beside.pop(ending.slot, None)
+            completions.append(
+                Completion(request, output, ending.reason, ending.text, None if beside is None else np.stack(beside))
+            )
             self.pages.release(micro_batch, ending.slot)
             self.rounds.leave(micro_batch, ending.slot)
             self.sequences.remove(ending.slot)
         return completions
+
+    def _keep_beside(self, slots: IntArray, samples: IntArray, kept: Ints, beside: IntArray) -> None:
+        """Note the log-probabilities of the first `kept` [rows] of the `samples` [rows] tokens of `slots` [rows]."""
+        begin = np.cumsum(samples) - samples
+        for row, slot in enumerate(slots.tolist()):
+            logprobs = self.sequences.request(slot).sampling.logprobs
+            if logprobs is not None:
+                words = beside[begin[row] : begin[row] + kept[row]]
+                top = (beside.shape[1] - 1) // 2
+                own = [0, *range(1, 1 + logprobs), *range(1 + top, 1 + top + logprobs)]
+                self._beside.setdefault(slot, []).extend(words[:, own].copy())
 
     def plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The next visit of `micro_batch`: what all ranks do, and the token ids that rank 0 embeds."""
@@ -220,12 +242,15 @@ class Scheduler:
             end = length + request.sampling.max_tokens - 1  # the last token is not computed
             if not self.sequences.free or not self._has_room(micro_batch, length, end):
                 return
+            visit.room -= extra_words(request.sampling, length)
+            if visit.room < 0 and visit.admissions:
+                return
             self._next = None
             slot = self.sequences.add(request)
             self.pages.expect(end)
             self.rounds.enter(micro_batch, slot)
             visit.moves.page_writes.append(self.pages.grow(micro_batch, np.array([slot]), np.array([length])))
-            visit.admissions.append(encode_sampling(slot, request.sampling))
+            visit.admissions.append(self._encoder.words(slot, request.sampling, length, request.prompt))
             self._add_prefill(visit, slot)
             if self._policy.alone:
                 return

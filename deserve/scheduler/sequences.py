@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deserve.batch import NO_TOKEN, IntArray, Ints, Request
+from deserve.batch import DEAD_END, NO_TOKEN, IntArray, Ints, Request
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
 
@@ -16,7 +16,7 @@ Bools = NDArray[np.bool_]
 class Ending(NamedTuple):
     """A sequence that is complete: the OpenAI `finish_reason`, and the text where a stop string cut it.
 
-    The reason is `error` where NO_TOKEN was sampled.
+    The reason is `error` where NO_TOKEN was sampled, `dead_end` where DEAD_END was.
     """
 
     slot: int
@@ -120,8 +120,8 @@ class Sequences:
             self._tokens = widen(self._tokens, int(length.max()) + 1)
             self._tokens[slots, length] = tokens
             ended = np.isin(tokens, self._eos_ids) & ~self._ignore_eos[slots]
-            failed = tokens == NO_TOKEN
-            kept = 1 - failed  # and they are computed as far as they were: all but the new token
+            failed = np.minimum(tokens, 0)
+            kept = 1 - (failed < 0)  # and they are computed as far as they were: all but the new token
         else:
             kept, ended, failed = self._verify(slots, samples, tokens)
         texts: dict[int, str] = {}
@@ -131,20 +131,21 @@ class Sequences:
                 text = self._stopped(self.request(slots[row]), self.output(slots[row]))
                 if text is not None:
                     texts[row], kept[row] = text, count
-                    ended[row], failed[row] = True, False
+                    ended[row], failed[row] = True, 0
                     break
         length = length + kept
         self.length[slots] = length
-        done = ended | failed | (length >= self.end[slots])
+        done = ended | (failed < 0) | (length >= self.end[slots])
         return [
-            Ending(int(slots[row]), "error" if failed[row] else "stop" if ended[row] else "length", texts.get(row))
+            Ending(int(slots[row]), _reason(int(failed[row]), bool(ended[row])), texts.get(row))
             for row in np.flatnonzero(done).tolist()
         ]
 
-    def _verify(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> tuple[Ints, Bools, Bools]:
+    def _verify(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> tuple[Ints, Bools, IntArray]:
         """Put what was sampled for `slots` [rows] in place.
 
-        Returns of each row how many count, whether the last of these ends the answer, and whether NO_TOKEN follows it.
+        Returns of each row how many count, whether the last of these ends the answer, and NO_TOKEN or DEAD_END if that
+        follows it, else 0.
         """
         length, width = self.length[slots, None], int(samples.max())
         nth = np.arange(width)
@@ -154,15 +155,22 @@ class Sequences:
         right &= nth[1:] < samples[:, None]
         kept = np.minimum(1 + np.logical_and.accumulate(right, 1).sum(1), self.end[slots] - length[:, 0])
         counts = nth < kept[:, None]
-        none = (drawn == NO_TOKEN) & counts
+        none = (drawn < 0) & counts
         last = none | (np.isin(drawn, self._eos_ids) & ~self._ignore_eos[slots, None] & counts)
         kept = np.where(last.max(1), last.argmax(1) + 1, kept)
-        failed = none[np.arange(len(slots)), kept - 1]
-        ended = last.max(1) & ~failed
-        kept = kept - failed
+        failed = np.minimum(drawn[np.arange(len(slots)), kept - 1], 0)
+        ended = last.max(1) & (failed == 0)
+        kept = kept - (failed < 0)
         self._tokens[slots[:, None], length + nth] = drawn
         self.computed[slots] += kept - 1
         return kept, ended, failed
+
+
+def _reason(failed: int, ended: bool) -> str:
+    """Why a sequence ends: `failed` is NO_TOKEN, DEAD_END or 0."""
+    if failed:
+        return "error" if failed == NO_TOKEN else "dead_end"
+    return "stop" if ended else "length"
 
 
 def _spread(slots: Ints, begin: Ints, counts: Ints) -> tuple[Ints, Ints]:

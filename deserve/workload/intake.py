@@ -12,6 +12,7 @@ from deserve.model.tokenizer import ChatTemplate
 from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
 from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, Part, brief, check_keys, validated
+from deserve.workload.shaping import shaped
 
 # A normalizer may shorten a text before it is cut into tokens: NFC makes one syllable of three jamo.
 NORMALIZED = 3
@@ -65,6 +66,7 @@ class Intake:
             # No more than the vocabulary to choose from: the same as no cut, and small enough for int32.
             top_k=sampling.top_k if sampling.top_k < self.limits.vocab_size else 0,
         )
+        sampling = shaped(sampling, body, len(ids), self.tokenizer, self.limits)
         prompt = np.array(ids, dtype=np.int32)
         return Request(custom_id, prompt, sampling, endpoint, line, default_length, form_of_answer)
 

@@ -1,10 +1,11 @@
 """Sampling parameters: the job's defaults, and what one request says itself."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from deserve.batch import SamplingParams
+from deserve.batch import Request, SamplingParams
 from deserve.config import SamplingSection
 from deserve.errors import RequestError, UserError
 from deserve.workload.schema import SEEDS, Sampling, validated
@@ -75,3 +76,10 @@ def with_derived_seed(defaults: SamplingParams, custom_id: str) -> SamplingParam
     """
     digest = hashlib.blake2b(f"{defaults.seed}:{custom_id}".encode(), digest_size=8).digest()
     return replace(defaults, seed=int.from_bytes(digest, "little") % SEEDS)
+
+
+def choices(request: Request) -> Iterator[Request]:
+    """The `n` answers that `request` asks for, as requests of their own. All but the first derive their seeds."""
+    yield request
+    for choice in range(1, request.sampling.n):
+        yield replace(request, sampling=with_derived_seed(request.sampling, str(choice)), choice=choice)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from deserve.batch import MOST_LOGPROBS
 from deserve.errors import RequestError
 
 CHAT = "/v1/chat/completions"
@@ -33,46 +34,29 @@ NO_EFFECT = {
     "session_id": "names the conversation in the server's log",
     "stream_options": "streaming, which is refused",
     "stream_interval": "streaming, which is refused",
-    "guided_decoding_backend": "guided decoding, which is refused",
-    "return_tokens_as_token_ids": "logprobs, which are refused",
+    "guided_decoding_backend": "which library keeps answers to a grammar",
 }
 
 # Keys that would change the answer and are not done, with the values at which they ask for nothing (null never does).
 NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "stream": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "logprob_token_ids": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "guided_whitespace_pattern": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "repetition_detection": (),
     "length_penalty": (1, 1.0),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "min_p": (0, 0.0),
     "typical_p": (1, 1.0),
-    "min_tokens": (0,),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "stop_token_ids": ([],),
     "spaces_between_special_tokens": (True,),
     "truncation_side": ("left",),
     "suffix": ("",),
     "prompt_embeds": (),
+    "return_tokens_as_token_ids": (False,),
     "return_prompt_text": (False,),
     "chat_template": (),
     "reasoning": (),
@@ -279,7 +263,74 @@ class Part(Keys):
     no_effect = {"cache_control": "prefix caching", "annotations": "the provider's notes on its answer"}
 
 
-class Body(Sampling):
+def _one_kind(value: "Structured") -> "Structured":
+    kinds = {field.alias or name: getattr(value, name) for name, field in Structured.model_fields.items()}
+    said = [kind for kind, text in kinds.items() if text is not None]
+    if len(said) != 1:
+        raise ValueError(f"holds {', '.join(said) or 'none'} of {', '.join(kinds)}, but must hold one")
+    return value
+
+
+class Structured(Keys):
+    """What an answer must keep to, in vLLM's words."""
+
+    json_schema: Any = Field(None, alias="json", description="a JSON schema, as an object or as text")
+    json_object: Literal[True] | None = Field(None, description="true")
+    regex: Text | None = Field(None, description="a string")
+    choice: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="a list of strings")
+    grammar: Text | None = Field(None, description="a string")
+
+    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+
+
+class Schema(Keys):
+    """The schema of a `response_format`."""
+
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class ResponseFormat(Keys):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Schema | None = None
+
+
+TokenId = Annotated[Whole, Field(ge=0)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Shaping(Keys):
+    """What changes an answer's probabilities, and what it keeps to."""
+
+    n: Annotated[Whole, Field(ge=1, le=128)] | None = Field(None, description="a whole number from 1 to 128")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="a number from 0 to 1")
+    frequency_penalty: Penalty | None = Field(None, description="a number from -2 to 2")
+    presence_penalty: Penalty | None = Field(None, description="a number from -2 to 2")
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="a number over 0"
+    )
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="an object of numbers from -100 to 100 by token id"
+    )
+    min_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="a whole number of at least 0")
+    bad_words: list[Text] | None = Field(None, description="a list of strings")
+    allowed_token_ids: list[TokenId] | None = Field(None, description="a list of token ids")
+    response_format: ResponseFormat | None = Field(
+        None, description="an object of type text, json_object or json_schema"
+    )
+    structured_outputs: Annotated[Structured, AfterValidator(_one_kind)] | None = Field(
+        None, description="an object with one of json, json_object, regex, choice, grammar"
+    )
+    guided_json: Any = Field(None, description="a JSON schema, as an object or as text")
+    guided_regex: Text | None = Field(None, description="a string")
+    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="a list of strings")
+    guided_grammar: Text | None = Field(None, description="a string")
+
+
+class Body(Sampling, Shaping):
     """What both endpoints take."""
 
     model: Text | None = Field(None, description="a string")
@@ -311,6 +362,10 @@ class ChatBody(Body):
     documents: list[dict[str, Any]] | None = Field(None, description="a list of objects")
     add_generation_prompt: bool | None = Field(None, description="true or false")
     continue_final_message: bool | None = Field(None, description="true or false")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+        None, description=f"a whole number from 0 to {MOST_LOGPROBS}"
+    )
 
     endpoint = CHAT
     not_done = NOT_DONE
@@ -322,6 +377,9 @@ class CompletionBody(Body):
 
     prompt: Annotated[Text | list[Any], BeforeValidator(_one_prompt)] = Field(
         description="a string or a list of token ids"
+    )
+    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | Literal[False] | None = Field(
+        None, description=f"a whole number from 0 to {MOST_LOGPROBS}"
     )
 
     endpoint = COMPLETIONS

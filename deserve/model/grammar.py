@@ -1,0 +1,124 @@
+"""Structured output: which tokens may come next, by a grammar for each sequence that has one.
+
+The matchers live on the last rank, where tokens are chosen, so no mask ever crosses a link. Grammars are llguidance's:
+JSON schemas, regular expressions and context-free grammars, compiled in milliseconds.
+"""
+
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from numpy.typing import NDArray
+
+from deserve.batch import IntArray
+from deserve.errors import RequestError
+from deserve.staging import to_device
+
+MASKED_BYTES = 64 << 20  # of unpacked masks at a time
+COMPILED = 4096  # distinct grammars that are kept compiled
+
+
+class _Sampled(NamedTuple):
+    """A token on its way from the device to the host."""
+
+    tokens: torch.Tensor
+    at: int
+    arrived: torch.cuda.Event | None
+
+
+Kind = Literal["json_schema", "regex", "choice", "grammar"]
+
+
+def checked_grammar(kind: Kind, text: Any, tokenizer: LLTokenizer | None = None) -> str:
+    """The grammar that `text` describes, as `Grammars` takes it.
+
+    Raises RequestError, with the compiler's words, for one that cannot be compiled.
+    """
+    from llguidance import grammar_from
+
+    try:
+        grammar = str(grammar_from(kind, text))
+    except ValueError as error:
+        raise RequestError("invalid_grammar", f"the {kind} cannot be compiled: {error}") from None
+    problem = LLMatcher.validate_grammar(grammar, tokenizer)
+    if problem and not problem.startswith("WARNING"):
+        raise RequestError("invalid_grammar", f"the {kind} cannot be compiled: {problem}")
+    return grammar
+
+
+class Grammars:
+    """The matchers of the sequences in flight, by slot."""
+
+    def __init__(self, tokenizer: LLTokenizer, device: torch.device):
+        self._device = device
+        self._compiled = lru_cache(COMPILED)(lambda grammar: LLMatcher(tokenizer, grammar, log_level=0))
+        self._executor, self._known = LLExecutor(), tokenizer.vocab_size
+        self._matchers: dict[int, LLMatcher] = {}
+        self._sampled: dict[int, _Sampled] = {}  # by slot: the token that its matcher has yet to take in
+        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+
+    def admit(self, slot: int, grammar: str | None, output: IntArray) -> None:
+        """A new sequence in `slot`, with the `output` tokens that it has already; None: no grammar binds it."""
+        self.forget(slot)
+        if grammar is not None:
+            self._matchers[slot] = self._compiled(grammar).deep_copy()
+            self._matchers[slot].consume_tokens(output.tolist())
+
+    def forget(self, slot: int) -> None:
+        """A sequence without a grammar takes `slot`."""
+        self._matchers.pop(slot, None)
+        self._sampled.pop(slot, None)
+
+    def rows(self, slots: IntArray) -> NDArray[np.int64]:
+        """Which of the rows `slots` [n] have a grammar."""
+        if not self._matchers:
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.array([slot in self._matchers for slot in slots.tolist()]))
+
+    def record(self, tokens: torch.Tensor, slots: IntArray) -> None:
+        """The sequences in `slots` [n], which all have grammars, were given `tokens` [n], which lie on the device.
+
+        Their copy to the host is awaited at the next visit: rank 0 has seen them by then, so it is there.
+        """
+        arrived = None
+        if tokens.is_cuda:
+            copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            copy.copy_(tokens, non_blocking=True)
+            tokens, arrived = copy, torch.cuda.Event()
+            arrived.record()
+        for at, slot in enumerate(slots.tolist()):
+            self._sampled[slot] = _Sampled(tokens, at, arrived)
+
+    def masks(self, slots: IntArray, vocab: int) -> NDArray[np.int32]:
+        """Which of `vocab` tokens may come next in `slots` [n], a bit each: [n, vocab / 32].
+
+        None may where a matcher has failed: a grammar can take more steps than its limits allow.
+        """
+        matchers = [self._matchers[slot] for slot in slots.tolist()]
+        for slot, matcher in zip(slots.tolist(), matchers, strict=True):
+            sampled = self._sampled.pop(slot, None)
+            if sampled is not None:
+                if sampled.arrived is not None:
+                    sampled.arrived.synchronize()
+                matcher.consume_token(int(sampled.tokens[sampled.at]))
+        masks = allocate_token_bitmask(len(slots), self._known)
+        sound = [(matcher, row) for row, matcher in enumerate(matchers) if not matcher.is_error()]
+        fill_next_token_bitmask_par(self._executor, sound, masks)
+        masks[[row for row, matcher in enumerate(matchers) if matcher.is_error()]] = 0
+        return np.pad(masks, ((0, 0), (0, max(0, -(-vocab // 32) - masks.shape[1]))))
+
+    def apply(self, logits: torch.Tensor, masks: NDArray[np.int32]) -> torch.Tensor:
+        """`logits` [n, vocab], changed in place: tokens that `masks` [n, vocab / 32] rule out cannot be chosen."""
+        vocab = logits.shape[1]
+        few = max(1, MASKED_BYTES // (4 * vocab))
+        for begin in range(0, len(masks), few):
+            some = masks[begin : begin + few]
+            if logits.is_cuda:  # bits cross the bus
+                open_ = (to_device(some, self._device)[:, :, None] >> self._bits) & 1
+            else:
+                open_ = torch.from_numpy(np.unpackbits(some.view(np.uint8), axis=1, bitorder="little"))
+            logits[begin : begin + few].masked_fill_(open_.view(len(some), -1)[:, :vocab] == 0, -torch.inf)
+        return logits

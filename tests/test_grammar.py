@@ -1,0 +1,104 @@
+"""Grammars: whatever is chosen among the tokens that they allow, the text keeps to the grammar."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from llguidance import LLTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from deserve.errors import RequestError
+from deserve.model.grammar import Grammars, checked_grammar
+
+CPU = torch.device("cpu")
+WORDS = ['{"', '":', '": "', '"}', "name", "age", "true", "yes", "no", " ", "12", "é"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> tuple[LLTokenizer, Tokenizer]:
+    """Bytes, and a few longer tokens; id 0 ends a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0, **{text: at for at, text in enumerate(alphabet, start=1)}}
+    merges = []
+    for word in WORDS:
+        pieces = [piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(word)]
+        for piece in pieces:
+            made = piece[0]
+            for letter in piece[1:]:
+                if made + letter not in vocab:
+                    merges.append((made, letter))
+                    vocab[made + letter] = len(vocab)
+                made += letter
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
+    return LLTokenizer(tokenizer.to_str(), eos_token=0), tokenizer
+
+
+def completed(grammar: str, tokenizer: tuple[LLTokenizer, Tokenizer], seed: int, most: int = 400) -> str | None:
+    """The text of random choices among what is allowed, None if it does not end."""
+    guide, plain = tokenizer
+    vocab = plain.get_vocab_size() + 7  # a model's vocabulary may be padded
+    grammars = Grammars(guide, CPU)
+    slots = np.array([3], np.int32)
+    grammars.admit(3, grammar, np.zeros(0, np.int32))
+    random = torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
+    while len(tokens) < most:
+        assert grammars.rows(np.array([1, 3], np.int32)).tolist() == [1]
+        masks = grammars.masks(slots, vocab)
+        logits = grammars.apply(torch.randn(1, vocab, generator=random), masks)
+        logits[0, 0] += 2.0  # inclined to end
+        token = logits.argmax(-1).int()
+        if int(token) == 0:
+            return str(plain.decode(tokens))
+        tokens.append(int(token))
+        grammars.record(token, slots)
+    return None
+
+
+def test_choices_regexes_and_schemas_are_kept_to(tokenizer: tuple[LLTokenizer, Tokenizer]) -> None:
+    choice = checked_grammar("choice", ["yes", "no", "né"])
+    assert {completed(choice, tokenizer, seed) for seed in range(20)} == {"yes", "no", "né"}
+    regex = checked_grammar("regex", "[a-c]{2}(12)+x?")
+    texts = [completed(regex, tokenizer, seed) for seed in range(20)]
+    assert all(text is None or re.fullmatch("[a-c]{2}(12)+x?", text) for text in texts)
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["age", "yes"]}, "age": {"type": "boolean"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    grammar = checked_grammar("json_schema", json.dumps(schema))
+    for seed in range(20):
+        text = completed(grammar, tokenizer, seed)
+        if text is not None:
+            found = json.loads(text)
+            assert found["name"] in ("age", "yes") and isinstance(found["age"], bool) and len(found) == 2
+
+
+def test_a_sequence_goes_on_where_its_output_ends(tokenizer: tuple[LLTokenizer, Tokenizer]) -> None:
+    guide, plain = tokenizer
+    grammars = Grammars(guide, CPU)
+    grammar = checked_grammar("choice", ["yes", "no"])
+    output = np.array(plain.encode("n").ids, np.int32)
+    grammars.admit(0, grammar, output)
+    grammars.admit(1, grammar, np.zeros(0, np.int32))
+    masks = grammars.masks(np.array([0, 1], np.int32), plain.get_vocab_size())
+    open_ = grammars.apply(torch.zeros(2, plain.get_vocab_size()), masks).isfinite()
+    allowed = [{plain.decode([token]) for token in row.nonzero()[:, 0].tolist()} for row in open_]
+    assert allowed[0] == {"o"} and {"n", "y"} <= allowed[1] and "o" not in allowed[1]
+    grammars.admit(0, None, output)
+    assert grammars.rows(np.array([0, 1], np.int32)).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("json_schema", '{"type": "no such type"}'), ("regex", "(["), ("grammar", "nonsense"), ("json_schema", "{")],
+)
+def test_what_cannot_be_compiled_is_refused(kind: str, text: str) -> None:
+    with pytest.raises(RequestError, match=f"the {kind} cannot be compiled"):
+        checked_grammar(kind, text)
