@@ -11,6 +11,7 @@ import numpy as np
 from deserve.batch import PLAIN, Completion, IntArray, Request
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer
 from deserve.model.tools import MARKS, THOUGHTS, Answer, parse, split_reasoning
+from deserve.report.logprobs import chat_logprobs, completion_logprobs
 
 BROKEN = "\ufffd"  # stands for bytes that are no character, or not yet one
 CONTEXT = range(8, 33)  # last tokens of a prompt to decode with
@@ -75,6 +76,17 @@ class AnswerReader:
         self._plain, self._all = Detokenizer(tokenizer), Detokenizer(tokenizer, show_special=True)
 
     def __call__(self, completion: Completion) -> Answer:
+        answer = self._answer(completion)
+        if completion.beside is None:
+            return answer
+        chat = completion.request.endpoint == "/v1/chat/completions"
+        form = chat_logprobs if chat else completion_logprobs
+        return replace(answer, logprobs=form(completion.tokens, completion.beside, self._token))
+
+    def _token(self, token: int) -> str:
+        return self._all.decode([token])
+
+    def _answer(self, completion: Completion) -> Answer:
         form = completion.request.form
         if form == PLAIN:
             return Answer(self._plain.completion(completion))

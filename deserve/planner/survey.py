@@ -28,9 +28,9 @@ from deserve.comm.link import Receiver
 from deserve.comm.ring import connect, nccl_edges
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
+from deserve.model.admissions import encode_sampling
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.graphs import MOST_ROWS, graph_tokens
-from deserve.model.sampler import encode_sampling
 from deserve.model.tools import Answer
 from deserve.model.weights import Shard, parameter_bytes
 from deserve.pipeline import run_pipeline

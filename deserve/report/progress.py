@@ -56,23 +56,23 @@ class Progress:
             self._shown = now
             self._show()
 
-    def request(self, completion: Completion | None = None, error: bool = False) -> None:
-        """A request was answered (`completion`) or refused."""
+    def request(self, *completions: Completion, error: bool = False) -> None:
+        """A request was answered, by one or several `completions`, or refused."""
         now = time.monotonic()
         counts = Counter(requests=1, errors=int(error))
-        if completion is not None:
-            counts["input_tokens"] = len(completion.request.prompt)
+        if completions:
+            counts["input_tokens"] = len(completions[0].request.prompt)
         with self._lock:
             self._finished[int(now - self._begin)] += 1
             self._read[int(now - self._begin)] += counts["input_tokens"]
             self._counts += counts
-            if completion is not None:
+            for completion in completions:
+                request = completion.request
                 self._counts["output_tokens"] += len(completion.tokens)
-                self._counts["max_output_tokens"] += completion.request.sampling.max_tokens
-                cut = completion.finish_reason == "length" and completion.request.default_length
+                self._counts["max_output_tokens"] += request.sampling.max_tokens
+                cut = completion.finish_reason == "length" and request.default_length
                 self._counts["cut_by_default_max_tokens"] += cut
                 if len(self.answered) < KEPT:
-                    request = completion.request
                     self.answered.append((request.line, len(request.prompt), len(completion.tokens)))
             if now - self._begin >= self._warmup_s:
                 self._warm += counts

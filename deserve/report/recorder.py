@@ -29,6 +29,7 @@ class Recorder:
         self._writer, self._read, self._progress, self._dtype = writer, read, progress, dtype
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
+        self._answers: dict[str, list[Completion]] = {}  # by custom_id, of requests that want several
         self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
@@ -54,14 +55,33 @@ class Recorder:
                 if isinstance(outcome, Rejected):
                     self._writer.error(outcome.custom_id, outcome.code, outcome.message)
                     self._progress.request(error=True)
-                elif outcome.finish_reason == "error":
-                    self._non_finite_logits(outcome)
                 else:
-                    self._finite = True
-                    self._writer.completion(outcome, self._read(outcome))
-                    self._progress.request(outcome)
+                    answers = [*self._answers.pop(outcome.request.custom_id, []), outcome]
+                    if len(answers) < outcome.request.sampling.n:
+                        self._answers[outcome.request.custom_id] = answers
+                    else:
+                        self._request(answers)
         except BaseException as error:
             self._error = error
+
+    def _request(self, answers: list[Completion]) -> None:
+        """Write all that one request gets."""
+        failed = next((answer for answer in answers if answer.finish_reason in ("error", "dead_end")), None)
+        if failed is None:
+            self._finite = True
+            read = [(answer, self._read(answer)) for answer in sorted(answers, key=lambda each: each.request.choice)]
+            self._writer.completion(*read[0], *read[1:])
+            self._progress.request(*answers)
+        elif failed.finish_reason == "error":
+            self._non_finite_logits(failed)
+        else:
+            self._writer.error(
+                failed.request.custom_id,
+                "no_token_allowed",
+                f"after {len(failed.tokens)} tokens no token is left that the request's grammar, allowed_token_ids, "
+                "bad_words and min_tokens all allow",
+            )
+            self._progress.request(error=True)
 
     def _non_finite_logits(self, completion: Completion) -> None:
         reason = f"NaN or infinite logits after {len(completion.tokens)} tokens in {remedy(self._dtype)}"

@@ -249,29 +249,19 @@ class ResultsWriter:
                 raise UserError(f"output.dir={path.parent} cannot be written: {error}") from error
             self._opened = opened.pop_all()
 
-    def completion(self, completion: Completion, answer: Answer) -> None:
-        """Append the line of an answered request."""
+    def completion(self, completion: Completion, answer: Answer, *others: tuple[Completion, Answer]) -> None:
+        """Append the line of an answered request, which has `others` too where it asks for several."""
         request = completion.request
         name = _name(request.custom_id)
         chat = request.endpoint == "/v1/chat/completions"
-        reason = completion.finish_reason
-        said: dict[str, Any] = {"text": answer.content}
-        if chat:
-            message: dict[str, Any] = {"role": "assistant", "content": answer.content}
-            if answer.reasoning is not None:
-                message["reasoning_content"] = answer.reasoning
-            if answer.calls:
-                message["tool_calls"] = answer.tool_calls(name, request.form.dialect)
-                reason = "tool_calls" if reason == "stop" else reason
-            said = {"message": message}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-        prompt_tokens, completion_tokens = len(request.prompt), len(completion.tokens)
+        all_of_them = [(completion, answer), *others]
+        prompt_tokens, completion_tokens = len(request.prompt), sum(len(one.tokens) for one, _ in all_of_them)
         body: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self._model_name,
-            "choices": [choice],
+            "choices": [_choice(name, chat, *one) for one in all_of_them],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
@@ -279,10 +269,10 @@ class ResultsWriter:
             },
         }
         if answer.reasoning is not None:
-            body["usage"]["completion_tokens_details"] = {"reasoning_tokens": answer.reasoning_tokens}
-        if request.form.return_token_ids:  # where vLLM has them
-            choice["token_ids"] = completion.tokens.tolist()
-            (body if chat else choice)["prompt_token_ids"] = request.prompt.tolist()
+            thoughts = sum(one.reasoning_tokens for _, one in all_of_them)
+            body["usage"]["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        if request.form.return_token_ids and chat:  # where vLLM has them
+            body["prompt_token_ids"] = request.prompt.tolist()
         self._append(self._answers, request.custom_id, (200, body), None)
 
     def error(self, custom_id: str, code: str, message: str) -> None:
@@ -367,6 +357,27 @@ class ResultsWriter:
 
     def _is_retried(self, code: Any) -> bool:
         return self._retry_errors == "all" or (self._retry_errors == "auto" and code in MENDABLE)
+
+
+def _choice(name: str, chat: bool, completion: Completion, answer: Answer) -> dict[str, Any]:
+    """One of `choices`, of the request whose ids share `name`."""
+    request, reason = completion.request, completion.finish_reason
+    said: dict[str, Any] = {"text": answer.content}
+    if chat:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content}
+        if answer.reasoning is not None:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            own = f"{name}/{request.choice}" if request.choice else name
+            message["tool_calls"] = answer.tool_calls(own, request.form.dialect)
+            reason = "tool_calls" if reason == "stop" else reason
+        said = {"message": message}
+    choice = {"index": request.choice, **said, "logprobs": answer.logprobs, "finish_reason": reason}
+    if request.form.return_token_ids:
+        choice["token_ids"] = completion.tokens.tolist()
+        if not chat:
+            choice["prompt_token_ids"] = request.prompt.tolist()
+    return choice
 
 
 def failure(entry: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deserve.batch import DEAD_END, NO_TOKEN, IntArray, Ints, Request
+from deserve.batch import NO_TOKEN, IntArray, Ints, Request
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
 

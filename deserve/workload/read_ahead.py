@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from deserve.batch import Request
 from deserve.workload.item import Answered, Item, Rejected
+from deserve.workload.sampling import choices
 
 
 class ReadAhead:
@@ -33,7 +34,8 @@ class ReadAhead:
                 elif isinstance(item, Rejected):
                     self._reject(item)
                 else:
-                    self._queue.put(item)
+                    for request in choices(item):
+                        self._queue.put(request)
         except BaseException as error:
             self._error = error
         finally:
