@@ -19,8 +19,10 @@ from launch import torchrun
 from results import code, read_results
 from safetensors.torch import load_file, save_file
 
+from deserve.batch import SamplingParams
 from deserve.model.sampler import draw, draw_uncut, uniforms
 from deserve.model.smollm2 import ensure_smollm2
+from deserve.workload.sampling import with_derived_seed
 
 RANKS = (1, 2, 3)
 MAX_TOKENS = 32
@@ -47,6 +49,8 @@ class Truth:
     folder: Path
     source: Path
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)  # custom_id: text, finish_reason
+    others: dict[str, list[str]] = field(default_factory=dict)  # texts of further choices
+    logprobs: dict[str, torch.Tensor] = field(default_factory=dict)  # [tokens, vocab]
 
     def add(self, custom_id: str, prompt: list[int], answer: tuple[str, str], **parameters: Any) -> None:
         """One more request."""
@@ -149,6 +153,19 @@ def truth(tmp_path_factory) -> Truth:
             )
             said = {"repetition_penalty": 1.6, "logit_bias": {str(token): by for token, by in bias.items()}}
             truth.add(f"ruled-{len(prompt)}", prompt, (text(ruled), "length"), max_tokens=16, ignore_eos=True, **said)
+        if index % 5 == 1:
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+            name = f"logprobs-{len(prompt)}"
+            truth.add(name, prompt, (text(tokens), "length"), ignore_eos=True, logprobs=index % 3)
+            truth.logprobs[name] = logits.log_softmax(-1)
+        if index % 5 == 2:
+            said = {"temperature": 0.6, "seed": index}
+            seeds = [index, *(with_derived_seed(SamplingParams(seed=index), str(choice)).seed for choice in (1, 2))]
+            three = [text(sampled(model, prompt, 8, 0.6, 1.0, 0, seed)) for seed in seeds]
+            name = f"three-{len(prompt)}"
+            truth.add(name, prompt, (three[0], "length"), ignore_eos=True, max_tokens=8, n=3, **said)
+            truth.others[name] = three[1:]
         if index % 4 == 2:
             late = greedy(model, prompt, 16)[:1]
             while len(late) < 16:
@@ -224,10 +241,29 @@ def wrong_answers(output: Path, truth: Truth) -> dict[str, Any]:
         if code(entry) is not None:
             given[entry["custom_id"]] = (code(entry), "error")
             continue
-        choice = entry["response"]["body"]["choices"][0]
+        choice, *others = entry["response"]["body"]["choices"]
         given[entry["custom_id"]] = (choice["text"], choice["finish_reason"])
+        assert [other["text"] for other in others] == truth.others.get(entry["custom_id"], [])
+        check_logprobs(choice["logprobs"], truth.logprobs.get(entry["custom_id"]))
     assert given.keys() == truth.answers.keys()
     return {key: (given[key], right) for key, right in truth.answers.items() if given[key] != right}
+
+
+def check_logprobs(given: dict[str, Any] | None, right: torch.Tensor | None) -> None:
+    """What a choice says of its tokens' log-probabilities is `right` [tokens, vocab], to 1e-4."""
+    if right is None or given is None:
+        assert right is given is None
+        return
+    ids = torch.tensor([int(token) for token in given["tokens"]])
+    torch.testing.assert_close(
+        torch.tensor(given["token_logprobs"]), right.gather(1, ids[:, None])[:, 0], atol=1e-4, rtol=0
+    )
+    for token, top, of in zip(ids.tolist(), given["top_logprobs"], right, strict=True):
+        likeliest = of.topk(len(top)).indices.tolist()
+        assert {*map(int, top)} in ({*likeliest}, {*likeliest[:-1], token})
+        assert all(abs(of[int(other)] - logprob) < 1e-4 for other, logprob in top.items())
+    lengths = [0, *map(len, given["tokens"][:-1])]
+    assert given["text_offset"] == np.cumsum(lengths).tolist()
 
 
 def run_jobs(ranks: int, jobs: list[list[str]], folder: Path) -> None:
