@@ -113,8 +113,12 @@ def test_tools_reach_the_template_as_transformers_documents_them(name: str) -> N
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"tools": [WEATHER], "tool_choice": "required"}, "unsupported_parameter: tool_choice='required'"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "unsupported_parameter: tool_choice=an object"),
+        ({"tool_choice": "required"}, "invalid_value: tool_choice demands a call"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "invalid_value: tool_choice is an object"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "time"}}},
+            "invalid_value: tool_choice names 'time'",
+        ),
         ({"tools": [WEATHER], "tool_choice": "any"}, "invalid_value: tool_choice is 'any'"),
         ({"tools": [{"type": "web_search"}]}, "invalid_value: tools[0].type is 'web_search', but must be function"),
         ({"tools": [{"type": "function"}]}, "invalid_value: tools[0].function is missing"),

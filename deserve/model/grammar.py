@@ -29,7 +29,7 @@ class _Sampled(NamedTuple):
     arrived: torch.cuda.Event | None
 
 
-Kind = Literal["json_schema", "regex", "choice", "grammar"]
+Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
 
 def checked_grammar(kind: Kind, text: Any, tokenizer: LLTokenizer | None = None) -> str:

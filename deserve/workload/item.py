@@ -14,6 +14,10 @@ class Tokenizer(Protocol):
     def longest_token(self) -> int:
         """Bytes of text that one token can stand for, at most."""
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The tokens that text alone never gives, by what they are called."""
+
     def encode(self, text: str, add_special_tokens: bool = True, at_most: int | None = None) -> list[int]:
         """Token ids of a text, of its end where there are more than `at_most`."""
 

@@ -143,14 +143,6 @@ def _arguments(value: Any) -> Any:
         return value
 
 
-def _tool_choice(value: Any) -> Any:
-    if value == "required" or isinstance(value, dict):
-        raise RequestError(
-            "unsupported_parameter", f"tool_choice={brief(value)} is not supported: give auto or none, or leave it out"
-        )
-    return value
-
-
 def _count_or_all(value: int) -> int:
     if value < 1 and value != -1:
         raise ValueError(f"is {value}, but must be a whole number of at least 1, or -1")
@@ -209,6 +201,19 @@ class Tool(Keys):
     function: Function = Field(description="an object")
 
     within = {"function": Function}
+
+
+class Named(Keys):
+    """The function of a `tool_choice`."""
+
+    name: Text = Field(description="a string")
+
+
+class NamedTool(Keys):
+    """A `tool_choice` of one function."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class CalledFunction(Keys):
@@ -352,8 +357,8 @@ class ChatBody(Body):
 
     messages: list[Message] = Field(description="a list of objects")
     tools: list[Tool] | None = Field(None, description="a list of objects")
-    tool_choice: Annotated[Literal["none", "auto"], BeforeValidator(_tool_choice)] | None = Field(
-        None, description="none or auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="none, auto, required or an object that names a function"
     )
     parallel_tool_calls: bool | None = Field(None, description="true or false")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")

@@ -9,11 +9,13 @@ from deserve.batch import ADMISSION_ROOM, Rules, SamplingParams
 from deserve.errors import RequestError
 from deserve.model.admissions import extra_words
 from deserve.model.grammar import Kind, checked_grammar
+from deserve.model.tools import MARKS
+from deserve.model.tools import grammar as call_grammar
 from deserve.workload.item import Limits, Tokenizer
-from deserve.workload.schema import Body, ChatBody, CompletionBody, Shaping, brief
+from deserve.workload.schema import Body, ChatBody, CompletionBody, NamedTool, Shaping, brief
 
 CHECKED = 4096  # grammars that need no checking when they come again
-KEYS = {*Shaping.model_fields, "logprobs", "top_logprobs"}
+KEYS = {*Shaping.model_fields, "logprobs", "top_logprobs", "tool_choice"}
 
 
 def shaped(
@@ -41,7 +43,7 @@ def shaped(
         raise RequestError(
             "invalid_value", f"min_tokens is {rules.min_tokens}, but max_tokens is {sampling.max_tokens}"
         )
-    grammar = _grammar(body)
+    grammar = _grammar(body, tokenizer)
     if grammar is not None and tokenizer is None:
         raise RequestError("no_tokenizer", "the model has no tokenizer, so an answer cannot keep to a grammar")
     if grammar is not None and sampling.ignore_eos:
@@ -84,7 +86,24 @@ def _spellings(word: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
     return [first, within] if within[0] != first[0] and len(within) == len(first) else [first]
 
 
-def _grammar(body: Shaping) -> str | None:
+def _call(body: ChatBody, tokenizer: Tokenizer | None) -> str | None:
+    """The grammar of a call that `tool_choice` demands, None where it leaves the choice to the model."""
+    if body.tool_choice in (None, "none", "auto"):
+        return None
+    if not body.tools or tokenizer is None:
+        raise RequestError("invalid_value", "tool_choice demands a call, but there are no tools")
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        tools = [tool for tool in tools if tool["function"]["name"] == name]
+        if not tools:
+            raise RequestError("invalid_value", f"tool_choice names {brief(name)}, which is none of the tools")
+    dialect = tokenizer.chat_template(tools=True).dialect
+    assert dialect is not None  # else the tools have been refused
+    return call_grammar(tools, dialect, tokenizer.special_tokens.get(MARKS[dialect][0]))
+
+
+def _grammar(body: Body, tokenizer: Tokenizer | None) -> str | None:
     wanted: list[tuple[str, Kind, Any]] = []
     form = body.response_format
     if form is not None and form.type == "json_object":
@@ -107,6 +126,9 @@ def _grammar(body: Shaping) -> str | None:
         ("guided_grammar", "grammar", body.guided_grammar),
     ]
     wanted += [entry for entry in guided if entry[2] is not None]
+    call = _call(body, tokenizer) if isinstance(body, ChatBody) else None
+    if call is not None:
+        wanted.append(("tool_choice", "lark", call))
     if not wanted:
         return None
     if len(wanted) > 1:
