@@ -129,6 +129,7 @@ class Completion:
     finish_reason: str
     text: str | None = None  # set where a stop string cut the text; decoded from `tokens` otherwise
     beside: IntArray | None = None
+    cached_tokens: int = 0  # of the prompt, that others had computed
 
 
 def _empty(*shape: int) -> IntArray:
@@ -200,8 +201,11 @@ class VisitPlan:
 
     @staticmethod
     def max_words(rows: int, pages: int) -> int:
-        """Words of the longest plan of at most `rows` sequences, where a micro-batch can own `pages` pages."""
-        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (3 + 2 + 2) + ADMISSION_ROOM
+        """Words of the longest plan of at most `rows` sequences, where a micro-batch can own `pages` pages.
+
+        New sequences read as many prefix pages besides, each counted for each of them.
+        """
+        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + ADMISSION_ROOM
 
 
 ADMISSION_WORDS = 6  # that every admission has

@@ -50,6 +50,7 @@ class KVCacheSection:
     swap_pages: Any = "auto"  # per micro-batch; 0: no swapping
     buddy_height: int = 16  # the host pool holds 2^(height-1) pages
     gpu_memory_gb: float | None = None  # cap on the KV memory of one GPU
+    share_prefixes: bool = True  # what prompts have in common is computed and kept once
 
 
 @dataclass
@@ -78,6 +79,8 @@ class WorkloadSection:
     concurrency: Any = "auto"  # requests in the pipeline at once
     unknown_keys: str = "refuse"  # requests with keys that are not done; ignore: answer them without
     model_names: Any = "auto"  # what requests may call the model: its own names; more names; or any
+    order: str = "auto"  # auto: requests that begin alike are admitted together; file: as they come
+    shared_tokens: int = 0  # first tokens that all prompts of a fixed workload have in common
     max_line_mb: float = 32.0  # of a .jsonl file, or a record of a data set
     chat_template: str | None = None  # a Jinja file in place of the model's own
     reasoning: str = "auto"  # thoughts of chats: keep them in the text; split: as reasoning_content; auto: by template
@@ -249,6 +252,10 @@ def _check(config: Config) -> None:
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))
     _one_of("output.errors", config.output.errors, ("same", "separate"))
+    _one_of("workload.order", config.workload.order, ("auto", "file"))
+    in_range("workload.shared_tokens", config.workload.shared_tokens, 0)
+    if config.workload.shared_tokens and not config.workload.source.startswith("fixed"):
+        raise UserError("workload.shared_tokens is for workload.source=fixedCOUNT:LENGTH:VARIATION")
     _one_of("output.retry_errors", config.output.retry_errors, ("auto", "all", "none"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)

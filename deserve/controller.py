@@ -44,7 +44,7 @@ class Controller:
             self._scheduler.admitting = False
             if self._stop.overdue:
                 self._scheduler.abandon()
-        if not self._scheduler.in_flight and self._scheduler.admitting:
+        if not self._scheduler.in_flight and not self._scheduler.waiting and self._scheduler.admitting:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)

@@ -94,9 +94,12 @@ class Job:
             ahead,
             eos_ids=end_ids(self._checkpoint, self._tokenizer),
             stopped=StopFinder(Detokenizer(self._tokenizer)),
+            share_prefixes=self._config.kvcache.share_prefixes,
+            grouped=self._config.workload.order == "auto",
             cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
+        self._prefixes = scheduler.pages.prefixes
         ahead.wait(plan.concurrency)
         self._tuner = self._make_tuner(plan)
         return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline, self._tuner)
@@ -138,6 +141,7 @@ class Job:
             "stages": stages,
             "memory_pressure": {
                 **asdict(self._counters),
+                "evicted_prefix_pages": self._prefixes.evicted,
                 "host_pool_pages": self._host_pool.pages,
                 "most_host_pages_used": self._host_pool.pages - self._host_pool.least_free,
             },

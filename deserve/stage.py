@@ -186,7 +186,7 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 page_size=plan.page_size,
                 max_tokens=plan.max_batch_tokens,
                 # A token that pads reads one at most.
-                max_pages=plan.main_pages + plan.swap_pages + plan.max_batch_tokens,
+                max_pages=plan.visit_pages + plan.max_batch_tokens,
                 tables=tables,
             )
     return TorchBackend(config, dtype, device, config.max_context)

@@ -62,6 +62,9 @@ class Case:
     losses: tuple[int, ...] = ()  # visits before which all KV memory is lost, and what is under way
     requeued: tuple[int, ...] = ()  # visits before which a sequence of the round is requeued
     latency: int = 0  # a cycle is never shorter than that of so many rounds
+    common: tuple[tuple[int, int], ...] = ()  # of the first prompts: family, and tokens that it shares with that
+    share: bool = True
+    grouped: bool = True
 
     @property
     def layout(self) -> Plan:
@@ -92,7 +95,7 @@ class Case:
             sequences.propose(slots, counts, np.array(drafts, np.int32))
             return counts
 
-        options = {"eos_ids": (EOS,)} | options
+        options = {"eos_ids": (EOS,), "share_prefixes": self.share, "grouped": self.grouped} | options
         if self.gather:
             options["cycle_s"] = lambda rounds, sequences: float(max(rounds, self.latency))
         if self.drafts:
@@ -147,31 +150,46 @@ class Engine:
                     target[page, offset] = self.host[host, offset]
         for slot, index, page in plan.page_writes.tolist():
             self.tables.setdefault(slot, {})[index] = page
-        sampled, at = [], 0
-        rows = (plan.slots, plan.new_tokens, plan.context, plan.samples)
-        for slot, new, context, samples in zip(*(row.tolist() for row in rows), strict=True):
+        sampled: list[int] = []
+        at = read = 0
+        fields = (plan.slots, plan.new_tokens, plan.context, plan.samples)
+        rows = list(zip(*(row.tolist() for row in fields), strict=True))
+        for slot, new, context, _ in rows:  # all keys are written before any is read
+            for position in range(context, context + new):
+                page = self.tables[slot][position // size]
+                self.memory(plan.micro_batch, page)[page, position % size] = int(tokens[at])
+                at += 1
+        for slot, new, context, samples in rows:
             assert new >= 1 and samples <= new
-            content = []
-            for position in range(context + new):
-                page, offset = self.tables[slot][position // size], position % size
-                memory = self.memory(plan.micro_batch, page)
-                if position >= context:
-                    memory[page, offset] = int(tokens[at])
-                    at += 1
-                content.append(memory[page, offset])
+            read += -(-(context + new) // size)
+            pages = [self.tables[slot][position // size] for position in range(context + new)]
+            content = [
+                self.memory(plan.micro_batch, page)[page, position % size] for position, page in enumerate(pages)
+            ]
             for length in range(context + new - samples + 1, context + new + 1):
                 ends = {length: EOS, -length: NO_TOKEN}
                 sampled.append(ends.get(stops.get(slot, 0), next_token(tuple(content[:length]))))
-        assert at == len(tokens)
+        assert at == len(tokens) and read <= self.case.layout.visit_pages
         return sampled
+
+    def written(self, plan: VisitPlan) -> set[int]:
+        """The main pages that `plan` writes."""
+        size = self.case.page_size
+        spans = zip(plan.slots.tolist(), plan.context.tolist(), plan.new_tokens.tolist(), strict=True)
+        pages = {self.tables[slot][at // size] for slot, begin, new in spans for at in range(begin, begin + new)}
+        return {page for page in pages if page < self.case.main}
 
 
 def requests_of(case: Case) -> list[Request]:
-    """Prompts whose first token names them, so that no two sequences are alike."""
-    return [
-        Request(f"r{index}", np.array([10_000 + index, *range(length - 1)], np.int32), SamplingParams(max_tokens))
-        for index, (length, max_tokens, _) in enumerate(case.prompts)
-    ]
+    """Prompts that share what `case.common` says, beginning with 8 tokens that all families share; then a token that
+    names them, so that no two sequences are alike."""
+    requests = []
+    for index, (length, max_tokens, _) in enumerate(case.prompts):
+        family, common = case.common[index] if index < len(case.common) else (0, 0)
+        stem = [20_000 + at + (100 * family if at >= 8 else 0) for at in range(common)]
+        prompt = [*stem, 10_000 + index, *range(length)][:length]
+        requests.append(Request(f"r{index}", np.array(prompt, np.int32), SamplingParams(max_tokens)))
+    return requests
 
 
 def expected_output(request: Request, end: int) -> tuple[list[int], str]:
@@ -214,6 +232,7 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             completions += scheduler.commit(micro_batch, result)
         if visits in case.requeued and len(slots := scheduler.micro_batches[micro_batch].slots):
             scheduler.rounds.requeue(micro_batch, int(slots[visits % len(slots)]))
+        prefixes = set(scheduler.pages.prefixes.digests.items())
         plan, tokens = scheduler.plan(micro_batch)
         visits += 1
         assert visits < most, "a sequence starves"
@@ -226,6 +245,8 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
                 length = len(request.prompt) + abs(end) - 1
                 stops[slot] = length if end > 0 else -length
         under_way[micro_batch] = engine.visit(plan, tokens, stops)
+        kept = prefixes & set(scheduler.pages.prefixes.digests.items())
+        assert not engine.written(plan) & {page for page, _ in kept}, "a prefix page is written"
         if plan.retires:
             assert not plan.rows
             under_way.pop(micro_batch)
@@ -254,8 +275,11 @@ def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
 
 
 def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
-    """No page has two owners, and none is lost: main pages over all micro-batches, swap pages within each."""
+    """No page but a prefix page has two owners, and none is lost: main pages over all micro-batches, swap pages within
+    each."""
     main: list[int] = []
+    pages, prefixes = scheduler.pages, scheduler.pages.prefixes
+    private: list[int] = []
     for index, batch in enumerate(scheduler.micro_batches):
         swap: list[int] = []
         assert len(batch.slots) <= case.micro_batch_size
@@ -263,12 +287,18 @@ def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
             held = scheduler.pages.owned(slot).tolist()
             main += [page for page in held if page < case.main]
             swap += [page for page in held if page >= case.main]
+            shared = int(pages.shared[slot])
+            assert prefixes.held[held[:shared]].all()
+            private += [page for page in held[shared:] if page < case.main]
         assert len(swap) == len(set(swap)) == case.swap - scheduler.pages.free_swap(index)
         assert scheduler.pages.worst[index] == sum(
-            -(-(scheduler.sequences.end[slot] - 1) // case.page_size) for slot in batch.slots.tolist()
+            -(-(scheduler.sequences.end[slot] - 1) // case.page_size) - pages.shared[slot]
+            for slot in batch.slots.tolist()
         )
-    assert len(main) == len(set(main)) == case.main - scheduler.pages.free_main
-    assert np.array_equal(np.bincount(main, minlength=case.main), scheduler.pages.readers)
+    assert len(private) == len(set(private)) and not prefixes.held[private].any()
+    assert len(set(main)) == case.main - pages.free_main
+    assert np.array_equal(np.bincount(main, minlength=case.main), pages.readers)
+    assert prefixes.unread == (prefixes.held & (pages.readers == 0)).sum()
 
 
 def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion]) -> None:
@@ -289,6 +319,7 @@ def cases(draw: Any) -> Case:
     longest = max((length + max_tokens - 1 for length, max_tokens, _ in prompts), default=1)
     least = -(-longest // page_size)
     swap = draw(st.integers(0, 2 * least))
+    common = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=20)
     return Case(
         prompts,
         policy=draw(st.sampled_from(sorted(POLICIES))),
@@ -305,6 +336,9 @@ def cases(draw: Any) -> Case:
         drafts=draw(st.sampled_from([0, 0, 1, 4])),
         losses=tuple(draw(st.lists(st.integers(1, 60), max_size=2))),
         requeued=tuple(draw(st.lists(st.integers(1, 60), max_size=4))),
+        common=tuple(draw(common)),
+        share=draw(st.sampled_from([True, True, True, False])),
+        grouped=draw(st.booleans()),
     )
 
 

@@ -7,6 +7,7 @@ from deserve.errors import UserError
 from deserve.kvcache.layout import slab_slots
 from deserve.model.weights import Shard
 
+READS = 8  # times the pages that a round can own, so many may the rows of a visit read, counted for each reader
 BUDGETS = (512, 1024)  # tokens of a visit that are planned where none are stated, the second on GPUs alone
 
 
@@ -45,6 +46,11 @@ class Plan:
     def slab_pages(self, layers: int) -> float:
         """The memory of the swap slab beside `layers` layers, in pages of all of them."""
         return self.swap_pages * slab_slots(layers, self.rounds) / layers
+
+    @property
+    def visit_pages(self) -> int:
+        """Pages that the rows of a visit read at most, a prefix page counted for each of its readers."""
+        return READS * (self.main_pages + self.swap_pages)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

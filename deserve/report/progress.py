@@ -62,6 +62,7 @@ class Progress:
         counts = Counter(requests=1, errors=int(error))
         if completions:
             counts["input_tokens"] = len(completions[0].request.prompt)
+            counts["cached_tokens"] = completions[0].cached_tokens
         with self._lock:
             self._finished[int(now - self._begin)] += 1
             self._read[int(now - self._begin)] += counts["input_tokens"]
@@ -85,7 +86,8 @@ class Progress:
     def summary(self) -> dict[str, Any]:
         """The counts as `metrics.json` carries them.
 
-        `output_tokens` are those of answered requests, `max_output_tokens` what these allowed, and
+        `output_tokens` are those of answered requests, `max_output_tokens` what these allowed,
+        `cached_tokens` those of `input_tokens` that others had computed and `prefix_hit_rate` their share, and
         `cut_by_default_max_tokens` how many of them ended at `sampling.max_tokens`, stating no length. After the
         warm-up what counts is when a token was sampled and a request answered, whenever it began.
         """
@@ -94,12 +96,18 @@ class Progress:
         histories = {"output_tokens": self._sampled, "input_tokens": self._read, "requests": self._finished}
         return {
             **_rates(self._counts, elapsed),
+            "cached_tokens": self._counts["cached_tokens"],
+            "prefix_hit_rate": self._hit_rate,
             "max_output_tokens": self._counts["max_output_tokens"],
             "cut_by_default_max_tokens": self._counts["cut_by_default_max_tokens"],
             "warmup_s": self._warmup_s,
             "after_warmup": _rates(self._warm, max(elapsed - self._warmup_s, 1e-9)),
             "history": {name: [count[second] for second in seconds] for name, count in histories.items()},
         }
+
+    @property
+    def _hit_rate(self) -> float:
+        return self._counts["cached_tokens"] / max(1, self._counts["input_tokens"])
 
     def close(self) -> None:
         """Show the end and leave the terminal tidy."""
@@ -113,12 +121,14 @@ class Progress:
         with self._lock:
             second = int(elapsed)
             recent = sum(self._sampled[s] for s in range(max(0, second - RECENT_S), second))
-            done, sampled = self._counts["requests"], self._counts["sampled"]
+            done, sampled, hit_rate = self._counts["requests"], self._counts["sampled"], self._hit_rate
         overall = sampled / max(elapsed, 1e-9)
         now = recent / min(second, RECENT_S) if second else overall
         words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
         if self._total and done and done < self._total:
             words.append(f"{clock(elapsed * (self._total - done) / done)} left")
+        if hit_rate:
+            words.append(f"{hit_rate:.0%} of prompt tokens shared")
         text = ", ".join(words)
         if self._bar is not None:
             self._bar.n = done

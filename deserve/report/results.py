@@ -84,7 +84,9 @@ class Manifest:
             except OSError as error:
                 raise UserError(f"{key}: {error.filename} cannot be read: {error.strerror}") from error
         files = fingerprints["workload.source"]
-        named = {"source": None if paths and source not in SOURCES else source, "files": files}
+        if config.workload.shared_tokens:
+            source += f", the first {config.workload.shared_tokens} tokens shared"
+        named = {"source": None if paths and config.workload.source not in SOURCES else source, "files": files}
         chats = {"template": fingerprints["workload.chat_template"], "reasoning": config.workload.reasoning}
         return cls(named, model, dtype, dataclasses.asdict(config.sampling), chats, tuple(paths))
 
@@ -266,6 +268,7 @@ class ResultsWriter:
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "total_tokens": prompt_tokens + completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": completion.cached_tokens},
             },
         }
         if answer.reasoning is not None:

@@ -14,6 +14,12 @@ def closing_table(metrics: dict[str, Any]) -> str:
         f"({metrics['output_tokens']:,}), {metrics['total_tokens_per_s']:,.1f} with prompts "
         f"({metrics['input_tokens']:,})"
     ]
+    if metrics["cached_tokens"]:
+        evicted = metrics["memory_pressure"]["evicted_prefix_pages"]
+        lines.append(
+            f"{metrics['cached_tokens']:,} prompt tokens ({metrics['prefix_hit_rate']:.1%}) were shared, not computed"
+            + (f"; {evicted:,} pages of prefixes were evicted" if evicted else "")
+        )
     non_finite = metrics["non_finite_logits"]
     if non_finite["requests"]:
         lines.append(f"{non_finite['requests']:,} requests ended with NaN or infinite logits in {non_finite['remedy']}")

@@ -6,6 +6,7 @@ from deserve.batch import IntArray, Ints
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
+from deserve.scheduler.prefixes import Chain, Prefixes
 
 
 class Pages:
@@ -15,12 +16,18 @@ class Pages:
     a set of its own under the same ids. A round fills its swap pages before it takes main pages: a swap page serves
     nobody else, a main page may help any round.
 
-    `readers` counts the sequences that read each main page; at 0 it is free. `worst` holds the pages that each round
-    needs if all its sequences grow to their end.
+    `readers` counts the sequences that read each main page; at 0 it is free, or a prefix page that is kept until its
+    place is needed. `worst` holds the pages that each round needs if all its sequences grow to their end, beside the
+    prefix pages that they read: `shared` of each sequence, its first ones.
     """
 
-    def __init__(self, main: int, swap: int, rounds: int, host_height: int, page_size: int, slots: int):
+    def __init__(
+        self, main: int, swap: int, rounds: int, host_height: int, page_size: int, slots: int, *, shares: bool = True
+    ):
+        """Without `shares` there are no prefix pages."""
         self.main, self.swap, self.page_size = main, swap, page_size
+        self._shares = shares
+        self.prefixes = Prefixes(main)
         self.host = BuddyAllocator(host_height)
         self.readers = np.zeros(main, np.int32)
         self.worst = np.zeros(rounds, np.int64)
@@ -28,7 +35,9 @@ class Pages:
         self._free_swap = [IdStack(np.arange(main, main + swap, dtype=np.int32)) for _ in range(rounds)]
         self._table = np.zeros((slots, 16), np.int32)
         self._held = np.zeros(slots, np.int64)
-        self._stashed: dict[int, IntArray] = {}  # slot: its host pages
+        self.shared, self.found = np.zeros((2, slots), np.int64)  # prefix pages of each, and those it did not compute
+        self._writing: dict[int, tuple[Chain, int]] = {}  # slot: its chain, and up to where it adds prefix pages
+        self._stashed: dict[int, tuple[int, IntArray]] = {}  # slot: prefix pages before them, and its host pages
         self._largest = 0  # pages of the largest sequence so far, at its end
 
     # -- counts
@@ -49,7 +58,7 @@ class Pages:
     @property
     def free_main(self) -> int:
         """Main pages that nobody reads."""
-        return len(self._free_main)
+        return len(self._free_main) + self.prefixes.unread
 
     def free_swap(self, round_: int) -> int:
         """Swap pages of `round_` that no sequence of it owns."""
@@ -70,7 +79,7 @@ class Pages:
     def all_free(self) -> bool:
         """Whether nobody owns a page."""
         swap_free = all(len(swap) == self.swap for swap in self._free_swap)
-        return swap_free and len(self._free_main) == self.main and not self.readers.any() and self.host.all_free
+        return swap_free and self.free_main == self.main and not self.readers.any() and self.host.all_free
 
     # -- on the GPU
 
@@ -85,8 +94,7 @@ class Pages:
             return np.zeros((0, 3), np.int32)
         swap = self._free_swap[round_]
         from_swap = swap.take(min(total, len(swap)))
-        from_main = self._free_main.take(total - len(from_swap))
-        self.readers[from_main] = 1
+        from_main = self._take_main(total - len(from_swap))
         pages = np.concatenate([from_swap, from_main])
         owners = np.repeat(slots, missing)
         nth = np.arange(total) - np.repeat(np.cumsum(missing) - missing, missing)
@@ -96,43 +104,130 @@ class Pages:
         self._held[slots] += missing
         return np.stack([owners, index, pages], 1).astype(np.int32)
 
+    def _take_main(self, count: int) -> IntArray:
+        short = count - len(self._free_main)
+        if short > 0:
+            self._free_main.give(self.prefixes.evict(short))
+        pages = self._free_main.take(count)
+        self.readers[pages] = 1
+        return pages
+
     def release(self, round_: int, slot: int) -> None:
-        """Take the pages of `slot` back from `round_`; those that somebody else reads stay."""
+        """Take the pages of `slot` back from `round_`; those that somebody else reads stay, and prefix pages."""
         pages = main = self.owned(slot)
         if self.swap:
             main = pages[pages < self.main]
             self._free_swap[round_].give(pages[pages >= self.main])
         left = self.readers[main] - 1
         self.readers[main] = left
-        self._free_main.give(main[left == 0])
-        self._held[slot] = 0
+        unread = main[left == 0]
+        if self.shared[slot]:
+            kept = self.prefixes.held[unread]
+            self.prefixes.give_up(unread[kept])
+            unread = unread[~kept]
+            self.worst[round_] += self.shared[slot]
+        self._free_main.give(unread)
+        self._stop_adding(slot)
+        self._held[slot] = self.shared[slot] = self.found[slot] = 0
 
     def movable(self, slot: int) -> bool:
         """Whether `slot` holds main pages alone, which are the same in every round."""
         return bool((self.owned(slot) < self.main).all())
+
+    # -- prefix pages
+
+    def chain(self, prompt: IntArray) -> Chain:
+        """The prompt's pages that can be prefix pages."""
+        return Chain(prompt if self._shares else prompt[:0], self.page_size)
+
+    def unread(self, pages: IntArray) -> int:
+        """How many of `pages` nobody reads."""
+        return int((self.readers[pages] == 0).sum())
+
+    def begin(self, round_: int, slot: int, chain: Chain, found: IntArray, again: int | None) -> IntArray:
+        """The sequence in `slot` of `round_`, which owns no page yet, reads the prefix pages `found`, its first ones.
+
+        Others that wait will read the first `again` pages of its `chain`, None: nobody knows. It is given main pages
+        for these, as long as there are any, to become prefix pages when they are computed (`computes`). Returns the
+        changes in its table as `grow` does.
+        """
+        if again is None:
+            again = 0
+        else:
+            self.prefixes.wanted[found] = np.arange(len(found)) < again
+        self.prefixes.take(found[self.readers[found] == 0])
+        self.readers[found] += 1
+        self.shared[slot] = self.found[slot] = len(found)
+        self.worst[round_] -= len(found)
+        more = min(min(again, chain.pages) - len(found), self.free_main)
+        pages = np.concatenate([found, self._take_main(max(0, more))])
+        self._table = widen(self._table, len(pages))
+        self._table[slot, : len(pages)] = pages
+        self._held[slot] = len(pages)
+        self._add_from(slot, len(found), chain, len(pages))
+        index = np.arange(len(pages))
+        return np.stack([np.full_like(index, slot), index, pages], 1).astype(np.int32)
+
+    def computes(self, round_: int, slot: int, tokens: int) -> None:
+        """The visit of `round_` that is being planned computes the sequence in `slot` up to `tokens` tokens."""
+        if slot not in self._writing:
+            return
+        chain, stop = self._writing[slot]
+        self._stop_adding(slot)
+        first = index = int(self.shared[slot])
+        last = min(tokens // self.page_size, stop)
+        while index < last and self.prefixes.add(chain[index], index, int(self._table[slot, index])):
+            index += 1
+        self.worst[round_] -= index - first
+        self.shared[slot] = index
+        if index == last:  # otherwise somebody else has computed the same, and goes on
+            self._add_from(slot, index, chain, stop)
+
+    def _add_from(self, slot: int, index: int, chain: Chain, stop: int) -> None:
+        if index < stop:
+            self._writing[slot] = chain, stop
+            self.prefixes.expect(chain[index])
+
+    def _stop_adding(self, slot: int) -> None:
+        if slot in self._writing:
+            chain, _ = self._writing.pop(slot)
+            self.prefixes.unexpect(chain[int(self.shared[slot])])
+
+    def forget_prefixes(self) -> None:
+        """Forget all prefix pages, of which nobody reads any."""
+        self._free_main.give(self.prefixes.forget())
 
     # -- in the host pool
 
     def stash(self, round_: int, slot: int, tokens: int) -> IntArray:
         """Give up the pages of `slot` for host pages that keep its first `tokens` tokens: [n, 2] page, host page.
 
-        The host pool must have room for them.
+        Those in prefix pages are not kept: they may be found again. The host pool must have room for the others.
         """
-        used = self.count(tokens)
-        host = self._stashed[slot] = self.host.take(used)
-        pairs = np.stack([self._table[slot, :used], host], 1).astype(np.int32)
+        shared, used = int(self.shared[slot]), self.count(tokens)
+        host = self.host.take(used - shared)
+        self._stashed[slot] = shared, host
+        pairs = np.stack([self._table[slot, shared:used], host], 1).astype(np.int32)
         self.release(round_, slot)
         return pairs
 
     def restore(self, slot: int) -> IntArray:
         """Give up the host pages of `slot`, which owns as many pages by now: [n, 2] host page, page. Empty if none."""
-        host = self._stashed.pop(slot, np.zeros(0, np.int32))
+        shared, host = self._stashed.pop(slot, (0, np.zeros(0, np.int32)))
         self.host.give(host)
-        return np.stack([host, self._table[slot, : len(host)]], 1).astype(np.int32)
+        return np.stack([host, self._table[slot, shared : shared + len(host)]], 1).astype(np.int32)
 
     def forget(self, slot: int) -> None:
         """Free the host pages of `slot`, whose tokens nobody needs."""
-        self.host.give(self._stashed.pop(slot, np.zeros(0, np.int32)))
+        self.host.give(self._stashed.pop(slot, (0, np.zeros(0, np.int32)))[1])
+
+    def private(self, slot: int, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of `slot`, beside the prefix pages that it reads."""
+        return self.count(tokens) - int(self.shared[slot])
+
+    def shared_before_stash(self, slot: int) -> int:
+        """Prefix pages that come before the host pages of `slot`."""
+        return self._stashed[slot][0]
 
     def stashed(self, slot: int) -> bool:
         """Whether the tokens of `slot` lie in the host pool."""
@@ -144,17 +239,17 @@ class Pages:
         """A sequence of up to `end` computed tokens has been admitted."""
         self._largest = max(self._largest, self.count(end))
 
-    def affords(self, round_: int, end: int) -> bool:
-        """Whether `round_` may take a sequence of up to `end` computed tokens.
+    def affords(self, round_: int, end: int, read: int) -> bool:
+        """Whether `round_` may take a sequence of up to `end` computed tokens, `read` pages of it read by others.
 
         Should all sequences grow to their end, what does not fit on the GPU must fit in the host pool. They go there
         whole, so room for one more of the largest makes sure that enough of them do.
         """
         worst = self.worst.copy()
-        worst[round_] += self.count(end)
+        worst[round_] += self.count(end) - read
         overshoot = self.overshoot(worst)
         return overshoot <= 0 or overshoot + max(self._largest, self.count(end)) <= self.host.free_pages
 
     def overshoot(self, worst: Ints) -> int:
-        """Pages that rounds which need `worst` [rounds] lack on the GPU."""
-        return int(np.maximum(worst - self.swap, 0).sum()) - self.main
+        """Pages that rounds which need `worst` [rounds] beside the prefix pages in use lack on the GPU."""
+        return int(np.maximum(worst - self.swap, 0).sum()) + self.prefixes.read - self.main

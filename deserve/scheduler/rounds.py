@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deserve.batch import IntArray
+from deserve.planner.plan import READS
 from deserve.scheduler.pages import Pages
+from deserve.scheduler.prefixes import Chain
 from deserve.scheduler.sequences import Sequences
 
 
@@ -24,6 +26,7 @@ class Moves:
     """What a visit does to pages before it computes: parts of the plan's sections of the same names."""
 
     page_writes: list[IntArray] = field(default_factory=list)
+    found: int = 0  # of these, prefix pages
     stash: list[IntArray] = field(default_factory=list)
     restore: list[IntArray] = field(default_factory=list)
 
@@ -51,6 +54,7 @@ class Rounds:
         self.open = np.ones(rounds, bool)  # rounds that have not retired
         self.counters = Counters()
         self._waiting: list[tuple[int, int]] = []  # heap of (age, slot)
+        self._chains: dict[int, Chain] = {}  # of those that wait, where it was asked for
 
     @property
     def waiting(self) -> int:
@@ -72,6 +76,22 @@ class Rounds:
         batch.slots = np.append(batch.slots, np.int32(slot))
         self._pages.worst[round_] += self._worst(slot)
 
+    def place(self, round_: int, slot: int, chain: Chain, found: IntArray, again: int | None, moves: Moves) -> None:
+        """Put the sequence in `slot` last in the round and give it pages: the prefix pages `found`, and the others.
+
+        `again` as in `Pages.begin`.
+        """
+        self.enter(round_, slot)
+        moves.page_writes.append(self._pages.begin(round_, slot, chain, found, again))
+        moves.found += len(found)
+        moves.page_writes.append(self._pages.grow(round_, np.array([slot]), self._sequences.length[[slot]]))
+
+    def may_read(self, round_: int, found: int, moves: Moves) -> bool:
+        """Whether one more sequence of the round may read `found` prefix pages: as far as buffers are made for."""
+        reach = self._pages.reach
+        read = int(self._pages.found[self.batches[round_].slots].sum())
+        return read + found <= (READS - 1) * reach and moves.found + found <= reach
+
     def leave(self, round_: int, slot: int) -> None:
         """Take the sequence in `slot` out of the round; its pages stay its own."""
         batch = self.batches[round_]
@@ -79,7 +99,7 @@ class Rounds:
         self._pages.worst[round_] -= self._worst(slot)
 
     def _worst(self, slot: int) -> int:
-        return self._pages.count(int(self._sequences.end[slot]) - 1)
+        return self._pages.private(slot, int(self._sequences.end[slot]) - 1)
 
     # -- memory pressure
 
@@ -100,7 +120,7 @@ class Rounds:
     def _suspend(self, round_: int, slot: int, moves: Moves) -> None:
         """Move the sequence to the host pool. If that is full, its tokens are computed again."""
         computed = int(self._sequences.computed[slot])
-        if self._pages.count(computed) > self._pages.host.free_pages:
+        if self._pages.private(slot, computed) > self._pages.host.free_pages:
             self.requeue(round_, slot)
             return
         moves.stash.append(self._pages.stash(round_, slot, computed))
@@ -124,6 +144,7 @@ class Rounds:
             self._pages.forget(slot)
             self.counters.recomputed_tokens += int(self._sequences.computed[slot])
             self._sequences.computed[slot] = 0
+        self._pages.forget_prefixes()
 
     def _wait(self, round_: int, slot: int) -> None:
         self.leave(round_, slot)
@@ -134,18 +155,41 @@ class Rounds:
         sequences, pages, batch = self._sequences, self._pages, self.batches[round_]
         while self._waiting and self.has_place(round_):
             slot = self._waiting[0][1]
-            needed = pages.count(int(sequences.length[slot])) + self.growth(round_) + len(batch.slots)
-            if min(needed, pages.reach) > pages.free(round_):
+            if slot not in self._chains:
+                self._chains[slot] = pages.chain(sequences.request(slot).prompt)
+            chain, found = self._chains[slot], self._found(slot)
+            read = len(found) - pages.unread(found)
+            needed = pages.count(int(sequences.length[slot])) - read + self.growth(round_) + len(batch.slots)
+            if min(needed, pages.reach) > pages.free(round_) or not self.may_read(round_, len(found), moves):
                 return
             # Nothing in the host pool is kept for a requeued sequence: it comes in as a new one does.
-            if not pages.stashed(slot) and not pages.affords(round_, int(sequences.end[slot]) - 1):
+            stashed = pages.stashed(slot)
+            if not stashed and not pages.affords(round_, int(sequences.end[slot]) - 1, read):
                 return
             heapq.heappop(self._waiting)
-            self.enter(round_, slot)
-            moves.page_writes.append(pages.grow(round_, np.array([slot]), sequences.length[[slot]]))
-            if pages.stashed(slot):
+            del self._chains[slot]
+            self.place(round_, slot, chain, found, None, moves)
+            if stashed:
                 moves.restore.append(pages.restore(slot))
                 self.counters.resumptions += 1
+            else:
+                sequences.computed[slot] = len(found) * pages.page_size
+
+    def _found(self, slot: int) -> IntArray:
+        """The prefix pages with which the sequence in `slot`, which waits, may go on.
+
+        If one is gone that comes before its host pages, the sequence is requeued.
+        """
+        chain, pages = self._chains[slot], self._pages
+        if pages.stashed(slot):
+            shared = pages.shared_before_stash(slot)
+            found = pages.prefixes.find(chain, shared)
+            if len(found) == shared:
+                return found
+            pages.forget(slot)
+            self.counters.recomputed_tokens += int(self._sequences.computed[slot])
+            self._sequences.computed[slot] = 0
+        return pages.prefixes.find(chain, chain.readable)
 
     # -- the end
 
@@ -159,6 +203,7 @@ class Rounds:
         pages, batch = self._pages, self.batches[round_]
         others = [index for index in np.flatnonzero(self.open).tolist() if index != round_]
         rows = {index: len(self.batches[index].slots) for index in others}
+        found = {index: int(pages.found[self.batches[index].slots].sum()) for index in others}
         worst = pages.worst.copy()
         moving, worst[round_] = worst[round_], 0
         if pages.overshoot(worst) + moving + sum(self._worst(slot) for _, slot in self._waiting) > 0:
@@ -169,11 +214,12 @@ class Rounds:
             if pages.movable(slot):
                 to = min(others, key=rows.__getitem__)
                 rows[to] += 1
-                if rows[to] > self.size:
+                found[to] += int(pages.found[slot])
+                if rows[to] > self.size or found[to] > (READS - 1) * pages.reach:
                     return False
                 movers.append((slot, to))
             else:
-                stashed += pages.count(int(self._sequences.computed[slot]))
+                stashed += pages.private(slot, int(self._sequences.computed[slot]))
         if stashed > pages.host.free_pages:
             return False
         for slot, to in movers:
@@ -196,3 +242,4 @@ class Rounds:
             self._pages.forget(slot)
             self._sequences.remove(slot)
         self._waiting.clear()
+        self._chains.clear()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -13,20 +12,10 @@ from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
 from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
 from deserve.scheduler.sequences import Sequences, never
+from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
 
 NONE = np.zeros(0, np.int32)
 SHORTER = 0.9  # of a cycle: a round that has closed stays closed, and later more rounds may be better again
-
-
-class RequestSource(Protocol):
-    """Where the requests come from."""
-
-    def poll(self) -> Request | None:
-        """The next request, or None if there is none right now."""
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether `poll` will never again give a request."""
 
 
 # Of slots [rows], how many draft tokens stand behind each sequence, at most so many: [rows]. Puts them there.
@@ -63,13 +52,16 @@ class Scheduler:
         stopped: Callable[[Request, IntArray], str | None] = never,
         cycle_s: Callable[[int, int], float] | None = None,
         drafter: Drafter | None = None,
+        share_prefixes: bool = False,
+        grouped: bool = True,
     ):
         """`stopped` gives an answer's text up to its first stop string, None where there is none yet.
 
         `cycle_s` gives the seconds between two visits of a round, where so many rounds share so many sequences. Without
-        it no round is closed early.
+        it no round is closed early. With `share_prefixes`, pages that prompts have in common are computed and kept
+        once; if `grouped`, requests are admitted beside those that they share most with, else as they come.
         """
-        self._policy, self._layout, self._source = POLICIES[layout.policy], layout, source
+        self._policy, self._layout = POLICIES[layout.policy], layout
         self._cycle_s, self._drafter = cycle_s, drafter
         self._visit_tokens = layout.visit_tokens or layout.max_batch_tokens
         self.sequences = Sequences(layout.concurrency, eos_ids, stopped)
@@ -80,14 +72,16 @@ class Scheduler:
             layout.host_height,
             layout.page_size,
             layout.concurrency,
+            shares=share_prefixes,
         )
+        window = max(SIZE, 2 * layout.concurrency) if share_prefixes else 1
+        self._window = Window(source, self.pages.chain, layout.page_size, window, grouped)
         self.rounds = Rounds(layout.rounds, layout.micro_batch_size, self.sequences, self.pages)
         self.counters = self.rounds.counters
         self._encoder = Encoder(eos_ids)
         self._beside: dict[int, list[IntArray]] = {}  # by slot: log-probabilities of the output so far
         self.admitting = True
         self._abandoned = False
-        self._next: Request | None = None  # taken from the source, not yet admitted
         self._fewer = (0, 0, False)  # sequences in flight, open rounds, and whether fewer rounds would be better
 
     @property
@@ -99,6 +93,11 @@ class Scheduler:
     def in_flight(self) -> int:
         """Sequences that have been admitted and not finished."""
         return self.sequences.in_flight
+
+    @property
+    def waiting(self) -> int:
+        """Requests that were taken from the source and not admitted yet."""
+        return len(self._window)
 
     @property
     def finished(self) -> bool:
@@ -149,9 +148,9 @@ class Scheduler:
         for ending in endings:
             request, output = self.sequences.request(ending.slot), self.sequences.output(ending.slot).copy()
             beside = self._beside.pop(ending.slot, None)
-            completions.append(
-                Completion(request, output, ending.reason, ending.text, None if beside is None else np.stack(beside))
-            )
+            stacked = None if beside is None else np.stack(beside)
+            cached = int(self.sequences.cached[ending.slot])
+            completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached))
             self.pages.release(micro_batch, ending.slot)
             self.rounds.leave(micro_batch, ending.slot)
             self.sequences.remove(ending.slot)
@@ -216,14 +215,16 @@ class Scheduler:
         for slot in self._split(micro_batch, [])[1].tolist():
             if not visit.budget:
                 break
-            self._add_prefill(visit, slot)
+            self._add_prefill(micro_batch, visit, slot)
             if self._policy.alone:
                 break
 
-    def _add_prefill(self, visit: _Filling, slot: int) -> None:
-        count = min(visit.budget, int(self.sequences.length[slot] - self.sequences.computed[slot]))
+    def _add_prefill(self, micro_batch: int, visit: _Filling, slot: int) -> None:
+        computed = int(self.sequences.computed[slot])
+        count = min(visit.budget, int(self.sequences.length[slot]) - computed)
         visit.prefills.append((slot, count))
         visit.budget -= count
+        self.pages.computes(micro_batch, slot, computed + count)
 
     def _split(self, micro_batch: int, placed: list[int]) -> tuple[IntArray, IntArray]:
         """The micro-batch's sequences that decode, and the others: prefills, and those already `placed`."""
@@ -236,31 +237,65 @@ class Scheduler:
     def _admit(self, micro_batch: int, visit: _Filling) -> None:
         """Admit prompts that wait outside while tokens, places and pages allow."""
         while visit.budget and not self.rounds.waiting and self.rounds.has_place(micro_batch) and self._poll():
-            request = self._next
-            assert request is not None
-            length = len(request.prompt)
-            end = length + request.sampling.max_tokens - 1  # the last token is not computed
-            if not self.sequences.free or not self._has_room(micro_batch, length, end):
-                return
-            visit.room -= extra_words(request.sampling, length)
-            if visit.room < 0 and visit.admissions:
-                return
-            self._next = None
-            slot = self.sequences.add(request)
-            self.pages.expect(end)
-            self.rounds.enter(micro_batch, slot)
-            visit.moves.page_writes.append(self.pages.grow(micro_batch, np.array([slot]), np.array([length])))
-            visit.admissions.append(self._encoder.words(slot, request.sampling, length, request.prompt))
-            self._add_prefill(visit, slot)
-            if self._policy.alone:
+            next_ = self._next()
+            if next_ is None or not self._admit_one(micro_batch, visit, *next_) or self._policy.alone:
                 return
 
-    def _has_room(self, micro_batch: int, length: int, end: int) -> bool:
-        """Whether a prompt of `length` tokens fits now, beside what the others need next, and to its `end` too."""
+    def _next(self) -> tuple[Waiting, IntArray] | None:
+        """Who is to be admitted next, with the prefix pages found for it.
+
+        Whoever begins with a page that somebody in flight is about to compute waits for that. Others come first then,
+        as long as that drives out no prefix page that is wanted.
+        """
+        pages, prefixes = self.pages, self.pages.prefixes
+        passed = False
+        for waiting in self._window.candidates():
+            found = prefixes.find(waiting.chain, waiting.chain.readable)
+            if prefixes.expects(waiting.chain, len(found)):
+                passed = True
+            elif passed and (
+                pages.count(len(waiting.request.prompt)) - len(found)
+                > pages.free_main - prefixes.unread + prefixes.spare
+            ):
+                return None
+            else:
+                return waiting, found
+        return None
+
+    def _admit_one(self, micro_batch: int, visit: _Filling, waiting: Waiting, found: IntArray) -> bool:
+        """Admit `waiting`, if there is room."""
+        request = waiting.request
+        length = len(request.prompt)
+        end = length + request.sampling.max_tokens - 1  # the last token is not computed
+        if not self.sequences.free or not self._has_room(micro_batch, length, end, found):
+            return False
+        if not self.rounds.may_read(micro_batch, len(found), visit.moves):
+            return False
+        room = visit.room - extra_words(request.sampling, length)
+        if room < 0 and visit.admissions:
+            return False
+        again = self._window.shared_pages(waiting)
+        if self.in_flight and self.pages.free_main < again - len(found) <= self.pages.main:
+            return False  # rather than that all the others compute what finds no main page now
+        visit.room = room
+        self._window.take(waiting)
+        slot = self.sequences.add(request, cached=len(found) * self.pages.page_size)
+        self.pages.expect(end)
+        self.rounds.place(micro_batch, slot, waiting.chain, found, again, visit.moves)
+        visit.admissions.append(self._encoder.words(slot, request.sampling, length, request.prompt))
+        self._add_prefill(micro_batch, visit, slot)
+        return True
+
+    def _has_room(self, micro_batch: int, length: int, end: int, found: IntArray) -> bool:
+        """Whether a prompt of `length` tokens fits now, beside what the others need next, and to its `end` too.
+
+        Its first pages are `found`; those that somebody reads need no room.
+        """
         rows = len(self.micro_batches[micro_batch].slots)
         slack = self.pages.count(2 * rows)
-        now = self.pages.count(length) + self.rounds.growth(micro_batch) + slack
-        return now <= self.pages.free(micro_batch) and self.pages.affords(micro_batch, end)
+        read = len(found) - self.pages.unread(found)
+        now = self.pages.count(length) - read + self.rounds.growth(micro_batch) + slack
+        return now <= self.pages.free(micro_batch) and self.pages.affords(micro_batch, end, read)
 
     def _compose(self, micro_batch: int, visit: _Filling) -> tuple[VisitPlan, IntArray]:
         """Give the rows their pages and turn the visit into a plan; its tokens count as computed from here on.
@@ -322,12 +357,12 @@ class Scheduler:
 
     def _poll(self) -> bool:
         """Whether a request waits to be admitted."""
-        if self._next is None and self.admitting:
-            self._next = self._source.poll()
-        return self._next is not None and self.admitting
+        if self.admitting:
+            self._window.fill()
+        return self.admitting and len(self._window) > 0
 
     def _more_to_admit(self) -> bool:
-        return self.admitting and (self._next is not None or not self._source.exhausted)
+        return self.admitting and not self._window.exhausted
 
 
 def _stacked(parts: list[IntArray], width: int) -> IntArray:

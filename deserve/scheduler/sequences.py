@@ -45,6 +45,7 @@ class Sequences:
         self._requests: list[Request | None] = [None] * slots
         self._tokens = np.zeros((slots, 64), np.int32)
         self.length, self.computed, self.end, self.age = np.zeros((4, slots), np.int64)
+        self.cached = np.zeros(slots, np.int64)  # tokens that others had computed when the sequence was added
         self._checked = np.zeros(slots, bool)  # has stop strings
         self._ignore_eos = np.zeros(slots, bool)
         self._added = 0
@@ -69,14 +70,14 @@ class Sequences:
         """The answer so far."""
         return self._tokens[slot, len(self.request(slot).prompt) : self.length[slot]]
 
-    def add(self, request: Request) -> int:
-        """Give `request` a slot, of which one must be free; nothing of it is computed yet."""
+    def add(self, request: Request, cached: int = 0) -> int:
+        """Give `request` a slot, of which one must be free; of its tokens the first `cached` are computed."""
         slot = int(self._free.take(1)[0])
         length = len(request.prompt)
         self._requests[slot] = request
         self._tokens = widen(self._tokens, length + 1)
         self._tokens[slot, :length] = request.prompt
-        self.length[slot], self.computed[slot] = length, 0
+        self.length[slot], self.computed[slot], self.cached[slot] = length, cached, cached
         self.end[slot] = length + request.sampling.max_tokens
         self.age[slot], self._added = self._added, self._added + 1
         self._checked[slot] = bool(request.sampling.stop)

@@ -11,20 +11,23 @@ from deserve.errors import UserError
 from deserve.workload.item import Answered, Lengths, Limits
 from deserve.workload.sampling import TO_THE_END, with_derived_seed
 
+STEM_SEED = 2**32  # beyond every index
 PATTERN = re.compile(r"fixed([0-9]{1,9}):([0-9]{1,9}):([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """`count` prompts of `length` plus or minus up to `variation` tokens."""
+    """`count` prompts of `length` plus or minus up to `variation` tokens, the first `shared` the same in all."""
 
     count: int
     length: int
     variation: int
+    shared: int = 0
 
     @classmethod
-    def parse(cls, source: str) -> "Fixed":
-        """Raises UserError, naming `workload.source`, for a malformed string."""
+    def parse(cls, source: str, shared: int = 0) -> "Fixed":
+        """Raises UserError, naming `workload.source`, for a malformed string, or where prompts may be shorter than
+        `shared`."""
         match = PATTERN.fullmatch(source)
         if match is None:
             raise UserError(
@@ -34,7 +37,12 @@ class Fixed:
         count, length, variation = map(int, match.groups())
         if count < 1 or variation >= length:
             raise UserError(f"workload.source={source} must ask for at least one prompt, each of at least one token")
-        return cls(count, length, variation)
+        if shared > length - variation:
+            raise UserError(
+                f"workload.shared_tokens={shared} is more than the {length - variation} tokens of the shortest prompt "
+                f"of workload.source={source}"
+            )
+        return cls(count, length, variation, shared)
 
     def check_fits(self, limits: Limits, max_tokens: int) -> None:
         """Raises UserError where the longest prompt and its answer exceed the model's context."""
@@ -50,7 +58,8 @@ class Fixed:
     def requests(
         self, limits: Limits, defaults: SamplingParams, done: Container[str] = ()
     ) -> Iterator[Request | Answered]:
-        """The prompts `fixed-0`, `fixed-1`, ...; each depends on its index and the vocabulary size alone."""
+        """The prompts `fixed-0`, `fixed-1`, ...; each depends on its index, the vocabulary size and `shared` alone."""
+        stem = np.random.default_rng(STEM_SEED).integers(limits.vocab_size, size=self.shared, dtype=np.int32)
         for index in range(self.count):
             custom_id = f"fixed-{index}"
             if custom_id in done:
@@ -59,6 +68,7 @@ class Fixed:
             random = np.random.default_rng(index)
             length = random.integers(self.length - self.variation, self.length + self.variation, endpoint=True)
             prompt = random.integers(limits.vocab_size, size=length, dtype=np.int32)
+            prompt[: self.shared] = stem
             sampling = with_derived_seed(defaults, custom_id)
             room = limits.max_context - int(length)
             yield Request(custom_id, prompt, replace(sampling, max_tokens=min(sampling.max_tokens, room)))

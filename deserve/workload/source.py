@@ -71,7 +71,7 @@ def peek_lengths(
     elif source in dialogues.SOURCES:
         items = list(islice(open_workload(config, tokenizer, limits, defaults), sample))
     else:
-        fixed = Fixed.parse(source)
+        fixed = Fixed.parse(source, config.workload.shared_tokens)
         fixed.check_fits(limits, defaults.max_tokens)
         return replace(fixed.lengths(limits, defaults.max_tokens, limit), exact=runs_full(defaults))
     requests = [item for item in items if isinstance(item, Request)]
@@ -162,7 +162,7 @@ def _items(config: Config, intake: Intake, done: Container[str]) -> Iterator[Ite
             f"workload.source={source} must be fixedCOUNT:LENGTH:VARIATION, "
             f"{', '.join(dialogues.SOURCES)}, or the path of a .jsonl file"
         )
-    fixed = Fixed.parse(source)
+    fixed = Fixed.parse(source, config.workload.shared_tokens)
     fixed.check_fits(intake.limits, intake.defaults.max_tokens)
     return fixed.requests(intake.limits, intake.defaults, done)
 
