@@ -61,6 +61,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     min_p: float = 0.0
     rules: Rules = NO_RULES
     grammar: str | None = None

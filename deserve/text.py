@@ -110,11 +110,13 @@ class AnswerReader:
     def _text(self, completion: Completion, marks: Collection[str]) -> str:
         """The text, up to where a stop string or a token ended it, or behind that."""
         request, tokens = completion.request, completion.tokens
-        by_token = completion.finish_reason == "stop" and completion.text is None
-        if by_token and not request.form.include_stop:
+        if not marks and not request.form.show_special and not request.form.include_stop:
+            return self._plain.completion(completion)
+        by_token = completion.text is None or tokens[-1] in request.sampling.stop_token_ids
+        if by_token and completion.finish_reason == "stop" and not request.form.include_stop:
             tokens = tokens[:-1]
         text = self._all.text(request.prompt, tokens[self._shown(request, tokens, marks)])
-        if completion.text is None:
+        if by_token:
             return text
         cuts = [(at, stop) for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
         at, stop = min(cuts, default=(len(text), ""))
@@ -136,10 +138,10 @@ class AnswerReader:
 
 
 class StopFinder:
-    """Finds stop strings as tokens come, each at the cost of decoding a few tokens.
+    """Finds stop strings and stop tokens as tokens come, each string at the cost of decoding a few tokens.
 
-    Called with a request and its output so far, it gives the text before the first of the request's stop strings,
-    None where there is none yet. A stop string that is a special token stands for that token.
+    Called with a request and its output so far, it gives the text before the first of the request's stop strings or
+    tokens, None where there is none yet. A stop string that is a special token stands for that token.
     """
 
     def __init__(self, detokenizer: Detokenizer):
@@ -153,6 +155,10 @@ class StopFinder:
             tail = self._tails[request] = _Tail(detokenizer, request)
         for token in tokens[tail.seen :].tolist():
             tail.seen += 1
+            if token in request.sampling.stop_token_ids:
+                return detokenizer.text(request.prompt, tokens[: tail.seen - 1])
+            if not tail.stops:
+                continue
             if token in tail.stop_ids:
                 return detokenizer.text(request.prompt, tokens[: tail.seen])
             if tail.ends_with_stop(token):
@@ -178,7 +184,7 @@ class _Tail:
         self.stops = self.request.sampling.stop
         self.stop_ids = {special[stop] for stop in self.stops if stop in special}
         self.skipped = set(special.values())
-        self.kept = max(map(len, self.stops)) - 1
+        self.kept = max(map(len, self.stops), default=1) - 1
         self.context, self.before = self.detokenizer.context(self.request.prompt)
 
     def ends_with_stop(self, token: int) -> bool:

@@ -5,11 +5,15 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import openai
+import pydantic
 import pytest
 from checkpoints import save_tokenizer
+from openai.types.chat import ChatCompletion
+from results import read_results
 from transformers import AutoTokenizer
 
 from deserve.batch import AnswerForm, Completion, Request, SamplingParams
@@ -18,7 +22,9 @@ from deserve.errors import RequestError, UserError
 from deserve.model.checkpoint import resolve
 from deserve.model.tokenizer import Tokenizer, load_tokenizer
 from deserve.model.tools import Answer
-from deserve.text import AnswerReader
+from deserve.report.results import ResultsWriter
+from deserve.text import AnswerReader, Detokenizer, StopFinder
+from deserve.workload import Rejected, open_workload
 from deserve.workload.intake import Intake
 from deserve.workload.item import Limits
 from deserve.workload.schema import CHAT, COMPLETIONS
@@ -41,12 +47,14 @@ TEMPLATES = {
     "thinks": turns()
     + "{% if add_generation_prompt %}<|assistant|><think>\n"
     + "{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}{% endif %}",
+    "all": TOOLS + "{{ enable_thinking }}" + turns("<tool_call>{{ c.function | tojson }}</tool_call>") + ASKS,
     "variables": "{{ documents | length }}{{ reasoning_effort }}{{ style }}" + turns() + ASKS,
 }
 SPECIAL = ("[TOOL_CALLS]", "<|python_tag|>")
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 USER = {"role": "user", "content": "Weather?"}
 CALLED = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+PARIS = ("weather", '{"city": "Paris"}')
 CONVERSATION = [
     USER,
     {"role": "assistant", "content": None, "tool_calls": [CALLED]},
@@ -211,6 +219,73 @@ def make_model(folder: Path) -> Path:
     return save_tokenizer(make_checkpoint(folder))
 
 
+# Files
+
+
+def tool_of_the_client() -> dict[str, Any]:
+    """A tool as OpenAI's own helper makes it of a model."""
+
+    class Weather(pydantic.BaseModel):
+        """The weather in a city."""
+
+        city: str
+        unit: Literal["C", "F"] = "C"
+
+    return dict(openai.pydantic_function_tool(Weather))
+
+
+def line(name: str, **body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "method": "POST", "url": CHAT, "body": body}
+
+
+TWO_TURNS = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello world!"}]
+# As the documents of OpenAI's and vLLM's batches have them, or those of what their lines may hold
+EXAMPLES = [
+    line("openai", model="gpt-3.5-turbo-0125", messages=TWO_TURNS, max_tokens=1000),
+    line("vllm", model="meta-llama/Meta-Llama-3-8B-Instruct", messages=TWO_TURNS, max_completion_tokens=1000),
+    line("tools", model="gpt-4.1", messages=[USER], tools=[tool_of_the_client()], tool_choice="auto"),
+    line("answers", model="gpt-4.1", messages=CONVERSATION, tools=[WEATHER], parallel_tool_calls=False, store=True),
+    line("thinking", model="Qwen/Qwen3-8B", messages=[USER], chat_template_kwargs={"enable_thinking": False}),
+    line("vllm's own", model="any", messages=[USER], top_k=20, stop_token_ids=[7], skip_special_tokens=False, seed=1),
+    {
+        "custom_id": "text",
+        "method": "POST",
+        "url": COMPLETIONS,
+        "body": {"model": "any", "prompt": "Once", "echo": True},
+    },
+]
+ELSEWHERE = [
+    {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "e5", "input": "You are helpful."}},
+    {"custom_id": "s", "method": "POST", "url": "/v1/score", "body": {"model": "bge", "text_1": "a", "text_2": ["b"]}},
+]
+
+
+def test_example_files_run_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in EXAMPLES + ELSEWHERE))
+    config = load_config([f"workload.source={path}", "workload.model_names=any"])
+    *requests, embeddings, score = open_workload(config, tokenizer("all"), Limits(300, 2000))
+    assert [item.custom_id for item in requests if isinstance(item, Request)] == [
+        item["custom_id"] for item in EXAMPLES
+    ]
+    for item, entry in zip((embeddings, score), ELSEWHERE, strict=True):
+        assert isinstance(item, Rejected)
+        assert item.code == "unsupported_url" and f"{entry['url']} is not supported" in item.message
+
+
+def test_an_answer_put_back_is_a_message(tmp_path: Path) -> None:
+    """As a client continues a conversation: with the message as it came."""
+    request = chat("mistral", tools=[WEATHER])
+    completion = Completion(request, np.array([1], np.int32), "stop")
+    with ResultsWriter(tmp_path / "results.jsonl", True, "model") as writer:
+        writer.completion(completion, Answer(None, (PARIS,), "Rain?", 3))
+    (entry,) = read_results(tmp_path)
+    message = ChatCompletion.model_validate(entry["response"]["body"]).choices[0].message.model_dump()
+    tool = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "rain"}
+    again = chat("mistral", [USER, message, tool], tools=[WEATHER])
+    assert len(again.prompt) > len(request.prompt)
+
+
 # Answers
 
 
@@ -223,7 +298,6 @@ def read(name: str, form: AnswerForm, text: str, reason: str = "stop", stop: tup
     return AnswerReader(tokenizer(name))(Completion(request, np.array(tokens + ended, np.int32), reason, cut))
 
 
-PARIS = ("weather", '{"city": "Paris"}')
 BOTH = '{"name": "weather", "arguments": {"city": "Paris"}}'
 
 
@@ -286,6 +360,20 @@ def test_who_splits_thoughts() -> None:
     ]
 
 
+@pytest.mark.parametrize(("whole", "content"), [(False, "ab"), (True, "abc")])
+def test_stop_tokens(whole: bool, content: str) -> None:
+    """Found as soon as they come, whatever stop strings there are."""
+    spelt = tokenizer("plain").encode("abcd", add_special_tokens=False)
+    for stop in ((), ("d", "no")):
+        sampling = SamplingParams(stop=stop, stop_token_ids=(300, spelt[2]))
+        request = Request("a", np.array([257], np.int32), sampling, form=AnswerForm(include_stop=whole))
+        finder = StopFinder(Detokenizer(tokenizer("plain")))
+        found = [finder(request, np.array(spelt[:count], np.int32)) for count in (1, 2, 3)]
+        assert found == [None, None, "ab"]
+        completion = Completion(request, np.array(spelt[:3], np.int32), "stop", found[2])
+        assert AnswerReader(tokenizer("plain"))(completion).content == content
+
+
 def test_what_else_a_text_shows() -> None:
     shown, whole = AnswerForm(show_special=True), AnswerForm(include_stop=True)
     assert read("plain", shown, "a<|user|>b").content == "a<|user|>b"
@@ -293,3 +381,6 @@ def test_what_else_a_text_shows() -> None:
     assert read("plain", whole, "a").content == "a"
     assert read("plain", whole, "ab.c!", stop=("!", ".")).content == "ab."
     assert read("plain", AnswerForm(before="It is"), " so").content == "It is so"
+    asked = Request("a", np.array([1], np.int32), form=AnswerForm(return_token_ids=True))
+    alone = AnswerReader(None)(Completion(asked, np.array([5, 6], np.int32), "stop"))
+    assert alone.content == "5 6"  # as without token_ids: where there is no tokenizer, tokens are the text

@@ -134,6 +134,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
         json.dumps(good | {"custom_id": "first"}),
         json.dumps({"custom_id": "foreign", "prompt": [320]}),
         json.dumps(good | {"custom_id": "last", "max_tokens": 2, "stop": ["never"]}),
+        json.dumps(good | {"custom_id": "token", "max_tokens": 2, "stop_token_ids": list(range(320))}),
     ]
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
@@ -141,7 +142,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "deserve.run", *job, "workload.unknown_keys=ignore")
     assert done.returncode == 0, done.stderr[-3000:]
     found = answers(tmp_path / "out")
-    assert (found.pop("first"), found.pop("last")) == ("length", "length")
+    assert (found.pop("first"), found.pop("last"), found.pop("token")) == ("length", "length", "stop")
     assert found == {
         "line-2": "invalid_json",
         "other": "unsupported_url",
@@ -152,8 +153,8 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
         "foreign": "invalid_value",
     }
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (9, 7, 10)
-    assert metrics["max_output_tokens"] == 10 and metrics["plan"]["predicted_for_these_answers"] > 0
+    assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (10, 7, 11)
+    assert metrics["max_output_tokens"] == 12 and metrics["plan"]["predicted_for_these_answers"] > 0
     assert "if all answers are as long as max_tokens allows" in done.stdout
     assert (metrics["ignored_keys"], metrics["cut_by_default_max_tokens"]) == ({"note": 1}, 1)
     assert "unknown_keys=ignore: note (1 times)" in done.stdout and "1 answers were cut at sampling.max_" in done.stdout

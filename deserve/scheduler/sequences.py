@@ -46,7 +46,7 @@ class Sequences:
         self._tokens = np.zeros((slots, 64), np.int32)
         self.length, self.computed, self.end, self.age = np.zeros((4, slots), np.int64)
         self.cached = np.zeros(slots, np.int64)  # tokens that others had computed when the sequence was added
-        self._checked = np.zeros(slots, bool)  # has stop strings
+        self._checked = np.zeros(slots, bool)  # has stop strings or tokens
         self._ignore_eos = np.zeros(slots, bool)
         self._added = 0
 
@@ -80,7 +80,7 @@ class Sequences:
         self.length[slot], self.computed[slot], self.cached[slot] = length, cached, cached
         self.end[slot] = length + request.sampling.max_tokens
         self.age[slot], self._added = self._added, self._added + 1
-        self._checked[slot] = bool(request.sampling.stop)
+        self._checked[slot] = bool(request.sampling.stop or request.sampling.stop_token_ids)
         self._ignore_eos[slot] = request.sampling.ignore_eos
         return slot
 

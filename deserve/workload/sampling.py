@@ -65,6 +65,7 @@ def request_sampling(said: Sampling, defaults: SamplingParams) -> SamplingParams
         seed=either(None if said.seed == -1 else said.seed, defaults.seed) % SEEDS,
         stop=either(said.stop, defaults.stop),
         ignore_eos=either(said.ignore_eos, defaults.ignore_eos),
+        stop_token_ids=tuple(said.stop_token_ids or ()),
     )
 
 

@@ -51,7 +51,6 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "early_stopping": (False,),
     "typical_p": (1, 1.0),
-    "stop_token_ids": ([],),
     "spaces_between_special_tokens": (True,),
     "truncation_side": ("left",),
     "suffix": ("",),
@@ -183,6 +182,7 @@ class Sampling(Keys):
     stop: Annotated[Text | list[Text], AfterValidator(_texts)] | None = Field(
         None, description="a string or a list of strings"
     )
+    stop_token_ids: list[Whole] | None = Field(None, description="a list of token ids")
     ignore_eos: bool | None = Field(None, description="true or false")
 
 

@@ -36,6 +36,7 @@ def shaped(
         allowed=tuple(_token(token, "allowed_token_ids", limits) for token in body.allowed_token_ids or ()),
         banned=tuple(ids for word in body.bad_words or () for ids in _spellings(word, tokenizer)),
         min_tokens=body.min_tokens or 0,
+        ends=tuple(_token(token, "stop_token_ids", limits) for token in sampling.stop_token_ids if body.min_tokens),
     )
     if body.allowed_token_ids == []:
         raise RequestError("invalid_value", "allowed_token_ids is empty, so no token may be chosen")

@@ -98,7 +98,7 @@ def peek_lengths(
 
 def runs_full(sampling: SamplingParams) -> bool:
     """Whether nothing ends an answer before `max_tokens`."""
-    return sampling.ignore_eos and not sampling.stop
+    return sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids
 
 
 def data_paths(config: Config) -> list[Path]:
