@@ -53,7 +53,7 @@ def simulate(
     sizes = lengths.sizes or list(repeat(usual_size, simulated))
     output = sum(answer for _, answer in lengths.sizes) or count * usual_size[1]
     visits = plan.rounds * simulated / wave * usual_size[1]
-    grain = _grain(plan, min(answer for _, answer in sizes), visits / most_visits)
+    grain = _grain(plan, min((answer for _, answer in sizes), default=1), visits / most_visits)
     run = Simulation(plan, sizes, machine, layers, grain)
     run.run(2 * most_visits)
     between = 0.0
