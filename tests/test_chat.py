@@ -372,6 +372,9 @@ def test_stop_tokens(whole: bool, content: str) -> None:
         assert found == [None, None, "ab"]
         completion = Completion(request, np.array(spelt[:3], np.int32), "stop", found[2])
         assert AnswerReader(tokenizer("plain"))(completion).content == content
+    held_back = chat("plain", stop_token_ids=[7], min_tokens=2).sampling
+    assert (held_back.stop_token_ids, held_back.rules.ends) == ((7,), (7,))
+    assert "stop_token_ids" in refusal("plain", stop_token_ids=[300], min_tokens=2)
 
 
 def test_what_else_a_text_shows() -> None:

@@ -106,7 +106,8 @@ def test_partitions_that_cannot_work(partition: object) -> None:
 def answers(output: Path) -> dict[str, str]:
     """Each request's error code, or how its answer ended: the last line counts, and only errors are followed by one."""
     found: dict[str, str] = {}
-    for entry in read_results(output):
+    errors = read_results(output, "errors.jsonl") if (output / "errors.jsonl").exists() else []
+    for entry in [*read_results(output), *errors]:
         name = entry["custom_id"]
         assert found.get(name) not in ("stop", "length")
         found[name] = code(entry) or entry["response"]["body"]["choices"][0]["finish_reason"]
@@ -139,8 +140,9 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
     job = ["model=tiny", f"workload.source={source}", "sampling.max_tokens=8", f"output.dir={tmp_path / 'out'}"]
-    done = torchrun(2, "-m", "deserve.run", *job, "workload.unknown_keys=ignore")
+    done = torchrun(2, "-m", "deserve.run", *job, "workload.unknown_keys=ignore", "output.errors=separate")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not any(map(code, read_results(tmp_path / "out")))
     found = answers(tmp_path / "out")
     assert (found.pop("first"), found.pop("last"), found.pop("token")) == ("length", "length", "stop")
     assert found == {

@@ -399,6 +399,16 @@ def test_what_else_the_manifest_tells_apart(tmp_path: Path) -> None:
     write(path, "a", manifest=Manifest.of(config, "sha", "float32"))
     with pytest.raises(UserError, match=r"with other model\.dtype\. "):
         write(path, manifest=Manifest.of(config, "sha", "bfloat16"))
+    config.workload.reasoning = "keep"
+    with pytest.raises(UserError, match=r"with other workload\.chat_template or workload\.reasoning\. "):
+        write(path, manifest=Manifest.of(config, "sha", "float32"))
+    config.workload.reasoning, config.workload.chat_template = "auto", str(data)
+    with pytest.raises(UserError, match=r"with other workload\.chat_template"):
+        write(path, manifest=Manifest.of(config, "sha", "float32"))
+    config.workload.chat_template = str(tmp_path / "none")
+    with pytest.raises(UserError, match=r"workload\.chat_template: .*none cannot be read: No such file"):
+        Manifest.of(config, "sha", "float32")
+    config.workload.chat_template = None
     config.workload.source = "sharegpt"  # the same file, read as other requests
     with pytest.raises(UserError, match="with other input"):
         write(path, manifest=Manifest.of(config, "sha", "float32"))
