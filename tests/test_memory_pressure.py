@@ -1,6 +1,7 @@
 """Short memory changes how long a job takes, never what it answers."""
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     outputs = [list(reference_tokens(model, prompt, OUTPUT)) for prompt in prompts]
     assert len({token for output in outputs for token in output}) > 50, "outputs that hardly depend on the prompt"
     return Reference(resolve(load_config([f"model.path={folder}"]).model), prompts, outputs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_pages_are_read_once() -> Iterator[None]:
+    """However few pages that saves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deserve.model.backend.torch.SHARED_PAGES", 1)
+        yield
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

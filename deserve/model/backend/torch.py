@@ -33,6 +33,20 @@ class Bucket:
     past: list[torch.Tensor]  # of each block, the gathered positions in rows' last pages after their last tokens
 
 
+@dataclass
+class Shared:
+    """Rows whose contexts begin with the same pages, which are read once for all of them.
+
+    `tokens` [n] of the rows in the visit; `keys`, `values` [1, p] half-page indices, by page table.
+    """
+
+    tokens: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+# Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
+SHARED_PAGES = 128
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 GATHER_BYTES = 4 << 20
 
@@ -43,6 +57,9 @@ class TorchBackend(Backend):
     Rows are put into buckets by the powers of two of their query length and their whole length, so padding is at
     most twofold in each. The query heads that share a KV head become further queries of it: no key is copied for
     their sake. A large bucket is attended in blocks of rows that fit the cache.
+
+    On a CPU, pages with which the contexts of several rows begin are attended in one call for all of these, and the
+    rest of each row as if it began there. The log-sum-exp of either's scores says how the two are to be merged.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
@@ -94,24 +111,44 @@ class TorchBackend(Backend):
         kv_heads = pages.shape[3]
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
+        merges = bool(self._shared)
+        weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0)  # log-sum-exp of each token's scores
         for bucket in self._buckets:
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
+            scores = torch.empty(queries.shape[:3]) if merges else None
             for block, past in zip(bucket.blocks, bucket.past, strict=True):
                 keys = self._gather(0, halves, bucket.keys[layer.table][block], past, kv_heads)
                 values = self._gather(1, halves, bucket.values[layer.table][block], past, kv_heads)
-                attended[block] = F.scaled_dot_product_attention(
-                    queries[block], keys, values, attn_mask=bucket.mask[block]
-                )
+                mask = bucket.mask[block]
+                if scores is None:
+                    attended[block] = F.scaled_dot_product_attention(queries[block], keys, values, attn_mask=mask)
+                else:
+                    attended[block], scores[block] = _attend(queries[block], keys, values, mask)
             attended = attended.view(bucket.rows, kv_heads, bucket.queries, -1, head_dim).transpose(1, 2)
             attended = attended.reshape(bucket.rows * bucket.queries, -1)
-            if isinstance(bucket.tokens, slice):
-                out[bucket.tokens] = attended
-            elif bucket.real is None:
-                out[bucket.tokens.flatten()] = attended
-            else:
-                out[bucket.tokens.flatten()[bucket.real]] = attended[bucket.real]
+            into: torch.Tensor | slice = bucket.tokens
+            real: torch.Tensor | slice = slice(None)
+            if isinstance(into, torch.Tensor):
+                real = slice(None) if bucket.real is None else bucket.real
+                into = into.flatten()[real]
+            out[into] = attended[real]
+            if scores is not None:
+                scores = scores.view(bucket.rows, kv_heads, bucket.queries, -1).transpose(1, 2)
+                weight[into] = scores.reshape(bucket.rows * bucket.queries, kv_heads, -1)[real]
+        none = self._tensor(np.zeros(0, np.int64))
+        for shared in self._shared:
+            queries = q[shared.tokens].view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
+            keys = self._gather(0, halves, shared.keys[layer.table], none, kv_heads)
+            values = self._gather(1, halves, shared.values[layer.table], none, kv_heads)
+            attended, scores = _attend(queries.reshape(1, kv_heads, -1, head_dim), keys, values, None)
+            attended = attended.view(queries.shape).transpose(0, 1).flatten(2)  # [n, kv_heads, group * head_dim]
+            scores = scores.view(queries.shape[:3]).transpose(0, 1)
+            share = torch.sigmoid(scores - weight[shared.tokens]).unsqueeze(-1)  # of the shared pages
+            own = out[shared.tokens].view(*share.shape[:3], head_dim)
+            merged = torch.lerp(own.float(), attended.reshape(own.shape).float(), share)
+            out[shared.tokens] = merged.to(out.dtype).flatten(1)
         return out
 
     def _gather(
@@ -141,12 +178,38 @@ class TorchBackend(Backend):
             page = table[self._row_of_token, self._positions // page_size].astype(np.int64)
             slot = 2 * page * page_size + self._positions % page_size
             self._slots.append((self._tensor(slot), self._tensor(slot + page_size)))
+        skipped = self._share(rows, page_size)
+        if skipped.any():
+            begins = [
+                np.minimum(np.arange(table.shape[1]) + skipped[:, None], table.shape[1] - 1) for table in rows.tables
+            ]
+            tables = [np.take_along_axis(table, begin, 1) for table, begin in zip(rows.tables, begins, strict=True)]
+            rows = Rows(rows.new_tokens, rows.context - (skipped * page_size).astype(np.int32), tables)
         length = rows.context + rows.new_tokens
         kind = 64 * _bits(rows.new_tokens) + _bits(length)
-        self._buckets = [self._bucket(np.flatnonzero(kind == k), page_size) for k in np.unique(kind)]
+        self._buckets = [self._bucket(rows, np.flatnonzero(kind == k), page_size) for k in np.unique(kind)]
 
-    def _bucket(self, members: np.ndarray, page_size: int) -> Bucket:
-        rows = self._rows
+    def _share(self, rows: Rows, page_size: int) -> np.ndarray:
+        """Set `_shared`; returns how many pages of each row are in there: [rows]."""
+        self._shared: list[Shared] = []
+        skipped = np.zeros(len(rows.new_tokens), np.int64)
+        if self._device.type != "cpu":
+            return skipped
+        for members, width in _shared_groups(rows.tables[0], rows.context // page_size):
+            if (len(members) - 1) * width < SHARED_PAGES:
+                continue
+            skipped[members] = width
+            pages = [table[members[:1], :width].astype(np.int64) for table in rows.tables]
+            self._shared.append(
+                Shared(
+                    tokens=self._tensor(np.flatnonzero(np.isin(self._row_of_token, members))),
+                    keys=[self._tensor(2 * table) for table in pages],
+                    values=[self._tensor(2 * table + 1) for table in pages],
+                )
+            )
+        return skipped
+
+    def _bucket(self, rows: Rows, members: np.ndarray, page_size: int) -> Bucket:
         new, context = rows.new_tokens[members], rows.context[members]
         queries = int(new.max())
         width = int(-(-(context + new).max() // page_size))
@@ -185,6 +248,42 @@ class TorchBackend(Backend):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention on a CPU [n, heads, q, head_dim], and the log-sum-exp of the scores [n, heads, q], float32."""
+    attended, scores = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask)
+    return attended, scores
+
+
+def _shared_groups(table: np.ndarray, full: np.ndarray) -> list[tuple[np.ndarray, int]]:
+    """Rows whose first pages in `table` [rows, width] are the same, and how many; `full` [rows] may count at most.
+
+    Of groups within groups those are taken that save most.
+    """
+
+    def split(members: np.ndarray, depth: int) -> tuple[int, list[tuple[np.ndarray, int]]]:
+        """Pages saved by the groups within `members`, which share their first `depth` pages."""
+        best = (len(members) - 1) * depth, [(members, depth)] if depth else []
+        members = members[full[members] > depth]
+        if len(members) < 2:
+            return best
+        saved = 0
+        groups: list[tuple[np.ndarray, int]] = []
+        for page in np.unique(table[members, depth]):
+            inside = members[table[members, depth] == page]
+            if len(inside) < 2:
+                continue
+            width = int(full[inside].min())
+            alike = (table[inside, :width] == table[inside[0], :width]).all(0)
+            width = width if alike.all() else int(alike.argmin())
+            more, found = split(inside, width)
+            saved, groups = saved + more, groups + found
+        return (saved, groups) if saved > best[0] else best
+
+    return split(np.arange(len(full)), 0)[1]
 
 
 def _bits(lengths: np.ndarray) -> np.ndarray:
