@@ -130,7 +130,7 @@ def table(cells: list[Cell]) -> str:
             cell["name"],
             f"{cell['steady']:,.0f}",
             f"{cell['steady'] / max(1e-9, cells[0]['steady']):.2f}",
-            f"{plan['predicted']:,.0f}",
+            f"{plan['predicted'] or 0:,.0f}",
             plan["bound"],
             f"{plan['rounds']} x {plan['micro_batch_size']}",
             f"{plan['main_pages']}, {plan['swap_pages']}",

@@ -58,6 +58,8 @@ LARGE_FRAME = 1 << 20  # bytes
 BUS_BYTES = 64 << 20
 BACK_BYTES = BUS_BYTES // 32  # a decode row brings in all of its context and saves one token
 TRANSFERS = 4  # of a link or the bus; the quickest counts
+TAKES, IN_A_ROW = 3, 6  # of each shape, and visits in each take
+BUSY_GEMMS = 16  # of 8192 x 8192: 20 ms, in which a host launches that many visits
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
 RESERVE_BYTES = 2_500_000_000
 
@@ -383,8 +385,8 @@ class Probe:
         """
         size = self._world.size
         rounds = self._world.share("survey/rounds", size + 2 + min(64, int(size * latency_s / 2e-3)))
-        short = self._loop(self._short, [*self._bare, *self._heads], rounds)
-        long = self._loop(self._long, self._bare, rounds)
+        short = self._timed(self._short, [*self._bare, *self._heads], rounds)
+        long = self._timed(self._long, self._bare, rounds)
         layer: dict[Shape, float] = {}
         rest: dict[Shape, float] = {}
         for shape in self._bare:
@@ -398,7 +400,7 @@ class Probe:
         host = [(rows, min(short[shape].host, long[shape].host)) for rows, shape in self._decodes.items()]
         plan = [(rows, min(short[shape].plan, long[shape].plan)) for rows, shape in self._decodes.items()]
         # As many rounds as ranks: every rank is idle until its next visit arrives.
-        ring = self._loop(self._long, [self._near], size)[self._near]
+        ring = self._timed(self._long, [self._near], size)[self._near]
         begins_s = ring.apart - ring.compute - (0.0 if self._gpu else ring.host)
         return StageTimes(
             layer=self._cost(layer),
@@ -409,6 +411,45 @@ class Probe:
             ahead=self._gpu,
             start_s=max(0.0, self._world.share("survey/start", begins_s - ring.plan / size) - latency_s),
         )
+
+    def _timed(self, stage: Stage, shapes: Sequence[Shape], rounds: int) -> dict[Shape, Visited]:
+        """Seconds of visits of `shapes` in the loop. A GPU's own are told apart from it.
+
+        Visits of a few layers are so short that in the loop a GPU waits for its host, which those of a run hide.
+        """
+        visited = self._loop(stage, shapes, rounds)
+        if not self._gpu:
+            return visited
+        device = self._on_device(stage, shapes)
+        return {shape: replace(visited[shape], compute=device[shape]) for shape in shapes}
+
+    @torch.inference_mode()
+    def _on_device(self, stage: Stage, shapes: Sequence[Shape]) -> dict[Shape, float]:
+        """Seconds of the device for a visit of each of `shapes`, medians of some takes.
+
+        Each take is a row of visits behind GEMMs that keep the device busy until the host has launched all of them. So
+        the device's clock is that of a GPU at work, too.
+        """
+        takes: dict[Shape, list[float]] = {shape: [] for shape in shapes}
+        matrix = torch.randn(8192, 8192, dtype=self._hidden.dtype, device=self._device)
+        for shape in [shape for _ in range(TAKES) for shape in shapes]:
+            for _ in range(BUSY_GEMMS):
+                matrix @ matrix  # its result does not matter
+            takes[shape].append(self._row_s(stage, shape))
+        return {shape: statistics.median(took) for shape, took in takes.items()}
+
+    @torch.inference_mode()
+    def _row_s(self, stage: Stage, shape: Shape) -> float:
+        """Seconds of the device for each of `IN_A_ROW` visits of `shape` that follow each other."""
+        plan = self._entries[shape]
+        x = (self._ids if stage is self._short else self._hidden)[: plan.tokens]
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(IN_A_ROW):
+            stage.forward(plan, x)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3 / IN_A_ROW
 
     def _cost(self, seconds: dict[Shape, float]) -> Cost:
         """The cost of visits that took `seconds`."""
