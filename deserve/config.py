@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deserve.errors import UserError
 from deserve.model.config import parse_config
+from deserve.model.schemes.rounded import FORMS
 
 POLICIES = ("vanilla", "prefill_first", "decode_first")
 MOST = 2**63 - 1  # what an int64 holds
@@ -27,6 +28,8 @@ class ModelSection:
     weights: str = "auto"  # auto: the checkpoint's; dummy: random, made on the device
     dtype: str = "auto"  # auto: the checkpoint's
     architecture: dict[str, Any] | None = None  # config.json of a model without a folder
+    quantise: str | None = None  # fp8, int4: round the layers' weights while loading
+    packed: Any = "auto"  # whether quantised weights stay packed in memory; auto: on a GPU
 
 
 @dataclass
@@ -248,6 +251,10 @@ def _check(config: Config) -> None:
     _one_of("pipeline.policy", config.pipeline.policy, ("auto", *POLICIES))
     _one_of("model.weights", config.model.weights, ("auto", "dummy"))
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    if config.model.quantise is not None:
+        _one_of("model.quantise", config.model.quantise, tuple(FORMS))
+    if config.model.packed != "auto" and not isinstance(config.model.packed, bool):
+        raise UserError(f"model.packed={config.model.packed} must be auto, true or false")
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))

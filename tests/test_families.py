@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
+from quantised import make_quantised, twin
 from test_pipeline import Truth, greedy, run_jobs, text, wrong_answers
 
 from deserve.kvcache.pages import KVPages
@@ -48,6 +49,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied-biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
 }
+# Schemes of quantised weights, each dequantised while loading or left packed.
+QUANTISED = {"gptq-act-order": "false", "ct-w4a16": "true", "fp8-blocks": "true"}
 SHARDED = {"llama-tied", "llama-biases", "mistral", "qwen2-tied-yarn", "qwen3"}  # several files and an index
 LENGTHS = (1, 3, 16, 50, 130)
 MAX_TOKENS = 12
@@ -109,12 +112,14 @@ def test_logits_are_those_of_transformers(name: str, folders: dict[str, Path]) -
 
 @pytest.fixture(scope="module")
 def truths(folders: dict[str, Path]) -> dict[str, Truth]:
-    """Requests of every length to every family, and transformers' greedy answers."""
+    """Requests of every length to every family and scheme, and transformers' greedy answers."""
     found = {}
     random = np.random.default_rng(2)
-    for name, folder in folders.items():
-        found[name] = truth = Truth(folder, folder.parent / f"{name}.jsonl")
-        model = reference_model(folder)
+    base = next(iter(folders.values())).parent
+    quantised = {name: make_quantised(base / name, name, eos_token_id=None) for name in QUANTISED}
+    for name, folder in (folders | quantised).items():
+        found[name] = truth = Truth(folder, base / f"{name}.jsonl")
+        model = reference_model(twin(folder) if name in QUANTISED else folder)
         for length in LENGTHS:
             prompt = random.integers(320, size=length).tolist()
             truth.add(f"{name}-{length}", prompt, (text(greedy(model, prompt, MAX_TOKENS)), "length"))
@@ -125,6 +130,9 @@ def truths(folders: dict[str, Path]) -> dict[str, Truth]:
 def test_same_tokens_as_transformers(ranks: int, truths: dict[str, Truth], tmp_path: Path) -> None:
     """Through the whole program: prompts in chunks, several micro-batches, decoding together."""
     more = ["pipeline.rounds=3", "pipeline.max_batch_tokens=48", f"sampling.max_tokens={MAX_TOKENS}"]
-    run_jobs(ranks, [truth.overrides(tmp_path / name) + more for name, truth in truths.items()], tmp_path)
+    jobs = [truth.overrides(tmp_path / name) + more for name, truth in truths.items()]
+    for job, name in zip(jobs, truths, strict=True):
+        job.append(f"model.packed={QUANTISED.get(name, 'auto')}")
+    run_jobs(ranks, jobs, tmp_path)
     wrong = {name: wrong_answers(tmp_path / name, truth) for name, truth in truths.items()}
     assert not {name: answers for name, answers in wrong.items() if answers}

@@ -93,7 +93,7 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
         ({"head_dim": 15}, ["head_dim", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config.bits", "missing"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.type", "dynamic"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type", "longrope"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "missing"]),

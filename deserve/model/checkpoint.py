@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from deserve.errors import UserError
 from deserve.model import smollm2
 from deserve.model.config import DTYPES, ModelConfig, parse_config
 from deserve.model.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, is_lfs_pointer
+from deserve.model.schemes.rounded import rounded
 from deserve.model.weights import Shard, check_weights, stored_name, tensor_shapes
 
 # All of a hub repository that is small: configuration, index and tokenizer
@@ -61,12 +62,29 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def resolve(model: ModelSection) -> Checkpoint:
+def resolve(model: ModelSection, device: str = "cpu") -> Checkpoint:
     """Find the model that the section names; `path` wins over `name`. May convert or download small files.
 
-    Raises UserError for a path that is neither a folder nor a hub id, what the hub refuses, and an unusable
+    `device` is the type of what it will run on: on a GPU quantised weights stay packed, unless the section says
+    otherwise. Raises UserError for a path that is neither a folder nor a hub id, what the hub refuses, and an unusable
     config.json or architecture.
     """
+    checkpoint = _find(model)
+    packed = device == "cuda" if model.packed == "auto" else model.packed
+    return replace(checkpoint, config=_quantised(checkpoint.config, model.quantise, packed))
+
+
+def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> ModelConfig:
+    """`config` with its weights rounded while loading, if so asked, and packed in memory or not."""
+    quantisation = config.quantisation
+    if quantise is not None:
+        if quantisation is not None:
+            raise UserError(f"model.quantise={quantise}: the checkpoint is quantised already; leave it out")
+        quantisation = rounded(quantise)
+    return replace(config, quantisation=None if quantisation is None else replace(quantisation, packed=packed))
+
+
+def _find(model: ModelSection) -> Checkpoint:
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if folder.is_dir():

@@ -1,13 +1,16 @@
 """The shape of a model, read from a Hugging Face `config.json`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from deserve.errors import UserError
 from deserve.kvcache.spec import KVSpec
+from deserve.model.keys import Keys
+from deserve.model.schemes.base import Quantisation
+from deserve.model.schemes.parse import parse_quantisation
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,6 +55,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     dtype: torch.dtype
+    quantisation: Quantisation | None = None
 
     @property
     def q_size(self) -> int:
@@ -91,45 +95,6 @@ FAMILIES = {
 }
 
 
-class _Keys:
-    """Typed access to a JSON object. Every getter raises UserError naming the source and the key."""
-
-    def __init__(self, raw: dict[str, Any], source: str, prefix: str = ""):
-        self.raw, self.source, self.prefix = raw, source, prefix
-
-    def fail(self, key: str, what: str) -> UserError:
-        return UserError(f"{self.source}: {self.prefix}{key} {what}")
-
-    def _get(self, key: str, kinds: tuple[type, ...], noun: str, default: Any) -> Any:
-        value = self.raw.get(key)
-        if value is None:
-            if default is None:
-                raise self.fail(key, "is missing")
-            return default
-        # bool is an int to Python, but no count or factor to anybody
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.fail(key, f"must be {noun}, not {value!r}")
-        return value
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value: int = self._get(key, (int,), "a whole number", default)
-        if value < least:
-            raise self.fail(key, f"must be at least {least}, not {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = float(self._get(key, (int, float), "a number", default))
-        if not (value > 0 and math.isfinite(value)):
-            raise self.fail(key, f"must be a positive number, not {value}")
-        return value
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        return bool(self._get(key, (bool,), "true or false", default))
-
-    def text(self, key: str, default: str | None = None) -> str:
-        return str(self._get(key, (str,), "a string", default))
-
-
 def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """Read the content of a `config.json`; `source` names it in errors (a file or an option).
 
@@ -139,7 +104,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must hold a JSON object, not {type(raw).__name__}")
-    keys = _Keys(raw, source)
+    keys = Keys(raw, source)
     architecture = _architecture(keys)
     family = FAMILIES[architecture]
     heads = keys.count("num_attention_heads")
@@ -159,10 +124,11 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         max_context = max(max_context, int(scaling.original_context * scaling.factor))
     _refuse_unsupported(keys, architecture, max_context)
     attention_bias = family.attention_bias and keys.flag("attention_bias")
-    return ModelConfig(
+    inner = keys.count("intermediate_size")
+    config = ModelConfig(
         vocab_size=keys.count("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=keys.count("intermediate_size"),
+        intermediate_size=inner,
         num_layers=keys.count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -178,9 +144,12 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         qk_norm=family.qk_norm,
         dtype=_dtype(keys),
     )
+    q, kv = config.q_size, config.kv_size
+    shapes = (q, hidden), (kv, hidden), (hidden, q), (inner, hidden), (hidden, inner)
+    return replace(config, quantisation=parse_quantisation(keys, shapes))
 
 
-def _architecture(keys: _Keys) -> str:
+def _architecture(keys: Keys) -> str:
     names = keys.raw.get("architectures")
     if names is None:
         raise keys.fail("architectures", "is missing")
@@ -189,7 +158,7 @@ def _architecture(keys: _Keys) -> str:
     return str(names[0])
 
 
-def _dtype(keys: _Keys) -> torch.dtype:
+def _dtype(keys: Keys) -> torch.dtype:
     key = "dtype" if keys.raw.get("dtype") is not None else "torch_dtype"  # transformers 5, and before
     name = keys.text(key, default="float32").removeprefix("torch.")
     if name not in DTYPES:
@@ -197,15 +166,11 @@ def _dtype(keys: _Keys) -> torch.dtype:
     return DTYPES[name]
 
 
-def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> None:
+def _refuse_unsupported(keys: Keys, architecture: str, max_context: int) -> None:
     raw = keys.raw
     activation = keys.text("hidden_act", default="silu")
     if activation != "silu":
         raise keys.fail("hidden_act", f"{activation!r} is not supported; only silu is")
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise keys.fail("quantization_config", f"({method}) is not supported: use unquantised weights")
     if architecture == "MistralForCausalLM":
         # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens.
         full = "sliding_window" in raw and raw["sliding_window"] is None
@@ -228,7 +193,7 @@ def _refuse_unsupported(keys: _Keys, architecture: str, max_context: int) -> Non
         raise keys.fail("layer_types", f"{', '.join(others)} is not supported; only full_attention is")
 
 
-def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
+def _rope(keys: Keys, max_context: int) -> tuple[float, RopeScaling]:
     """The base of the rotary frequencies and their scaling, from the keys of transformers 5 or before."""
     name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     raw = keys.raw.get(name)
@@ -236,7 +201,7 @@ def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
         raw = {}
     if not isinstance(raw, dict):
         raise keys.fail(name, f"must be an object, not {raw!r}")
-    rope = _Keys(raw, keys.source, f"{name}.")
+    rope = Keys(raw, keys.source, f"{name}.")
     theta = rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0))
     for owner in (keys, rope):
         if owner.number("partial_rotary_factor", default=1.0) != 1.0:
@@ -269,7 +234,7 @@ def _rope(keys: _Keys, max_context: int) -> tuple[float, RopeScaling]:
     )
 
 
-def _yarn_attention_factor(rope: _Keys, factor: float) -> float:
+def _yarn_attention_factor(rope: Keys, factor: float) -> float:
     """YaRN's sqrt(1/t) = 0.1 ln(s) + 1 (arXiv 2309.00071, section 3.4), or the checkpoint's word."""
 
     def temper(scale: float) -> float:

@@ -7,14 +7,17 @@ from torch import Tensor
 from deserve.model.backend.base import Backend
 from deserve.model.config import ModelConfig
 from deserve.model.linear import Linear
+from deserve.model.packed import PackedLinear
+
+Product = Linear | PackedLinear
 
 
 @dataclass
 class Attention:
     """What attention multiplies with. `qkv`: rows q, k, v; q_norm, k_norm: [head_dim], None: the model has none."""
 
-    qkv: Linear
-    output: Linear
+    qkv: Product
+    output: Product
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
@@ -40,8 +43,8 @@ class Attention:
 class MLP:
     """SwiGLU; `gate_up`: rows gate, up."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
 
     def __call__(self, h: Tensor, backend: Backend) -> Tensor:
         """h [T, hidden] to [T, hidden]."""

@@ -1,21 +1,31 @@
-"""Linear layers of unquantised weights.
-
-A scheme of quantised weights is a module of its own with the same two classes: which tensors of a checkpoint it reads
-and what they take, and the product.
-"""
+"""Linear layers: which tensors of a checkpoint they read, what those take, and the product."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deserve.model.packed import Packed, PackedLinear
 from deserve.model.safetensors_folder import Shape
+from deserve.model.schemes.base import Quantisation, Scheme
 
 Parts = tuple[tuple[str, Shape], ...]  # checkpoint tensors and their shapes, stacked along dimension 0
-Read = Callable[[Parts], Tensor]  # the stack of such tensors, on the stage's device and in its dtype
+
+
+class Source(Protocol):
+    """Where weights come from: a checkpoint, or a generator of random ones."""
+
+    def stack(self, parts: Parts) -> Tensor:
+        """Tensors stacked along dimension 0, on the stage's device and in its dtype."""
+
+    def packed(self, scheme: Scheme, module: str, size: int, inputs: int) -> Packed:
+        """The quantised weight [size, inputs] of `module`, on the stage's device."""
+
+    def empty(self, shape: Shape) -> Tensor:
+        """Room for a tensor on the stage's device, in its dtype."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +42,96 @@ class TensorSpec:
     def bytes(self, dtype: torch.dtype) -> int:
         return math.prod(self.shape) * dtype.itemsize
 
-    def read(self, read: Read) -> Tensor:
-        return read(self.parts["tensor"])
+    def read(self, source: Source) -> Tensor:
+        return source.stack(self.parts["tensor"])
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer as a checkpoint holds it: `modules`, by name and output size, in one product over `inputs`."""
+    """A linear layer as a checkpoint holds it: `modules`, by name and output size, in one product over `inputs`.
+
+    `quantisation` says which of the modules are quantised.
+    """
 
     modules: tuple[tuple[str, int], ...]
     inputs: int
     bias: bool = False
+    quantisation: Quantisation | None = None
+
+    @property
+    def schemes(self) -> list[Scheme | None]:
+        """How the weight of each module is stored; None: as it is."""
+        return [self.quantisation.scheme(name) if self.quantisation else None for name, _ in self.modules]
 
     @property
     def parts(self) -> dict[str, Parts]:
-        """The checkpoint's tensors that are stacked into each argument of `Linear`."""
-        parts: dict[str, Parts] = {
-            "weight": tuple((f"{name}.weight", (size, self.inputs)) for name, size in self.modules)
-        }
+        """The checkpoint's tensors, by their names within a module."""
+        parts: dict[str, Parts] = {}
+        for (name, size), scheme in zip(self.modules, self.schemes, strict=True):
+            stored = scheme.stored(size, self.inputs) if scheme else {"weight": ((size, self.inputs), ())}
+            for suffix, (shape, _) in stored.items():
+                parts[suffix] = (*parts.get(suffix, ()), (f"{name}.{suffix}", shape))
         if self.bias:
             parts["bias"] = tuple((f"{name}.bias", (size,)) for name, size in self.modules)
         return parts
 
+    @property
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """The types, as safetensors names them, of the tensors that need not be floats."""
+        return {
+            f"{name}.{suffix}": kinds
+            for (name, size), scheme in zip(self.modules, self.schemes, strict=True)
+            if scheme
+            for suffix, (_, kinds) in scheme.stored(size, self.inputs).items()
+        }
+
+    @property
+    def spare(self) -> set[str]:
+        """Tensors that a checkpoint may hold though the product does without."""
+        pairs = zip(self.modules, self.schemes, strict=True)
+        found = {f"{name}.{suffix}" for (name, _), scheme in pairs if scheme for suffix in scheme.spare}
+        return found - {name for parts in self.parts.values() for name, _ in parts}
+
     def bytes(self, dtype: torch.dtype) -> int:
         """Bytes on the device."""
-        return sum(size for _, size in self.modules) * (self.inputs + self.bias) * dtype.itemsize
+        total = self.bias * sum(size for _, size in self.modules) * dtype.itemsize
+        for (_, size), scheme in zip(self.modules, self.schemes, strict=True):
+            if scheme and self.quantisation and self.quantisation.packed:
+                total += scheme.form.bytes(size, self.inputs)
+            else:
+                total += size * self.inputs * dtype.itemsize
+        return total
 
-    def read(self, read: Read) -> "Linear":
-        return Linear(**{name: read(parts) for name, parts in self.parts.items()})
+    def unpack_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that a product moves to unpack its weights, beside what it reads then."""
+        if self.quantisation is None or not self.quantisation.packed:
+            return 0
+        pairs = zip(self.modules, self.schemes, strict=True)
+        return sum(scheme.form.unpack_bytes(size, self.inputs, dtype) for (_, size), scheme in pairs if scheme)
+
+    def read(self, source: Source) -> "Linear | PackedLinear":
+        parts = self.parts
+        bias = source.stack(parts["bias"]) if self.bias else None
+        if not any(self.schemes):
+            return Linear(source.stack(parts["weight"]), bias)
+        if self.quantisation and self.quantisation.packed:
+            return PackedLinear([self._weight(index, source) for index in range(len(self.modules))], bias)
+        fused = source.empty((sum(size for _, size in self.modules), self.inputs))
+        begin = 0
+        for index, (_, size) in enumerate(self.modules):
+            target, weight = fused[begin : begin + size], self._weight(index, source)
+            if isinstance(weight, Packed):
+                weight.unpack(target)
+            else:
+                target.copy_(weight)
+            begin += size
+        return Linear(fused, bias)
+
+    def _weight(self, index: int, source: Source) -> Tensor | Packed:
+        (name, size), scheme = self.modules[index], self.schemes[index]
+        if scheme is None:
+            return source.stack(((f"{name}.weight", (size, self.inputs)),))
+        return source.packed(scheme, name, size, self.inputs)
 
 
 class Linear:

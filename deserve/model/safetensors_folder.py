@@ -49,11 +49,18 @@ class SafetensorsFolder:
         index = self.path / INDEX
         return index if index.is_file() else _single_file(self.path)
 
-    def check(self, expected: Mapping[str, Shape], files: Iterable[str], spare: Container[str] = ()) -> None:
+    def check(
+        self,
+        expected: Mapping[str, Shape],
+        files: Iterable[str],
+        spare: Container[str] = (),
+        kinds: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         """Compare the whole index, and the headers of `files`, with the `expected` tensors; reads no weights.
 
         Raises UserError, naming file and tensor, for a tensor that is missing, that has another shape or a type that
-        is no float, that is neither expected nor `spare` nor harmless, and for a file that is missing or damaged.
+        is none of its `kinds` (by default floats), that is neither expected nor `spare` nor harmless, and for a file
+        that is missing or damaged.
         """
         missing = [name for name in expected if name not in self.weight_map]
         if missing:
@@ -67,7 +74,7 @@ class SafetensorsFolder:
                 f"missing ({_listed(absent)}): {_half_a_download(self.path)}"
             )
         for file in files:
-            self._check_header(file, expected, spare)
+            self._check_header(file, expected, spare, kinds or {})
 
     def read(self, name: str, target: Tensor) -> None:
         """Copy the tensor `name` into `target`, which has its shape, and convert its type."""
@@ -76,13 +83,20 @@ class SafetensorsFolder:
         with _opened(path, name) as opened:
             target.copy_(opened.get_tensor(name))
 
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """A copy of the tensor `name` on `device`, in its own type."""
+        with _opened(self.path / self.weight_map[name], name) as opened:
+            return opened.get_tensor(name).to(device, copy=True)
+
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors hold the same values."""
         one, other = (self.path / self.weight_map[name] for name in (first, second))
         with _opened(one, first) as opened, _opened(other, second) as also:
             return torch.equal(opened.get_tensor(first), also.get_tensor(second))
 
-    def _check_header(self, file: str, expected: Mapping[str, Shape], spare: Container[str]) -> None:
+    def _check_header(
+        self, file: str, expected: Mapping[str, Shape], spare: Container[str], kinds: Mapping[str, tuple[str, ...]]
+    ) -> None:
         path = self.path / file
         with _opened(path) as opened:
             held = set(opened.keys())
@@ -93,11 +107,12 @@ class SafetensorsFolder:
                     raise UserError(f"{path}: no tensor {name}, which {INDEX} says it holds")
                 header = opened.get_slice(name)
                 found = list(header.get_shape())
-                if found != list(shape):
+                # A single number may have no dimension.
+                if found != list(shape) and not (shape == (1,) and found == []):
                     raise UserError(f"{path}: {name} has shape {found}, config.json calls for {list(shape)}")
-                if header.get_dtype() not in FLOATS:
-                    kinds = ", ".join(FLOATS)
-                    raise UserError(f"{path}: {name} holds {header.get_dtype()}, expected one of {kinds}")
+                allowed = kinds.get(name, FLOATS)
+                if header.get_dtype() not in allowed:
+                    raise UserError(f"{path}: {name} holds {header.get_dtype()}, expected one of {', '.join(allowed)}")
             self._refuse_unasked(path, held, expected, spare)
 
     @staticmethod

@@ -5,7 +5,8 @@ shard all follow it.
 """
 
 import zlib
-from collections.abc import Callable, Container
+from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ from torch import Tensor
 from deserve.errors import UserError
 from deserve.model.config import ModelConfig
 from deserve.model.layer import MLP, Attention, Layer
-from deserve.model.linear import Linear, LinearSpec, Parts, TensorSpec
+from deserve.model.linear import Linear, LinearSpec, Parts, Source, TensorSpec
+from deserve.model.packed import Packed, PackedLinear
 from deserve.model.safetensors_folder import SafetensorsFolder, Shape
+from deserve.model.schemes.base import Scheme
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-
-Fill = Callable[[str, Tensor], None]  # puts the checkpoint's tensor of that name into the given one
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class ShardWeights:
     layers: list[Layer]
     embedding: Tensor | None
     final_norm: Tensor | None
-    head: Linear | None
+    head: Linear | PackedLinear | None
 
 
 Spec = TensorSpec | LinearSpec
@@ -62,11 +63,11 @@ def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
     gate_up = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
     table: dict[str, Spec] = {
         "input_norm": TensorSpec(f"{layer}.input_layernorm.weight", (hidden,)),
-        "qkv": LinearSpec(qkv, hidden, config.qkv_bias),
-        "output": LinearSpec(((f"{attention}.o_proj", hidden),), q, config.output_bias),
+        "qkv": LinearSpec(qkv, hidden, config.qkv_bias, config.quantisation),
+        "output": LinearSpec(((f"{attention}.o_proj", hidden),), q, config.output_bias, config.quantisation),
         "post_norm": TensorSpec(f"{layer}.post_attention_layernorm.weight", (hidden,)),
-        "gate_up": LinearSpec(gate_up, hidden, config.mlp_bias),
-        "down": LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias),
+        "gate_up": LinearSpec(gate_up, hidden, config.mlp_bias, config.quantisation),
+        "down": LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias, config.quantisation),
     }
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
@@ -83,13 +84,19 @@ def shard_parts(config: ModelConfig, shard: Shard) -> dict[str, Spec]:
         table["final_norm"] = TensorSpec(FINAL_NORM, (config.hidden_size,))
         if not (shard.embeds and config.tied_embeddings):
             name = EMBEDDING if config.tied_embeddings else HEAD
-            table["head"] = LinearSpec(((name.removesuffix(".weight"), config.vocab_size),), config.hidden_size)
+            module = (name.removesuffix(".weight"), config.vocab_size)
+            quantisation = None if config.tied_embeddings else config.quantisation
+            table["head"] = LinearSpec((module,), config.hidden_size, quantisation=quantisation)
     return table
 
 
 def _specs(config: ModelConfig, shard: Shard) -> list[Spec]:
     tables = [shard_parts(config, shard), *(layer_parts(config, index) for index in range(shard.first, shard.last))]
     return [spec for table in tables for spec in table.values()]
+
+
+def _linears(config: ModelConfig, shard: Shard) -> list[LinearSpec]:
+    return [spec for spec in _specs(config, shard) if isinstance(spec, LinearSpec)]
 
 
 def tensor_shapes(config: ModelConfig, shard: Shard) -> dict[str, Shape]:
@@ -100,6 +107,11 @@ def tensor_shapes(config: ModelConfig, shard: Shard) -> dict[str, Shape]:
 def parameter_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
     """Bytes of a shard's weights on its device."""
     return sum(spec.bytes(dtype) for spec in _specs(config, shard))
+
+
+def unpack_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
+    """Bytes that a visit moves to unpack a shard's quantised weights."""
+    return sum(linear.unpack_bytes(dtype) for linear in _linears(config, shard))
 
 
 def check_weights(folder: Path, config: ModelConfig, fetched: bool = True) -> None:
@@ -124,14 +136,18 @@ def load_shard(
     stored = SafetensorsFolder(folder)
     names = {name: stored_name(name, stored.weight_map, config) for name in tensor_shapes(config, shard)}
     _check(stored, config, {stored.weight_map[name] for name in names.values() if name in stored.weight_map})
-    return _build(config, shard, device, dtype, lambda name, target: stored.read(names[name], target))
+    biases = {name for linear in _linears(config, shard) for name in linear.spare if name.endswith(".bias")}
+    for name in sorted(biases & stored.weight_map.keys()):
+        if stored.tensor(name, torch.device("cpu")).any():
+            raise UserError(f"{stored.source}: {name} is not 0, and config.json calls for no bias")
+    return _build(config, shard, _Stored(device, dtype, stored, names))
 
 
 def dummy_shard(
     config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> ShardWeights:
     """Random weights made on `device`; any partition of one (seed, dtype, device type) is the same model."""
-    return _build(config, shard, device, dtype, lambda name, target: fill_dummy(name, target, seed))
+    return _build(config, shard, _Random(device, dtype, seed))
 
 
 def fill_dummy(name: str, target: Tensor, seed: int) -> None:
@@ -145,16 +161,28 @@ def fill_dummy(name: str, target: Tensor, seed: int) -> None:
 
 
 def stored_name(name: str, weight_map: Container[str], config: ModelConfig) -> str:
-    """The name a tensor goes by in the checkpoint: a tied matrix may have been kept as the head's alone."""
+    """The name a tensor goes by in the checkpoint: a tied matrix may have been kept as the head's alone.
+
+    A scale of fp8 weights has two names: that of DeepSeek, and that of AutoFP8.
+    """
+    scale = name.removesuffix("_inv")
+    if name.endswith(".weight_scale_inv") and name not in weight_map and scale in weight_map:
+        return scale
     only_head = config.tied_embeddings and name == EMBEDDING and name not in weight_map and HEAD in weight_map
     return HEAD if only_head else name
 
 
 def _check(stored: SafetensorsFolder, config: ModelConfig, files: set[str]) -> None:
-    whole = tensor_shapes(config, Shard(0, config.num_layers, True, True))
+    everything = Shard(0, config.num_layers, True, True)
+    whole = tensor_shapes(config, everything)
     expected = {stored_name(name, stored.weight_map, config): shape for name, shape in whole.items()}
     twice = config.tied_embeddings and {EMBEDDING, HEAD} <= stored.weight_map.keys()
-    stored.check(expected, files, spare={HEAD} if twice else ())
+    kinds: dict[str, tuple[str, ...]] = {}
+    spare = {HEAD} if twice else set()
+    for linear in _linears(config, everything):
+        kinds |= {stored_name(name, stored.weight_map, config): types for name, types in linear.kinds.items()}
+        spare |= linear.spare
+    stored.check(expected, files, spare, kinds)
     # transformers reads such a head as one of its own.
     if twice and {stored.weight_map[EMBEDDING], stored.weight_map[HEAD]} <= files and not stored.equal(EMBEDDING, HEAD):
         raise UserError(
@@ -163,18 +191,60 @@ def _check(stored: SafetensorsFolder, config: ModelConfig, files: set[str]) -> N
         )
 
 
-def _build(config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, fill: Fill) -> ShardWeights:
-    def fuse(parts: Parts) -> Tensor:
-        rows = sum(shape[0] for _, shape in parts)
-        fused = torch.empty((rows, *parts[0][1][1:]), dtype=dtype, device=device)
+@dataclass(frozen=True)
+class _Source(ABC):
+    device: torch.device
+    dtype: torch.dtype
+
+    @abstractmethod
+    def fill(self, name: str, target: Tensor) -> None:
+        """Put the tensor of that name into `target`, and convert its type."""
+
+    def empty(self, shape: Shape) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def stack(self, parts: Parts) -> Tensor:
+        stacked = self.empty((sum(shape[0] for _, shape in parts), *parts[0][1][1:]))
         start = 0
         for name, shape in parts:
-            fill(name, fused[start : start + shape[0]])
+            self.fill(name, stacked[start : start + shape[0]])
             start += shape[0]
-        return fused
+        return stacked
 
+
+@dataclass(frozen=True)
+class _Stored(_Source):
+    """A checkpoint. `names`: the names there of the tensors that a shard reads."""
+
+    folder: SafetensorsFolder
+    names: dict[str, str]
+
+    def fill(self, name: str, target: Tensor) -> None:
+        self.folder.read(self.names[name], target)
+
+    def packed(self, scheme: Scheme, module: str, size: int, inputs: int) -> Packed:
+        stored = scheme.stored(size, inputs)
+        tensors = {suffix: self.folder.tensor(self.names[f"{module}.{suffix}"], self.device) for suffix in stored}
+        try:
+            return scheme.pack(tensors)
+        except ValueError as error:
+            raise UserError(f"{self.folder.source}: {module}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Random(_Source):
+    seed: int
+
+    def fill(self, name: str, target: Tensor) -> None:
+        fill_dummy(name, target, self.seed)
+
+    def packed(self, scheme: Scheme, module: str, size: int, inputs: int) -> Packed:
+        return scheme.form.quantise(self.stack(((f"{module}.weight", (size, inputs)),)))
+
+
+def _build(config: ModelConfig, shard: Shard, source: Source) -> ShardWeights:
     def read(table: dict[str, Spec]) -> dict[str, Any]:
-        return {name: spec.read(fuse) for name, spec in table.items()}
+        return {name: spec.read(source) for name, spec in table.items()}
 
     rest = read(shard_parts(config, shard))
     layers = []

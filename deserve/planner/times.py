@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from deserve.kvcache.layout import slab_slots
 from deserve.model.config import ModelConfig
-from deserve.model.weights import Shard, parameter_bytes
+from deserve.model.weights import Shard, parameter_bytes, unpack_bytes
 from deserve.planner.plan import BUDGETS
 
 
@@ -171,20 +171,23 @@ def stated_times(
     page_s: float = 0.0,
 ) -> StageTimes:
     """The roofline of a device that reads `bytes_per_s` and computes `flops` a second: each product takes the longer
-    of reading its weights and multiplying. `layer_s`, where given, is what a layer takes however many its tokens.
+    of reading its weights and multiplying, packed weights are unpacked before. `layer_s`, where given, is what a layer
+    takes however many its tokens.
 
     `page_s`: see StageTimes. Source: Williams, Waterman, Patterson, "Roofline", CACM 52 (2009).
     """
 
-    def product(weight_bytes: int) -> Curve:
+    def product(weight_bytes: int, unpack_s: float = 0.0) -> Curve:
         knee = weight_bytes / bytes_per_s * flops / (2 * weight_bytes / dtype.itemsize)  # tokens
         end = max(float(most_tokens), 2 * knee)
         fixed = weight_bytes / bytes_per_s
-        return Curve((0.0, knee, end), (fixed, fixed, fixed * end / knee))
+        return Curve((0.0, knee, end), (unpack_s + fixed, unpack_s + fixed, unpack_s + fixed * end / knee))
 
-    layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
+    layer = Shard(0, 1, False, False)
+    layer_bytes = parameter_bytes(replace(model, quantisation=None), layer, dtype)
+    unpack_s = unpack_bytes(model, layer, dtype) / bytes_per_s
     kv_s = model.kv_spec(dtype).token_bytes / bytes_per_s
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
-    tokens = product(layer_bytes) if layer_s is None else Curve((0.0,), (layer_s,))
+    tokens = product(layer_bytes, unpack_s) if layer_s is None else Curve((0.0,), (layer_s,))
     head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
     return StageTimes(Cost(tokens, kv_s=kv_s, pair_s=pair_s), head=head, page_s=page_s, ahead=True)

@@ -1,0 +1,61 @@
+"""What a scheme of quantised weights has to say, and which layers of a checkpoint it covers."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from deserve.model.packed import Form, Packed
+from deserve.model.safetensors_folder import FLOATS, Shape
+
+Stored = dict[str, tuple[Shape, tuple[str, ...]]]  # tensors of a module: shape, and types as safetensors names them
+INTS = ("I32",)
+SCALES = (*FLOATS, "F8_E8M0")
+
+
+class Scheme(Protocol):
+    """How a checkpoint stores the weight of a linear layer."""
+
+    @property
+    def spare(self) -> tuple[str, ...]:
+        """Tensors that a module may have besides and that change nothing; a spare bias must be 0."""
+
+    @property
+    def form(self) -> Form:
+        """How the weight lies in memory."""
+
+    def misfit(self, size: int, inputs: int) -> str | None:
+        """Why a weight [size, inputs] cannot be stored so: the key and what is wrong with it."""
+
+    def stored(self, size: int, inputs: int) -> Stored:
+        """The tensors of a weight [size, inputs]."""
+
+    def pack(self, tensors: dict[str, Tensor]) -> Packed:
+        """The weight from its tensors. Raises ValueError for values that no weight can have."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Which linear layers of a model are quantised, and how.
+
+    rules: a pattern of module names and the scheme of those; the first that matches holds.
+    kept: patterns of modules that stay as they are.
+    packed: weights stay packed in memory; otherwise they are dequantised while loading.
+    """
+
+    rules: tuple[tuple[str, Scheme], ...]
+    kept: tuple[str, ...] = ()
+    packed: bool = field(default=False, repr=False)  # answers do not depend on it
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How the weight of `module` is stored; None: as it is."""
+        if any(re.match(pattern, module) for pattern in self.kept):
+            return None
+        return next((scheme for pattern, scheme in self.rules if re.match(pattern, module)), None)
+
+    def misfit(self, shapes: Sequence[tuple[int, int]]) -> str | None:
+        """The first complaint that a scheme has of weights of these shapes."""
+        found = (scheme.misfit(*shape) for _, scheme in self.rules for shape in shapes)
+        return next((complaint for complaint in found if complaint), None)
