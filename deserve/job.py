@@ -160,6 +160,11 @@ class Job:
         if stopped is None:
             self._check_whole(metrics["requests"])
 
+    @property
+    def whole(self) -> bool:
+        """Whether every request that was counted has its line."""
+        return self._ahead.exhausted and self._ahead.skipped + self._progress.recorded == self._count
+
     def _check_whole(self, recorded: int) -> None:
         """Raises UserError unless there are results for all that was counted, and it was read as it was counted."""
         begun = self._ahead.read if self._count is None else self._count

@@ -74,7 +74,8 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
             controller = job.controller(plan, links.tokens_in, stop, timeline)
             stop.begin_visits()
     run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
-    stopped_by = world.share("stopped", stop.reason)
+    # A stop that came after the last answer has stopped nothing.
+    stopped_by = world.share("stopped", None if job is not None and job.whole else stop.reason)
     stages = world.gather("stages", stage_metrics(timeline, stage))
     spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:

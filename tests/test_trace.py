@@ -187,7 +187,7 @@ def test_progress_counts(monkeypatch) -> None:
         progress.tokens(20)
         if second % 10 == 5:
             progress.request(completion(100, 200))
-    progress.request(error=True)
+    progress.request(error=("invalid_value", "line 3: wrong"))
     progress.close()
     summary = progress.summary()
     assert (summary["requests"], summary["errors"]) == (5, 1)
@@ -235,6 +235,8 @@ def test_metrics_and_closing_table(traced: Path) -> None:
     for words in ("output tokens/s", "busy", "bound by", "predicted"):
         assert words in table
     assert "as long as max_tokens" not in table and "ignore" not in table and "were cut" not in table
+    metrics["errors_by_code"] = {"invalid_value": {"count": 1200, "first": "line 3: temperature is 'hot'"}}
+    assert "\n1,200 invalid_value, the first: line 3: temperature is 'hot'\n" in closing_table(metrics)
     metrics |= {"ignored_keys": {"n": 1200, "answer": 2}, "cut_by_default_max_tokens": 7}
     assert "unknown_keys=ignore: answer (2 times), n (1,200 times)\n" in closing_table(metrics)
     assert "7 answers were cut at sampling.max_tokens=16, the default" in closing_table(metrics)

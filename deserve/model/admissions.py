@@ -13,6 +13,7 @@ import numpy as np
 
 from deserve.batch import ADMISSION_WORDS, NO_RULES, IntArray, Rules, SamplingParams
 
+HOTTEST = 1e30  # beyond, float32 overflows, and all tokens are equally likely long before
 KEPT = 4096  # grammars that both ends remember: the same ones, since both see the same admissions in the same order
 
 
@@ -117,7 +118,7 @@ class Decoder:
 
 def encode_sampling(slot: int, sampling: SamplingParams) -> IntArray:
     """Slot, temperature and top_p (float bits), top_k, seed (low, high)."""
-    bits = np.array([sampling.temperature, sampling.top_p], np.float32).view(np.int32).tolist()
+    bits = np.array([min(sampling.temperature, HOTTEST), sampling.top_p], np.float32).view(np.int32).tolist()
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
     return np.array([slot, *bits, min(sampling.top_k, 2**31 - 1), *seed], np.int32)
 

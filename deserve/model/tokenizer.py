@@ -66,6 +66,7 @@ class Tokenizer:
         except Exception as error:  # a tokenizer class may raise anything on a bad file
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
+        self._tokenizer.model_max_length = sys.maxsize  # whoever takes a prompt checks its length, without a warning
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self._tokenizer.truncation_side = "left"  # of prompts that ask to be cut

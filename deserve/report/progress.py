@@ -29,6 +29,7 @@ class Progress:
         self._counts: Counter[str] = Counter()
         self._warm: Counter[str] = Counter()  # as far as the warm-up is over
         self.answered: list[tuple[int, int, int]] = []  # line, prompt and answer (tokens) of the first requests
+        self._errors: dict[str, dict[str, Any]] = {}  # by code: how many, and the first one's message
         self._lock = threading.Lock()
         self._bar: Any = None
 
@@ -56,10 +57,10 @@ class Progress:
             self._shown = now
             self._show()
 
-    def request(self, *completions: Completion, error: bool = False) -> None:
-        """A request was answered, by one or several `completions`, or refused."""
+    def request(self, *completions: Completion, error: tuple[str, str] | None = None) -> None:
+        """A request was answered, by one or several `completions`, or got an `error`: its code and message."""
         now = time.monotonic()
-        counts = Counter(requests=1, errors=int(error))
+        counts = Counter(requests=1, errors=int(error is not None))
         if completions:
             counts["input_tokens"] = len(completions[0].request.prompt)
             counts["cached_tokens"] = completions[0].cached_tokens
@@ -67,6 +68,9 @@ class Progress:
             self._finished[int(now - self._begin)] += 1
             self._read[int(now - self._begin)] += counts["input_tokens"]
             self._counts += counts
+            if error is not None:
+                of_code = self._errors.setdefault(error[0], {"count": 0, "first": error[1]})
+                of_code["count"] += 1
             for completion in completions:
                 request = completion.request
                 self._counts["output_tokens"] += len(completion.tokens)
@@ -77,6 +81,11 @@ class Progress:
                     self.answered.append((request.line, len(request.prompt), len(completion.tokens)))
             if now - self._begin >= self._warmup_s:
                 self._warm += counts
+
+    @property
+    def recorded(self) -> int:
+        """Requests that have a line of results from this start."""
+        return self._counts["requests"]
 
     @property
     def elapsed_s(self) -> float:
@@ -100,6 +109,7 @@ class Progress:
             "prefix_hit_rate": self._hit_rate,
             "max_output_tokens": self._counts["max_output_tokens"],
             "cut_by_default_max_tokens": self._counts["cut_by_default_max_tokens"],
+            "errors_by_code": {code: dict(of_code) for code, of_code in self._errors.items()},
             "warmup_s": self._warmup_s,
             "after_warmup": _rates(self._warm, max(elapsed - self._warmup_s, 1e-9)),
             "history": {name: [count[second] for second in seconds] for name, count in histories.items()},

@@ -53,8 +53,7 @@ class Recorder:
         try:
             while (outcome := self._queue.get()) is not None:
                 if isinstance(outcome, Rejected):
-                    self._writer.error(outcome.custom_id, outcome.code, outcome.message)
-                    self._progress.request(error=True)
+                    self._refused(outcome.custom_id, outcome.code, outcome.message)
                 else:
                     answers = [*self._answers.pop(outcome.request.custom_id, []), outcome]
                     if len(answers) < outcome.request.sampling.n:
@@ -75,18 +74,20 @@ class Recorder:
         elif failed.finish_reason == "error":
             self._non_finite_logits(failed)
         else:
-            self._writer.error(
+            self._refused(
                 failed.request.custom_id,
                 "no_token_allowed",
                 f"after {len(failed.tokens)} tokens no token is left that the request's grammar, allowed_token_ids, "
                 "bad_words and min_tokens all allow",
             )
-            self._progress.request(error=True)
+
+    def _refused(self, custom_id: str, code: str, message: str) -> None:
+        self._writer.error(custom_id, code, message)
+        self._progress.request(error=(code, message))
 
     def _non_finite_logits(self, completion: Completion) -> None:
         reason = f"NaN or infinite logits after {len(completion.tokens)} tokens in {remedy(self._dtype)}"
-        self._writer.error(completion.request.custom_id, "non_finite_logits", reason)
-        self._progress.request(error=True)
+        self._refused(completion.request.custom_id, "non_finite_logits", reason)
         self.non_finite += 1
         if self.non_finite == NON_FINITE_LIMIT and not self._finite:
             raise UserError(f"the first {NON_FINITE_LIMIT} requests all ended with {reason}")

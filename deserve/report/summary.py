@@ -2,6 +2,7 @@
 
 from typing import Any
 
+MOST_CODES, MESSAGE = 5, 160  # of errors shown, and characters of a message
 FULL = 0.85  # of a rank's time: more is hardly to be had
 
 
@@ -14,6 +15,9 @@ def closing_table(metrics: dict[str, Any]) -> str:
         f"({metrics['output_tokens']:,}), {metrics['total_tokens_per_s']:,.1f} with prompts "
         f"({metrics['input_tokens']:,})"
     ]
+    by_code = sorted(metrics["errors_by_code"].items(), key=lambda item: -item[1]["count"])
+    for code, of_code in by_code[:MOST_CODES]:
+        lines.append(f"{of_code['count']:,} {code}, the first: {of_code['first'][:MESSAGE]}")
     if metrics["cached_tokens"]:
         evicted = metrics["memory_pressure"]["evicted_prefix_pages"]
         lines.append(
