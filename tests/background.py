@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from launch import ROOT
+from launch import ROOT, shared_survey
 from results import code, read_results
 
 
@@ -83,11 +83,12 @@ def running(
     command: Sequence[str], output: Path, log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[Running]:
     """`command`, which is gone when the block ends."""
-    process = Running(command, output, log, environment)
-    try:
-        yield process
-    finally:
-        process.end()
+    with shared_survey(command):
+        process = Running(command, output, log, environment)
+        try:
+            yield process
+        finally:
+            process.end()
 
 
 def torchrun_command(ranks: int, *overrides: str, restarts: int = 0, launcher: Sequence[str] = ("--standalone",)):

@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from launch import python, torchrun
+from launch import run_here, run_jobs, torchrun
 from results import code, read_results
 from safetensors.torch import load_file, save_file
 
@@ -19,17 +18,16 @@ from deserve.errors import UserError
 from deserve.model.checkpoint import resolve
 from deserve.planner.memory import held_by_others
 from deserve.planner.plan import Plan, parse_partition
-from deserve.run import set_up_device
+from deserve.run import main, set_up_device
 from deserve.stage import load_stage
 
 SECONDS = 60  # two ranks, started and ended, on a busy machine
 
 
-def failed(output: Path, *overrides: str, ranks: int = 2) -> str:
-    """The one message of a job that must fail."""
-    begin = time.monotonic()
-    done = torchrun(ranks, "-m", "deserve.run", "model=tiny", f"output.dir={output}", *overrides, timeout_s=SECONDS)
-    assert done.returncode != 0 and time.monotonic() - begin < SECONDS
+def failed(output: Path, *overrides: str) -> str:
+    """The one message of a job of two ranks that must fail."""
+    done = torchrun(2, "-m", "deserve.run", "model=tiny", f"output.dir={output}", *overrides, timeout_s=SECONDS)
+    assert done.returncode != 0
     messages = [line for line in done.stderr.splitlines() if line.startswith("deserve: error:")]
     assert len(messages) == 1, done.stderr[-3000:]
     # torchrun's summary, the last thing on the screen, says it again.
@@ -59,11 +57,13 @@ def test_missing_input(tmp_path: Path) -> None:
         ("model=gpt-5", "gpt-5"),
     ],
 )
-def test_overrides_that_cannot_be(tmp_path: Path, override: str, named: str) -> None:
+def test_overrides_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str, named: str
+) -> None:
     """Seen before the ranks meet, so one process shows it as well as many."""
-    done = python("-m", "deserve.run", "model=tiny", f"output.dir={tmp_path}", override)
-    assert done.returncode == 2
-    (message,) = done.stderr.splitlines()
+    monkeypatch.setattr("sys.argv", ["deserve.run", "model=tiny", override])
+    assert main() == 2
+    (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("deserve: error:") and named in message
 
 
@@ -74,29 +74,32 @@ def test_an_unknown_override_under_torchrun(tmp_path: Path) -> None:
 def test_a_folder_without_weights(tmp_path: Path, folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    message = failed(
-        tmp_path, f"model.path={folder}", "model.weights=auto", "workload.source=fixed2:8:0", "sampling.max_tokens=4"
-    )
-    assert "safetensors" in message and str(folder) in message
+    with pytest.raises(UserError) as caught:
+        run_here(f"model.path={folder}", "workload.source=fixed2:8:0", f"output.dir={tmp_path}")
+    assert "safetensors" in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_damaged_weights_end_the_job_before_the_survey(tmp_path: Path, folder: Path) -> None:
+def test_damaged_weights_end_the_job_before_the_survey(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
+    """Every rank looks at all of them, before there is a plan that divides them."""
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.3.mlp.up_proj.weight"
     weights[name] = torch.zeros(7, 64)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    job = [f"model.path={folder}", "model.weights=auto", "workload.source=fixed2:8:0", "sampling.max_tokens=4"]
-    message = failed(tmp_path, *job)
-    assert name in message and "[7, 64]" in message
-    assert "rank" not in message  # every rank looks at all of it, before there is a plan that divides it
+    monkeypatch.setattr("deserve.run.survey", None)
+    with pytest.raises(UserError) as caught:
+        run_here(f"model.path={folder}", "workload.source=fixed2:8:0", f"output.dir={tmp_path}")
+    assert name in str(caught.value) and "[7, 64]" in str(caught.value)
 
 
 def test_a_partition_that_cannot_work(tmp_path: Path) -> None:
-    assert "pipeline.partition" in failed(tmp_path, "pipeline.partition=[emb,4]", "workload.source=fixed2:8:0")
+    with pytest.raises(UserError, match=r"pipeline\.partition"):
+        run_here("model=tiny", "pipeline.partition=[emb,4]", "workload.source=fixed2:8:0", f"output.dir={tmp_path}")
 
 
 @pytest.mark.parametrize(
-    "partition", [["emb"], ["emb", 2, 3], [1, 2], ["emb", 0], ["emb", -1], ["emb", "2"], 2, "half"]
+    "partition", [["emb"], ["emb", 4], ["emb", 2, 3], [1, 2], ["emb", 0], ["emb", -1], ["emb", "2"], 2, "half"]
 )
 def test_partitions_that_cannot_work(partition: object) -> None:
     with pytest.raises(UserError, match=r"pipeline\.partition"):
@@ -114,16 +117,11 @@ def answers(output: Path) -> dict[str, str]:
     return found
 
 
-def test_an_empty_file_is_a_job_without_requests(tmp_path: Path) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "out"
-    source.touch()
-    done = torchrun(2, "-m", "deserve.run", "model=tiny", f"workload.source={source}", f"output.dir={output}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (output / "results.jsonl").read_text() == ""
-    assert json.loads((output / "metrics.json").read_text())["requests"] == 0
-
-
 def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
+    """And an empty file is a job without requests."""
+    source, output = tmp_path / "empty.jsonl", tmp_path / "empty"
+    source.touch()
+    empty = ["model=tiny", f"workload.source={source}", f"output.dir={output}"]
     good = {"prompt": [1, 2, 3], "ignore_eos": True}
     lines = [
         json.dumps(good | {"custom_id": "first", "note": "to be ignored"}),
@@ -140,9 +138,10 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n".join(lines) + "\n")
     job = ["model=tiny", f"workload.source={source}", "sampling.max_tokens=8", f"output.dir={tmp_path / 'out'}"]
-    done = torchrun(2, "-m", "deserve.run", *job, "workload.unknown_keys=ignore", "output.errors=separate")
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = run_jobs(2, [empty, [*job, "workload.unknown_keys=ignore", "output.errors=separate"]], tmp_path)
     assert not any(map(code, read_results(tmp_path / "out")))
+    assert (output / "results.jsonl").read_text() == ""
+    assert json.loads((output / "metrics.json").read_text())["requests"] == 0
     found = answers(tmp_path / "out")
     assert (found.pop("first"), found.pop("last"), found.pop("token")) == ("length", "length", "stop")
     assert found == {
@@ -157,9 +156,9 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert (metrics["requests"], metrics["errors"], metrics["output_tokens"]) == (10, 7, 11)
     assert metrics["max_output_tokens"] == 12 and metrics["plan"]["predicted_for_these_answers"] > 0
-    assert "if all answers are as long as max_tokens allows" in done.stdout
+    assert "if all answers are as long as max_tokens allows" in printed
     assert (metrics["ignored_keys"], metrics["cut_by_default_max_tokens"]) == ({"note": 1}, 1)
-    assert "unknown_keys=ignore: note (1 times)" in done.stdout and "1 answers were cut at sampling.max_" in done.stdout
+    assert "unknown_keys=ignore: note (1 times)" in printed and "1 answers were cut at sampling.max_" in printed
 
 
 def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
@@ -171,8 +170,7 @@ def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: 
             entry = {"custom_id": name, "prompt": [5] * prompt, "max_tokens": count, "ignore_eos": True}
             file.write(json.dumps(entry) + "\n")
     job = ["model=tiny", f"workload.source={source}", "kvcache.main_pages=4", "kvcache.swap_pages=0"]
-    done = python("-m", "deserve.run", *job, f"output.dir={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_here(*job, f"output.dir={tmp_path / 'out'}") == 0
     refused = "kv_memory_exceeded"
     assert answers(tmp_path / "out") == {"fits": "length", "answer": refused, "prompt": refused, "also fits": "length"}
     results = (tmp_path / "out" / "results.jsonl").read_text()

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
+from launch import run_jobs
 from quantised import make_quantised, twin
-from test_pipeline import Truth, greedy, run_jobs, text, wrong_answers
+from test_pipeline import Truth, greedy, text, wrong_answers
 
 from deserve.kvcache.pages import KVPages
 from deserve.model.backend.base import Rows

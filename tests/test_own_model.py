@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint, reference_model, save_tokenizer
-from launch import python, torchrun
+from launch import python, run_here, run_jobs, torchrun
 from results import code, read_results
-from test_pipeline import greedy, run_jobs, sampled, until_eos
+from test_pipeline import greedy, sampled, until_eos
 
 from deserve.config import ModelSection, SamplingSection, load_config
+from deserve.errors import UserError
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import DTYPES
 from deserve.model.safetensors_folder import INDEX
@@ -193,7 +194,5 @@ def test_a_hub_id_that_is_not_at_hand(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_file_is_no_folder(folder: Path, tmp_path: Path) -> None:
-    done = python("-m", "deserve.run", f"model.path={folder}/config.json", f"output.dir={tmp_path / 'out'}")
-    assert done.returncode == 1
-    (message,) = done.stderr.splitlines()
-    assert "config.json is a file" in message
+    with pytest.raises(UserError, match=r"config\.json is a file"):
+        run_here(f"model.path={folder}/config.json", f"output.dir={tmp_path / 'out'}")

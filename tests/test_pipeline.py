@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
-from launch import torchrun
+from launch import run_jobs
 from results import code, read_results
 from safetensors.torch import load_file, save_file
 
@@ -264,13 +264,6 @@ def check_logprobs(given: dict[str, Any] | None, right: torch.Tensor | None) -> 
         assert all(abs(of[int(other)] - logprob) < 1e-4 for other, logprob in top.items())
     lengths = [0, *map(len, given["tokens"][:-1])]
     assert given["text_offset"] == np.cumsum(lengths).tolist()
-
-
-def run_jobs(ranks: int, jobs: list[list[str]], folder: Path) -> None:
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    done = torchrun(ranks, Path(__file__).with_name("job_worker.py"), path)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -77,14 +77,15 @@ smollm2._gguf_file = lambda: pathlib.Path("any")
 smollm2.ensure_smollm2()
 """
 COUNTED = """
-import pathlib, sys, time
+import pathlib, sys
 from deserve.model import smollm2
-def slow(source, folder):
+def convert(source, folder):
     print("converting", flush=True)
-    time.sleep(1)
+    sys.stdin.read()  # until all racers have begun
     (folder / "config.json").write_text("whole")
-smollm2.convert = slow
+smollm2.convert = convert
 smollm2._gguf_file = lambda: pathlib.Path("any")
+print("begins", flush=True)
 assert (smollm2.ensure_smollm2() / "config.json").read_text() == "whole"
 """
 
@@ -94,11 +95,17 @@ def test_a_killed_conversion_leaves_nothing_and_racing_ones_convert_once(tmp_pat
     assert subprocess.run([sys.executable, "-c", KILLED], env=environment, check=False).returncode == -9
     cache = tmp_path / "deserve"
     assert [path.name for path in cache.glob("*.tmp-*")] and not (cache / smollm2.FOLDER).exists()
+    held, holding = os.pipe()
     racers = [
-        subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", COUNTED], env=environment, stdin=held, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(3)
     ]
+    assert [racer.stdout.readline() for racer in racers if racer.stdout] == ["begins\n"] * 3
+    os.close(holding)
     outputs = [racer.communicate(timeout=60)[0] for racer in racers]
+    os.close(held)
     assert [racer.returncode for racer in racers] == [0, 0, 0]
     assert "".join(outputs).split() == ["converting"]
     assert sorted(path.name for path in cache.iterdir()) == [smollm2.FOLDER, f"{smollm2.FOLDER}.lock"]

@@ -143,7 +143,6 @@ class ThreadWorld(World):
         self.rank, self.size, self.hosts, self._mail = rank, len(hosts), hosts, mail
 
     def send(self, rank: int, key: str, value: object) -> None:
-        time.sleep(0.002)  # on the way
         self._mail[self.rank, rank].put((key, value))
 
     def receive(self, rank: int, key: str) -> object:
