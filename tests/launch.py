@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deserve.comm.world import World
@@ -53,8 +53,9 @@ def shared_survey(command: Sequence[str | Path]) -> Iterator[None]:
     key = tuple(word for word in words if word.startswith(names))
     kept = outputs[-1] / "survey.json"
     if key in _surveys and not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(_surveys[key])
+        with suppress(OSError):  # of which the job is to complain
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(_surveys[key])
     yield
     if kept.exists():
         _surveys[key] = kept.read_bytes()

@@ -200,7 +200,7 @@ def start_by_hand(tmp_path: Path, *overrides: list[str]) -> str:
 def test_ranks_with_different_overrides_are_refused(tmp_path: Path) -> None:
     message = start_by_hand(tmp_path, [*JOB, "sampling.seed=1"], [*JOB, "sampling.seed=2"])
     assert "rank 1 differs from rank 0 in sampling.seed: 2 there, 1 here" in message
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_ranks_with_different_models_are_told_apart(tmp_path: Path) -> None:

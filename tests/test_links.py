@@ -1,7 +1,7 @@
 """The links and the simulated network, between two processes.
 
-Upper bounds hold for the best of several tries, as other programs may hold a process up. The lower ones hold always:
-a simulation must never be faster than the network it stands for.
+Lower bounds hold always: a simulation must never be faster than the network it stands for. The upper ones tell one
+latency, or one transfer, from two: other programs may hold a process up. A clock of the test shows the exact times.
 """
 
 import json
@@ -20,7 +20,7 @@ from deserve.comm import nccl, outbox
 from deserve.comm.host import Host
 from deserve.comm.link import Loopback, Receiver, Sender, frame, unframe
 from deserve.comm.nccl import NcclReceiver, NcclSender
-from deserve.comm.network import Wire, require_one_host
+from deserve.comm.network import Wire, hold_until, require_one_host
 from deserve.comm.outbox import Outbox
 from deserve.config import NetworkSection
 from deserve.errors import LinkError, UserError
@@ -36,7 +36,7 @@ def found(tmp_path_factory) -> dict[str, Any]:
 
 def test_a_round_trip_takes_two_latencies(found: dict[str, Any]) -> None:
     assert min(found["round_trips_ms"]) >= 2 * LATENCY_MS
-    assert min(found["round_trips_ms"]) <= 2 * LATENCY_MS + 1
+    assert min(found["round_trips_ms"]) < 3 * LATENCY_MS
 
 
 def test_messages_overlap_on_the_wire(found: dict[str, Any]) -> None:
@@ -44,12 +44,12 @@ def test_messages_overlap_on_the_wire(found: dict[str, Any]) -> None:
     for sent, arrived in zip(found["sent"], found["arrived"], strict=True):
         assert all(late - early >= latency for early, late in zip(sent, arrived, strict=True))
     last = [arrived[-1] - sent[0] for sent, arrived in zip(found["sent"], found["arrived"], strict=True)]
-    assert min(last) < latency + 0.005
+    assert min(last) < 2 * latency  # of ten messages
 
 
 def test_bandwidth_is_shared_out_byte_by_byte(found: dict[str, Any]) -> None:
     seconds = found["large_arrived"] - found["large_sent"]
-    assert 0.8 + LATENCY_MS / 1e3 <= seconds < 0.8 + LATENCY_MS / 1e3 + 0.25
+    assert 0.8 + LATENCY_MS / 1e3 <= seconds < 2 * 0.8
 
 
 def test_frames_arrive_whole_and_in_order_and_close_leaves_none(found: dict[str, Any]) -> None:
@@ -62,11 +62,16 @@ def test_large_values_are_shared(found: dict[str, Any]) -> None:
     assert found["shared_0"] == found["shared_1"] == SHARED
 
 
-def test_messages_queue_for_the_bandwidth() -> None:
-    wire = Wire(latency_ms=10, bandwidth_mbps=8)  # a byte takes 1 us
-    first, second = wire.deliver_at(1000), wire.deliver_at(500)
-    assert second - first == 500_000
-    assert Wire(10, None).deliver_at(10**9) - Wire(10, None).deliver_at(0) < 1_000_000
+def test_messages_queue_for_the_bandwidth_and_overlap_in_the_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    ms, now, slept = 1_000_000, 5_000_000, []
+    monkeypatch.setattr("time.monotonic_ns", lambda: now)
+    monkeypatch.setattr("time.sleep", slept.append)
+    thin, wide = Wire(latency_ms=10, bandwidth_mbps=8), Wire(10, None)  # a byte takes 1 us
+    assert [thin.deliver_at(1000), thin.deliver_at(500)] == [now + 11 * ms, now + 11 * ms + ms // 2]
+    assert [wide.deliver_at(10**9), wide.deliver_at(0)] == [now + 10 * ms] * 2
+    now += 1000 * ms
+    assert thin.deliver_at(0) == now + 10 * ms
+    assert (hold_until(now + 20 * ms), hold_until(now), hold_until(now - ms)) == (0.02, 0, 0) and slept == [0.02]
 
 
 def test_a_frame_needs_no_wire() -> None:

@@ -213,12 +213,14 @@ def smollm2_truth(tmp_path_factory) -> Truth:
 
 
 def layouts(ranks: int) -> dict[str, list[str]]:
-    """Overrides by name: every rounds, page size and token budget, with the rest varied along."""
-    varied = itertools.count(ranks)
+    """Overrides by name: every two of rounds, page size and token budget, with the rest varied along.
+
+    Every three of them on odd or on even numbers of ranks.
+    """
     found = {}
-    for rounds, page_size, tokens in itertools.product((1, 2, 3, 4, 5), (1, 16), (64, 512)):
-        turn = next(varied)
-        memory = MEMORY[turn % 4]
+    for turn, (rounds, page_size) in enumerate(itertools.product((1, 2, 3, 4, 5), (1, 16)), 10 * ranks):
+        tokens = (64, 512)[(rounds + (page_size > 1) + ranks) % 2]
+        memory = MEMORY[(turn + rounds) % 4]
         pages = "auto" if memory is None else memory // page_size
         found[f"rounds{rounds}-page{page_size}-tokens{tokens}"] = [
             f"pipeline.rounds={rounds}",
