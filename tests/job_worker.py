@@ -19,7 +19,14 @@ def lend_survey(first: Path) -> None:
     survey.read_kept = lambda kept, key: json.loads(first.read_text())["stages"] if first.exists() else None
 
 
+def refuse_pickles(event: str, arguments: tuple[object, ...]) -> None:
+    """What comes over a link or from a model's folder is data, never code: no job looks up what a pickle names."""
+    if event == "pickle.find_class":
+        raise RuntimeError(f"unpickles {arguments}")
+
+
 if __name__ == "__main__":
+    sys.addaudithook(refuse_pickles)
     configs = [load_config(overrides) for overrides in json.loads(Path(sys.argv[1]).read_text())]
     lend_survey(Path(configs[0].output.dir) / "survey.json")
     world = World()

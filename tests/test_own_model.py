@@ -164,12 +164,12 @@ def test_ranks_need_the_files_of_their_own_layers(folder: Path, tmp_path: Path) 
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     job = [f"workload.source={source}", "sampling.temperature=0", f"sampling.max_tokens={MAX_TOKENS}"]
-    job += ["pipeline.partition=[emb,2]"]
+    job += ["model.dtype=float32"]
 
-    hub = [*job, "model.path=org/small", f"output.dir={tmp_path / 'hub'}"]
+    hub = [*job, "pipeline.partition=[emb,2]", "model.path=org/small", f"output.dir={tmp_path / 'hub'}"]
     done = torchrun(2, Path(__file__).with_name("hub_worker.py"), tmp_path, *hub)
     assert done.returncode == 0, done.stderr[-3000:]
-    run_jobs(2, [[*job, f"model.path={folder}", f"output.dir={tmp_path / 'local'}"]], tmp_path)
+    assert run_here(*job, f"model.path={folder}", f"output.dir={tmp_path / 'local'}") == 0
     given, local = answers(tmp_path / "hub"), answers(tmp_path / "local")
     assert given.keys() == local.keys() and len(given) == len(CHATS)
     for key, body in given.items():
