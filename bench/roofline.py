@@ -41,14 +41,14 @@ from bench.timing import (
 from deserve.config import ModelSection, load_config
 from deserve.errors import UserError
 from deserve.kvcache.pages import KVPages
+from deserve.layout import Layout, Shard
 from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
 from deserve.model.linear import LinearSpec
-from deserve.model.weights import Shard, dummy_shard, layer_parts
-from deserve.planner.plan import Plan
+from deserve.model.weights import dummy_shard, layer_parts
 from deserve.stage import make_backend
 
 PAGE = 16  # tokens
@@ -113,7 +113,7 @@ class Stack:
             layer.memory.normal_()
         self.pages = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(count, width)
         most = max(visit.tokens for visit in visits)
-        plan = Plan((0,), 1, count, count, most, "vanilla", PAGE, pages, 0, 0)
+        plan = Layout((0,), 1, count, count, most, "vanilla", PAGE, pages, 0, 0)
         weights = dummy_shard(config, Shard(0, layers, False, False), device, dtype)
         self.decoder = Decoder(config, weights, make_backend(config, plan, dtype, device))
         self.graphs: Graphs | None = None

@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from deserve.batch import Request, SamplingParams, VisitResult
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 from deserve.scheduler.scheduler import Scheduler
 
 ANSWER = 128  # tokens
@@ -37,7 +37,7 @@ def visit_times(in_flight: int, rounds: int, context: int, visits: int = 400) ->
     """Milliseconds of each of the last `visits` visits."""
     size = in_flight // rounds
     pages = in_flight * (-(-(context + ANSWER) // 16) + 1)
-    layout = Plan((0,), rounds, size, in_flight, max(512, 2 * size), "decode_first", 16, pages, 0, 0)
+    layout = Layout((0,), rounds, size, in_flight, max(512, 2 * size), "decode_first", 16, pages, 0, 0)
     scheduler = Scheduler(layout, Source(context), eos_ids=(2,))
     times = []
     for visit in range(2 * rounds * ANSWER + visits):

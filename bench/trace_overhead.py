@@ -19,8 +19,8 @@ from pathlib import Path
 
 from deserve.comm.world import World
 from deserve.config import load_config
-from deserve.report.timeline import Timeline
 from deserve.run import run
+from deserve.timeline import Timeline
 
 JOB = ["workload.source=fixed256:64:0", "sampling.max_tokens=64", "sampling.ignore_eos=true", "output.resume=false"]
 

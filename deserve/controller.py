@@ -9,9 +9,9 @@ from deserve.batch import IntArray, VisitPlan, VisitResult
 from deserve.comm.link import Receiver
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder
-from deserve.report.timeline import Timeline
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
+from deserve.timeline import Timeline
 from deserve.tuner import Tuner
 from deserve.workload.read_ahead import ReadAhead
 

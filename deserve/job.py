@@ -14,10 +14,10 @@ from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.errors import UserError
+from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import end_ids, load_tokenizer
 from deserve.planner.cycle import cycle_times
-from deserve.planner.plan import Plan
 from deserve.planner.planner import PLANNED_POLICIES, choose_plan, table
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
@@ -26,11 +26,11 @@ from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.summary import closing_table
-from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.text import AnswerReader, Detokenizer, StopFinder
+from deserve.timeline import Span, Timeline
 from deserve.tuner import Filling, Tuner
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
@@ -66,7 +66,7 @@ class Job:
             self._lengths = replace(self._lengths, count=max(1, left), sizes=())  # the plan is for what is left
         self._progress = Progress(left, config.warmup_s)
 
-    def plan(self, machine: Machine, dtype: torch.dtype) -> Plan:
+    def plan(self, machine: Machine, dtype: torch.dtype) -> Layout:
         """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
         self._machine = machine
@@ -74,7 +74,7 @@ class Job:
         print(table(plan, model.num_layers, self._lengths.exact), flush=True)
         return plan
 
-    def controller(self, plan: Plan, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
+    def controller(self, plan: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
         self._recorder = Recorder(self._writer, AnswerReader(self._tokenizer), self._progress, self._dtype)
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
@@ -104,7 +104,7 @@ class Job:
         self._tuner = self._make_tuner(plan)
         return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline, self._tuner)
 
-    def _make_tuner(self, plan: Plan) -> Tuner:
+    def _make_tuner(self, plan: Layout) -> Tuner:
         """The tuner of what `plan` leaves to it: nothing that was set by hand."""
         pipeline = self._config.pipeline
         begin = Filling(plan.policy, plan.visit_tokens or plan.max_batch_tokens, plan.micro_batch_size)
@@ -119,7 +119,7 @@ class Job:
         self._changed = self._manifest.changed_file()
 
     def report(
-        self, plan: Plan, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
+        self, plan: Layout, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
     ) -> None:
         """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
 
@@ -179,7 +179,7 @@ class Job:
         if changed:
             raise UserError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
-    def _hindsight(self, plan: Plan) -> float | None:
+    def _hindsight(self, plan: Layout) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
         if self._lengths.exact or plan.predicted is None:
             return None

@@ -8,8 +8,8 @@ import torch
 from deserve.batch import IntArray, VisitPlan
 from deserve.comm.link import Receiver, Sender
 from deserve.comm.ring import Links
-from deserve.report.timeline import Timeline
 from deserve.stage import Stage
+from deserve.timeline import Timeline
 
 
 class VisitSource(Protocol):

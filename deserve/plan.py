@@ -14,10 +14,10 @@ import torch
 from deserve.comm.world import World
 from deserve.config import Config, compose_config, in_range
 from deserve.errors import UserError
+from deserve.layout import token_budgets
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
-from deserve.planner.plan import token_budgets
 from deserve.planner.planner import GB, choose_plan, table
 from deserve.planner.survey import over, survey
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times

@@ -20,16 +20,16 @@ from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
 from deserve.errors import UserError, tell_torchrun
 from deserve.job import Job
+from deserve.layout import Layout
+from deserve.memory import held_by_others
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.pipeline import run_pipeline
-from deserve.planner.memory import held_by_others
-from deserve.planner.plan import Plan
 from deserve.planner.survey import survey
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
-from deserve.report.timeline import Timeline
 from deserve.stage import load_stage
 from deserve.stop import SIGNALS, STOPPED, Stop, stopped_line
+from deserve.timeline import Timeline
 
 
 def run(config: Config, world: World) -> int:
@@ -61,26 +61,26 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     with world.step("plan"):
         if job is not None and machine is not None:
             chosen = job.plan(machine, dtype).to_json()
-    plan = Plan.from_json(world.share("plan", chosen))
+    layout = Layout.from_json(world.share("plan", chosen))
     with world.step("load"):
-        stage = load_stage(checkpoint, plan, plan.shard(world.rank, checkpoint.config.num_layers), dtype, device)
+        stage = load_stage(checkpoint, layout, layout.shard(world.rank, checkpoint.config.num_layers), dtype, device)
     hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
-    links = connect(world, config, plan, hidden_bytes, device)
+    links = connect(world, config, layout, hidden_bytes, device)
     timeline = Timeline(config.trace, device)
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = None
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
-            controller = job.controller(plan, links.tokens_in, stop, timeline)
+            controller = job.controller(layout, links.tokens_in, stop, timeline)
             stop.begin_visits()
-    run_pipeline(stage, links, controller, plan.rounds, checkpoint.config.hidden_size, timeline)
+    run_pipeline(stage, links, controller, layout.rounds, checkpoint.config.hidden_size, timeline)
     # A stop that came after the last answer has stopped nothing.
     stopped_by = world.share("stopped", None if job is not None and job.whole else stop.reason)
     stages = world.gather("stages", stage_metrics(timeline, stage))
     spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:
         try:
-            job.report(plan, stages, spans, stopped_by)
+            job.report(layout, stages, spans, stopped_by)
         except OSError as error:
             raise UserError(
                 f"the results are whole, but {error.filename} cannot be written: {error.strerror}"

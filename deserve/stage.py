@@ -10,6 +10,8 @@ from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
 from deserve.kvcache.pages import KVPages
 from deserve.kvcache.slab import SwapCounters
+from deserve.layout import Layout, Shard
+from deserve.memory import held_by_others
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import Checkpoint, fetch_shard_files
@@ -18,11 +20,9 @@ from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
 from deserve.model.sampler import Sampler
 from deserve.model.tokenizer import end_ids, load_tokenizer
-from deserve.model.weights import Shard, dummy_shard, load_shard, parameter_bytes
-from deserve.planner.memory import held_by_others
-from deserve.planner.plan import Plan
-from deserve.report.timeline import UNTIMED, Timeline
+from deserve.model.weights import dummy_shard, load_shard, parameter_bytes
 from deserve.staging import to_device
+from deserve.timeline import UNTIMED, Timeline
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -101,25 +101,25 @@ class Stage:
         return self._decoder.forward(x, self._kv)
 
 
-def load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
+def load_stage(checkpoint: Checkpoint, layout: Layout, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
     """The stage of `shard`: its weights read or made, its pages set up.
 
     Raises UserError for an unusable checkpoint, and with the arithmetic where memory does not suffice.
     """
     try:
-        return _load_stage(checkpoint, plan, shard, dtype, device)
+        return _load_stage(checkpoint, layout, shard, dtype, device)
     except (RuntimeError, MemoryError) as error:  # pinned memory and contexts have no class of their own
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
             raise
-        raise UserError(_needs(checkpoint.config, plan, shard, dtype, device)) from error
+        raise UserError(_needs(checkpoint.config, layout, shard, dtype, device)) from error
 
 
-def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
+def _needs(config: ModelConfig, layout: Layout, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
     """What a stage takes of which memory, for who ran out of it."""
     layers = shard.last - shard.first
-    page_bytes = plan.page_size * config.kv_spec(dtype).token_bytes * layers
-    host = plan.rounds * plan.swap_pages + pool_pages(plan.host_height)
-    pages = plan.main_pages + plan.slab_pages(layers)
+    page_bytes = layout.page_size * config.kv_spec(dtype).token_bytes * layers
+    host = layout.rounds * layout.swap_pages + pool_pages(layout.host_height)
+    pages = layout.main_pages + layout.slab_pages(layers)
     weights_gb, pages_gb, host_gb = (
         nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
     )
@@ -134,7 +134,9 @@ def _needs(config: ModelConfig, plan: Plan, shard: Shard, dtype: torch.dtype, de
     )
 
 
-def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.dtype, device: torch.device) -> Stage:
+def _load_stage(
+    checkpoint: Checkpoint, layout: Layout, shard: Shard, dtype: torch.dtype, device: torch.device
+) -> Stage:
     config = checkpoint.config
     if checkpoint.weights == "dummy" or checkpoint.folder is None:
         weights = dummy_shard(config, shard, device, dtype)
@@ -144,20 +146,20 @@ def _load_stage(checkpoint: Checkpoint, plan: Plan, shard: Shard, dtype: torch.d
     kv = KVPages(
         config.kv_spec(dtype),
         shard.last - shard.first,
-        page_size=plan.page_size,
-        main_pages=plan.main_pages,
+        page_size=layout.page_size,
+        main_pages=layout.main_pages,
         device=device,
-        swap_pages=plan.swap_pages,
-        rounds=plan.rounds,
-        host_pages=pool_pages(plan.host_height),
-        max_tokens=plan.max_batch_tokens,
-        sequences=plan.concurrency,
+        swap_pages=layout.swap_pages,
+        rounds=layout.rounds,
+        host_pages=pool_pages(layout.host_height),
+        max_tokens=layout.max_batch_tokens,
+        sequences=layout.concurrency,
     )
-    decoder = Decoder(config, weights, make_backend(config, plan, dtype, device, len(kv.scratch)))
+    decoder = Decoder(config, weights, make_backend(config, layout, dtype, device, len(kv.scratch)))
     graphs = None
     if decoder.backend.captures:
-        graphs = capture(decoder, kv, plan.micro_batch_size, plan.max_batch_tokens)
-    return Stage(decoder, kv, plan.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
+        graphs = capture(decoder, kv, layout.micro_batch_size, layout.max_batch_tokens)
+    return Stage(decoder, kv, layout.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
 
 
 def guide(checkpoint: Checkpoint) -> "LLTokenizer":
@@ -167,7 +169,9 @@ def guide(checkpoint: Checkpoint) -> "LLTokenizer":
     return tokenizer.guide(checkpoint.config.vocab_size, end_ids(checkpoint, tokenizer))
 
 
-def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: torch.device, tables: int = 1) -> Backend:
+def make_backend(
+    config: ModelConfig, layout: Layout, dtype: torch.dtype, device: torch.device, tables: int = 1
+) -> Backend:
     """FlashInfer's kernels on a GPU, where it is installed and has them for this model; otherwise PyTorch's.
 
     `tables`: how many page tables a visit has.
@@ -183,10 +187,10 @@ def make_backend(config: ModelConfig, plan: Plan, dtype: torch.dtype, device: to
                 dtype,
                 device,
                 config.max_context,
-                page_size=plan.page_size,
-                max_tokens=plan.max_batch_tokens,
+                page_size=layout.page_size,
+                max_tokens=layout.max_batch_tokens,
                 # A token that pads reads one at most.
-                max_pages=plan.visit_pages + plan.max_batch_tokens,
+                max_pages=layout.visit_pages + layout.max_batch_tokens,
                 tables=tables,
             )
     return TorchBackend(config, dtype, device, config.max_context)

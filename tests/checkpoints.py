@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from deserve.layout import Shard
 from deserve.model.config import parse_config
-from deserve.model.weights import Shard, fill_dummy, tensor_shapes
+from deserve.model.weights import fill_dummy, tensor_shapes
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 SHAPE: dict[str, Any] = {

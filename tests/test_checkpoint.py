@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from deserve.config import ModelSection, config_dir
 from deserve.errors import RequestError, UserError
+from deserve.layout import Shard
 from deserve.model.checkpoint import Checkpoint, check_files, fetch_shard_files, model_dtype, resolve
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
-from deserve.model.weights import Shard, tensor_shapes
+from deserve.model.weights import tensor_shapes
 
 
 def group(name: str, **overrides) -> ModelSection:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from deserve.layout import Layout
 from deserve.planner.cycle import cycle_times
-from deserve.planner.plan import Plan
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes
 
 MS = 1e-3
@@ -12,7 +12,7 @@ MS = 1e-3
 def test_the_longest_of_trip_queue_and_wire() -> None:
     """Two ranks of 3 and 1 layers, 1 ms a layer and 1 ms more for 10 rows."""
     stage = StageTimes(Cost(Curve((0.0, 10.0), (1 * MS, 2 * MS))))
-    layout = Plan((0, 3), 8, 10, 80, 512, "prefill_first", 16, 100, 0, 0)
+    layout = Layout((0, 3), 8, 10, 80, 512, "prefill_first", 16, 100, 0, 0)
 
     def cycle(rounds: int, sequences: int, link: LinkTimes) -> float:
         machine = Machine((stage, stage), (link, link), (1, 1), 1, 1000, 1)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from deserve.config import load_config
 from deserve.errors import UserError
+from deserve.layout import Layout, parse_partition
+from deserve.memory import held_by_others
 from deserve.model.checkpoint import resolve
-from deserve.planner.memory import held_by_others
-from deserve.planner.plan import Plan, parse_partition
 from deserve.run import main, set_up_device
 from deserve.stage import load_stage
 
@@ -186,7 +186,7 @@ def test_out_of_memory_says_what_needs_how_much(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr("deserve.stage.dummy_shard", too_much)
     checkpoint = resolve(load_config(["model=tiny"]).model)
-    layout = Plan((0,), 3, 4, 12, 64, "prefill_first", 16, 100, 20, 5)
+    layout = Layout((0,), 3, 4, 12, 64, "prefill_first", 16, 100, 20, 5)
     with pytest.raises(UserError, match=r"4 layers.*110 KV pages.*76 pages in host memory.*kvcache\.gpu_memory_gb"):
         load_stage(checkpoint, layout, layout.shard(0, 4), torch.float32, torch.device("cpu"))
 
@@ -227,7 +227,7 @@ def smi(monkeypatch: pytest.MonkeyPatch, output: str | None) -> None:
         assert command[:2] == ["nvidia-smi", "--id=GPU-0b1c"]
         return subprocess.CompletedProcess(command, 0, output)
 
-    monkeypatch.setattr("deserve.planner.memory.subprocess.run", run)
+    monkeypatch.setattr("deserve.memory.subprocess.run", run)
 
 
 def test_who_else_holds_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

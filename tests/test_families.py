@@ -18,12 +18,13 @@ from quantised import make_quantised, twin
 from test_pipeline import Truth, greedy, text, wrong_answers
 
 from deserve.kvcache.pages import KVPages
+from deserve.layout import Shard
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.safetensors_folder import INDEX
-from deserve.model.weights import Shard, load_shard
+from deserve.model.weights import load_shard
 
 # Contexts shorter than the prompts, so that every regime of a scaling is at work
 ROPES = {

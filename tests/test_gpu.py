@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.pages import KVLayer, KVPages
+from deserve.layout import Layout, Shard
 from deserve.model.admissions import encode_sampling
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.torch import TorchBackend
@@ -26,8 +27,7 @@ from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedVisits, GraphPool
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler
-from deserve.model.weights import Shard, ShardWeights, dummy_shard, load_shard, tensor_shapes
-from deserve.planner.plan import Plan
+from deserve.model.weights import ShardWeights, dummy_shard, load_shard, tensor_shapes
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
 from deserve.staging import to_device
@@ -452,7 +452,7 @@ def test_a_stage_decodes_by_graphs_without_waiting():
     """A whole stage, as a run loads it: the same greedy tokens with its graphs and without, and no wait."""
     pytest.importorskip("flashinfer")
     config = model_config(32, 8, 128)
-    layout = Plan(
+    layout = Layout(
         partition=(0,),
         rounds=1,
         micro_batch_size=2,
@@ -528,7 +528,7 @@ def test_swapped_pages_hold_what_resident_ones_do(policy, rounds):
     pytest.importorskip("flashinfer")
     config = model_config(32, 8, 128)
     main, swap, size = 8, 20, 8
-    layout = Plan((0,), rounds, size, 48, 64, policy, 16, main, swap, 8)
+    layout = Layout((0,), rounds, size, 48, 64, policy, 16, main, swap, 8)
     ample = replace(layout, main_pages=main + rounds * swap, swap_pages=0)
     checkpoint = Checkpoint("test", None, config, ())
     swapping, resident = (load_stage(checkpoint, each, WHOLE, torch.bfloat16, DEVICE) for each in (layout, ample))

@@ -15,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 from deserve.batch import VisitPlan
 from deserve.kvcache.pages import KVLayer, KVPages
 from deserve.kvcache.spec import KVSpec
+from deserve.layout import Shard
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedVisits, graph_batches, graph_tokens, padded
-from deserve.model.weights import Shard, dummy_shard
+from deserve.model.weights import dummy_shard
 
 CPU = torch.device("cpu")
 LAYERS, PAGE, WIDTH, SEQUENCES = 3, 16, 8, 24

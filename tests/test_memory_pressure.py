@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from deserve.batch import Completion, Request, SamplingParams, VisitResult
 from deserve.config import load_config
+from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, resolve
-from deserve.planner.plan import Plan
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
@@ -75,7 +75,7 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
     page_size = data.draw(st.sampled_from([1, 2, 4, 16]), "page size")
     swap = data.draw(st.integers(0, 60 // page_size), "swap pages")
     main = data.draw(st.integers(1 if swap else 2, 100 // page_size), "main pages")
-    plan = Plan(
+    plan = Layout(
         partition=(0,),
         rounds=data.draw(st.integers(1, 4), "rounds"),
         micro_batch_size=data.draw(st.integers(1, 6), "micro-batch size"),

@@ -189,7 +189,8 @@ def test_reads_what_transformers_writes(tmp_path, family):
 @pytest.mark.parametrize("path", sorted((config_dir() / "model").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_model_of_the_group_is_sound(path: Path):
     """Parameters, counted from the architecture, are about what the name says."""
-    from deserve.model.weights import Shard, parameter_bytes
+    from deserve.layout import Shard
+    from deserve.model.weights import parameter_bytes
 
     section = OmegaConf.to_container(OmegaConf.load(path))
     assert set(section) == {"name", "path", "weights", "dtype", "architecture"}

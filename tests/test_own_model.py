@@ -13,11 +13,12 @@ from test_pipeline import greedy, sampled, until_eos
 
 from deserve.config import ModelSection, SamplingSection, load_config
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model.checkpoint import model_dtype, resolve
 from deserve.model.config import DTYPES
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.tokenizer import Tokenizer
-from deserve.model.weights import Shard, tensor_shapes
+from deserve.model.weights import tensor_shapes
 from deserve.workload.sampling import default_sampling, with_derived_seed
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

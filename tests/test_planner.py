@@ -19,11 +19,11 @@ import deserve.plan
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
+from deserve.layout import Layout
+from deserve.memory import available_memory, left_by_control_groups
 from deserve.model.checkpoint import resolve
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.planner import survey as surveying
-from deserve.planner.memory import available_memory, left_by_control_groups
-from deserve.planner.plan import Plan
 from deserve.planner.planner import choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
 from deserve.planner.survey import Shape, Visited, stepped, survey
@@ -48,10 +48,10 @@ def machine(
     return Machine((times,) * ranks, (LinkTimes(latency_ms * MS, byte_s),) * ranks, (memory,) * ranks, 10**8, 64, 1024)
 
 
-def plan(ranks: int, rounds: int, size: int, policy: str = "prefill_first", **changes: Any) -> Plan:
+def plan(ranks: int, rounds: int, size: int, policy: str = "prefill_first", **changes: Any) -> Layout:
     """A plan with an even layer split and plenty of pages."""
     partition = tuple(round(rank * LAYERS / ranks) for rank in range(ranks))
-    made = Plan(partition, rounds, size, rounds * size, 512, policy, 16, 100_000, 0, 0)
+    made = Layout(partition, rounds, size, rounds * size, 512, policy, 16, 100_000, 0, 0)
     return replace(made, **changes)
 
 
@@ -59,7 +59,7 @@ def lengths(count: int | None, prompt: int = 16, output: int = 32) -> Lengths:
     return Lengths(count, float(prompt), float(output), prompt + output, prompt)
 
 
-def simulated(made: Plan, requests: Lengths, on: Machine) -> Outcome:
+def simulated(made: Layout, requests: Lengths, on: Machine) -> Outcome:
     return simulate(made, requests, on, LAYERS)
 
 
@@ -226,7 +226,7 @@ def test_one_long_answer_outlasts_the_others() -> None:
 # -- plans
 
 
-def chosen(requests: Lengths, on: Machine, *overrides: str) -> Plan:
+def chosen(requests: Lengths, on: Machine, *overrides: str) -> Layout:
     config: Config = load_config(["model=tiny", f"model.architecture.num_hidden_layers={LAYERS}", *overrides])
     return choose_plan(config, resolve(config.model).config, torch.float32, requests, on)
 
@@ -290,7 +290,7 @@ def test_what_is_set_by_hand_stays() -> None:
 @cache
 def on_two_gpus(
     latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0, frames_on_device: bool = False
-) -> Plan:
+) -> Layout:
     """The plan for Llama-3-70B on two GPUs of 138 GB, a visit of which takes `visit_ms` more than its work."""
     words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
     config = load_config(words)
@@ -393,7 +393,7 @@ def test_the_host_pool_fits_its_memory() -> None:
 
 def test_plan_survives_json() -> None:
     made = chosen(lengths(64), machine(2))
-    assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert Layout.from_json(json.loads(json.dumps(made.to_json()))) == made
     assert f"{made.rounds} rounds" in table(made, LAYERS)
     assert "max_tokens" not in table(made, LAYERS)
     assert "as long as max_tokens allows" in table(made, LAYERS, exact=False)

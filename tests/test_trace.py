@@ -21,8 +21,8 @@ from deserve.report import progress as progress_module
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.progress import Progress, clock
 from deserve.report.summary import bound, closing_table
-from deserve.report.timeline import Span, Timeline
 from deserve.report.trace import TRACKS, draw_timeline, draw_timelines, read_trace, steady_window, write_trace
+from deserve.timeline import Span, Timeline
 
 LATENCY_MS = 20
 PNG = b"\x89PNG"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deserve.batch import VisitResult
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 from deserve.planner.simulator import Requests
 from deserve.report.summary import tuning
 from deserve.scheduler.scheduler import Scheduler
@@ -116,7 +116,7 @@ def test_the_closing_lines_say_what_tuning_did() -> None:
 
 
 def test_a_scheduler_fills_visits_as_it_is_told() -> None:
-    layout = Plan((0,), 1, 8, 8, 16, "prefill_first", 16, 100, 0, 0)
+    layout = Layout((0,), 1, 8, 8, 16, "prefill_first", 16, 100, 0, 0)
     scheduler = Scheduler(layout, Requests([(16, 8)] * 20))
     scheduler.fill_by("decode_first", 4, 2)
     tokens, rows = set(), set()

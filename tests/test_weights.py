@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model import safetensors_folder
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.linear import Linear
@@ -19,7 +20,6 @@ from deserve.model.safetensors_folder import INDEX
 from deserve.model.weights import (
     EMBEDDING,
     HEAD,
-    Shard,
     ShardWeights,
     check_weights,
     dummy_shard,

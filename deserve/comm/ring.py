@@ -13,7 +13,7 @@ from deserve.comm.network import Wire, is_simulated
 from deserve.comm.outbox import Outbox
 from deserve.comm.world import World
 from deserve.config import Config
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 
 PLANS, HIDDEN, TOKENS = 1, 2, 3  # message tags: what shares an edge is told apart by them
 
@@ -33,7 +33,7 @@ class Links:
     tokens_in: Receiver | None
 
 
-def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device: torch.device) -> Links:
+def connect(world: World, config: Config, layout: Layout, hidden_bytes: int, device: torch.device) -> Links:
     """The links of this rank. `hidden_bytes`: bytes of one token's hidden state, which lies on `device`.
 
     Plans and sampled tokens are the hosts' and go over Gloo. Hidden states of GPUs go over NCCL where both ranks are on
@@ -46,11 +46,11 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     network = config.network
     wire = Wire(network.latency_ms, network.bandwidth_mbps) if is_simulated(network) else None
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
-    depth = plan.rounds + 1
+    depth = layout.rounds + 1
     first, last = world.rank == 0, world.is_last
-    plan_bytes = 4 * VisitPlan.max_words(plan.concurrency, plan.main_pages + plan.swap_pages)
-    result_bytes = 4 * VisitResult.max_words(plan.max_batch_tokens, beside_width(MOST_LOGPROBS))
-    most_hidden = plan.max_batch_tokens * hidden_bytes
+    plan_bytes = 4 * VisitPlan.max_words(layout.concurrency, layout.main_pages + layout.swap_pages)
+    result_bytes = 4 * VisitResult.max_words(layout.max_batch_tokens, beside_width(MOST_LOGPROBS))
+    most_hidden = layout.max_batch_tokens * hidden_bytes
     hidden_in: Receiver | None = None
     output: Sender
     edges = nccl_edges(world, config, device)
@@ -64,13 +64,13 @@ def connect(world: World, config: Config, plan: Plan, hidden_bytes: int, device:
     else:
         output = _from(device, GlooSender(after, HIDDEN, depth, wire), world)
     if not first and edge_in is not None:
-        notices_in = GlooReceiver(before, HIDDEN, 8, ahead=plan.rounds)
-        hidden_in = NcclReceiver(before, edge_in, notices_in, most_hidden, plan.rounds, device, world.end_with)
+        notices_in = GlooReceiver(before, HIDDEN, 8, ahead=layout.rounds)
+        hidden_in = NcclReceiver(before, edge_in, notices_in, most_hidden, layout.rounds, device, world.end_with)
     elif not first:
         pinned = device.type == "cuda"
-        hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=plan.rounds, pinned=pinned)
+        hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=layout.rounds, pinned=pinned)
     return Links(
-        plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=plan.rounds),
+        plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=layout.rounds),
         plans_out=None if last else GlooSender(after, PLANS, depth, wire),
         hidden_in=hidden_in,
         output=output,

@@ -9,12 +9,12 @@ import torch
 
 from deserve.batch import IntArray, VisitPlan
 from deserve.kvcache.blocks import copy_blocks
-from deserve.kvcache.layout import slab_slots
 from deserve.kvcache.pinned import host_memory
 from deserve.kvcache.slab import SwapCounters, SwapSlab
 from deserve.kvcache.spec import KVSpec
-from deserve.report.timeline import UNTIMED, Timeline
+from deserve.layout import slab_slots
 from deserve.staging import to_device
+from deserve.timeline import UNTIMED, Timeline
 
 
 class PageTable:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from deserve.batch import IntArray
 from deserve.kvcache.blocks import copy_blocks
 from deserve.kvcache.pinned import host_memory
-from deserve.report.timeline import UNTIMED, Timeline
 from deserve.staging import StagingRing
+from deserve.timeline import UNTIMED, Timeline
 
 GAP_BYTES = 1 << 20  # pages that nobody wants are copied along, where a further copy would cost more: 20 us on a bus
 STALE = 2  # visits of a round after which a page that it did not read or write is taken for a freed one

@@ -5,17 +5,20 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deserve.config import ModelSection
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model import smollm2
 from deserve.model.config import DTYPES, ModelConfig, parse_config
 from deserve.model.safetensors_folder import INDEX, SINGLE, SafetensorsFolder, is_lfs_pointer
 from deserve.model.schemes.rounded import rounded
-from deserve.model.weights import Shard, check_weights, stored_name, tensor_shapes
+from deserve.model.weights import check_weights, stored_name, tensor_shapes
+
+if TYPE_CHECKING:
+    from deserve.config import ModelSection
 
 # All of a hub repository that is small: configuration, index and tokenizer
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -62,7 +65,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def resolve(model: ModelSection, device: str = "cpu") -> Checkpoint:
+def resolve(model: "ModelSection", device: str = "cpu") -> Checkpoint:
     """Find the model that the section names; `path` wins over `name`. May convert or download small files.
 
     `device` is the type of what it will run on: on a GPU quantised weights stay packed, unless the section says
@@ -84,7 +87,7 @@ def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> Model
     return replace(config, quantisation=None if quantisation is None else replace(quantisation, packed=packed))
 
 
-def _find(model: ModelSection) -> Checkpoint:
+def _find(model: "ModelSection") -> Checkpoint:
     if model.path is not None:
         folder = Path(model.path).expanduser()
         if folder.is_dir():
@@ -124,7 +127,7 @@ def check_files(checkpoint: Checkpoint) -> None:
         check_weights(checkpoint.folder, checkpoint.config, fetched=checkpoint.hub_id is None)
 
 
-def model_dtype(section: ModelSection, config: ModelConfig) -> torch.dtype:
+def model_dtype(section: "ModelSection", config: ModelConfig) -> torch.dtype:
     """The dtype to compute in: `model.dtype`, or the checkpoint's for `auto`."""
     return config.dtype if section.dtype == "auto" else DTYPES[section.dtype]
 
@@ -153,13 +156,13 @@ def _digest_samples(digest: "hashlib._Hash", path: Path) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def _from_architecture(model: ModelSection, raw: dict[str, Any]) -> Checkpoint:
+def _from_architecture(model: "ModelSection", raw: dict[str, Any]) -> Checkpoint:
     source = f"model.architecture of model={model.name}"
     eos = _eos_ids(raw, source)
     return Checkpoint(model.name, None, parse_config(raw, source), eos, weights="dummy")
 
 
-def _from_folder(model: ModelSection, folder: Path, hub_id: str | None = None) -> Checkpoint:
+def _from_folder(model: "ModelSection", folder: Path, hub_id: str | None = None) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; model.path must be a Hugging Face folder")

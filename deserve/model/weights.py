@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deserve.errors import UserError
+from deserve.layout import Shard
 from deserve.model.config import ModelConfig
 from deserve.model.layer import MLP, Attention, Layer
 from deserve.model.linear import Linear, LinearSpec, Parts, Source, TensorSpec
@@ -25,16 +26,6 @@ from deserve.model.schemes.base import Scheme
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a stage holds: layers `first` to `last` (exclusive), the embedding, the output head."""
-
-    first: int
-    last: int
-    embeds: bool
-    outputs: bool
 
 
 @dataclass

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 
-from deserve.planner.plan import Plan
+from deserve.layout import Layout
 from deserve.planner.times import Machine, VisitLoad
 
 
-def cycle_times(plan: Plan, machine: Machine, layers: int, context: float) -> Callable[[int, int], float]:
+def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -> Callable[[int, int], float]:
     """A function that gives the seconds between two visits of a round where so many rounds share so many sequences.
 
-    All sequences decode, with `context` tokens each, on `machine` laid out as in `plan`. A visit comes as soon as the
+    All sequences decode, with `context` tokens each, on `machine` laid out as in `layout`. A visit comes as soon as the
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
-    shards = [plan.shard(rank, layers) for rank in range(machine.ranks)]
+    shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
 
     def cycle_s(rounds: int, sequences: int) -> float:
         rows = -(-sequences // rounds)

@@ -20,10 +20,9 @@ import torch
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
-from deserve.kvcache.layout import slab_slots
+from deserve.layout import Layout, Shard, parse_partition, slab_slots
 from deserve.model.config import ModelConfig
-from deserve.model.weights import Shard, parameter_bytes
-from deserve.planner.plan import Plan, parse_partition
+from deserve.model.weights import parameter_bytes
 from deserve.planner.simulator import Outcome, simulate
 from deserve.planner.times import Machine, StageTimes, VisitLoad
 from deserve.workload import Lengths
@@ -55,7 +54,7 @@ REQUESTS, MEMORY, BUS, BANDWIDTH, LATENCY, COMPUTE = (
 )
 
 
-def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine) -> Plan:
+def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine) -> Layout:
     """The plan for `lengths` on `machine`.
 
     What `config` sets by hand stays as it is. Raises UserError, naming the key, where that cannot work.
@@ -80,7 +79,7 @@ class _Found(NamedTuple):
     """What a simulation says of a candidate."""
 
     candidate: _Candidate
-    plan: Plan
+    plan: Layout
     outcome: Outcome
 
     @property
@@ -135,7 +134,7 @@ class _Search:
             for most in self._most_rows(partition, rounds, swap, tokens)
         }
 
-    def best(self) -> Plan:
+    def best(self) -> Layout:
         rates = {candidate: self._pace(candidate).tokens_per_s for candidate in self._candidates()}
         if not rates:
             raise UserError(self._too_much_swapped())
@@ -181,7 +180,7 @@ class _Search:
         """Whether there is time for further simulations."""
         return self._simulated_visits < self._effort
 
-    def _simulate(self, candidate: _Candidate, plan: Plan, *extent: int) -> _Found:
+    def _simulate(self, candidate: _Candidate, plan: Layout, *extent: int) -> _Found:
         outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers, *extent)
         self._simulated_visits += outcome.visits
         return _Found(candidate, plan, outcome)
@@ -384,7 +383,7 @@ class _Search:
         by_hand = self._config.kvcache.main_pages
         return left if by_hand == "auto" else min(left, by_hand)
 
-    def _plan(self, candidate: _Candidate) -> Plan:
+    def _plan(self, candidate: _Candidate) -> Layout:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
         kv = self._config.kvcache
         shares = self._shares(candidate.partition)
@@ -426,7 +425,7 @@ class _Search:
         height = min(kv.buddy_height, useful.bit_length() + 1)
         while height and pool_pages(height) * page_bytes > left:
             height -= 1
-        return Plan(
+        return Layout(
             partition=candidate.partition,
             rounds=candidate.rounds,
             micro_batch_size=candidate.size,
@@ -533,7 +532,7 @@ class _Search:
             return MEMORY
         return COMPUTE if computes else LATENCY
 
-    def _why(self, bound: str, candidate: _Candidate, plan: Plan) -> str:
+    def _why(self, bound: str, candidate: _Candidate, plan: Layout) -> str:
         """One sentence of arithmetic behind `bound`."""
         pace, rounds = self._pace(candidate), candidate.rounds
         trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
@@ -555,7 +554,7 @@ class _Search:
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
 
 
-def table(plan: Plan, layers: int, exact: bool = True) -> str:
+def table(plan: Layout, layers: int, exact: bool = True) -> str:
     """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect.
 
     Where answers may end before their `max_tokens`, they are not `exact`.

@@ -8,8 +8,8 @@ from itertools import repeat
 import numpy as np
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
+from deserve.layout import Layout
 from deserve.planner.cycle import cycle_times
-from deserve.planner.plan import Plan
 from deserve.planner.times import Machine, StageTimes, VisitLoad
 from deserve.scheduler.scheduler import Scheduler
 from deserve.workload import Lengths
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def simulate(
-    plan: Plan, lengths: Lengths, machine: Machine, layers: int, waves: int = WAVES, most_visits: int = MOST_VISITS
+    plan: Layout, lengths: Lengths, machine: Machine, layers: int, waves: int = WAVES, most_visits: int = MOST_VISITS
 ) -> Outcome:
     """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
 
@@ -69,7 +69,7 @@ def simulate(
     return Outcome(seconds, output, busy, run.visits, run.scheduler.counters.suspensions, tail)
 
 
-def _grain(plan: Plan, answer: int, wanted: float) -> int:
+def _grain(plan: Layout, answer: int, wanted: float) -> int:
     """How many visits alike a simulated one stands for: `wanted` as far as the shortest answer and a page divide."""
     most = min(answer // FEWEST_STEPS, math.gcd(plan.page_size, 2**10) // 2)
     grain = 1
@@ -87,7 +87,7 @@ class Simulation:
     """
 
     def __init__(
-        self, plan: Plan, sizes: Iterable[tuple[int, int]], machine: Machine, layers: int, grain: int = 1
+        self, plan: Layout, sizes: Iterable[tuple[int, int]], machine: Machine, layers: int, grain: int = 1
     ) -> None:
         self.plan, self.machine, self.grain = plan, machine, grain
         reach = (plan.main_pages + plan.swap_pages) * plan.page_size

@@ -28,20 +28,20 @@ from deserve.comm.link import Receiver
 from deserve.comm.ring import connect, nccl_edges
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
+from deserve.layout import Layout, Shard, token_budgets
+from deserve.memory import available_memory
 from deserve.model.admissions import encode_sampling
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.tools import Answer
-from deserve.model.weights import Shard, parameter_bytes
+from deserve.model.weights import parameter_bytes
 from deserve.pipeline import run_pipeline
-from deserve.planner.memory import available_memory
-from deserve.planner.plan import Plan, token_budgets
 from deserve.planner.simulator import Requests
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
 from deserve.report.results import ResultsWriter
-from deserve.report.timeline import Timeline
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import Stage, load_stage
+from deserve.timeline import Timeline
 from deserve.workload import default_sampling
 
 COLD_BYTES = 48 << 20  # weights or KV pages that pass through a core's cache between two visits of the same shape
@@ -279,7 +279,7 @@ def measure_requests(page_size: int) -> float:
 def scheduling(rows: int, page_size: int, answer: int = ANSWER) -> Callable[[], None]:
     """What the scheduler does for a visit of `rows` sequences that end after `answer` tokens, again and again."""
     pages = rows * (ANSWER // page_size + 2)
-    layout = Plan((0,), 1, rows, rows, rows, "prefill_first", page_size, pages, 0, 0)
+    layout = Layout((0,), 1, rows, rows, rows, "prefill_first", page_size, pages, 0, 0)
     scheduler = Scheduler(layout, Requests([(1, answer)] * (rows * (MOST + 20))))
 
     def visit() -> None:
@@ -359,7 +359,7 @@ class Probe:
         self._page_writes: list[IntArray] = []
         self._entries = {shape: self._entry(shape) for shape in [*self._bare, *self._heads]}
         pages = max(self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype).token_bytes) + 1)
-        plan = Plan((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
+        plan = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
         dummy = replace(checkpoint, weights="dummy")
         self._short = load_stage(dummy, plan, Shard(0, 1, True, True), dtype, device)
         self._long = load_stage(dummy, plan, Shard(0, self._layers, False, False), dtype, device)
@@ -471,7 +471,7 @@ class Probe:
     def _loop(self, stage: Stage, shapes: Sequence[Shape], rounds: int) -> dict[Shape, Visited]:
         """Take `stage` through visits of `shapes`, one after the other and several times, in the loop of a run."""
         world, most = self._world, self._max_tokens
-        layout = Plan((0,), rounds, most, rounds * most, most, "vanilla", self._page_size, 8 * most, 0, 0)
+        layout = Layout((0,), rounds, most, rounds * most, most, "vanilla", self._page_size, 8 * most, 0, 0)
         plain = replace(self._config, network=NetworkSection())
         hidden = self._hidden.shape[1]
         links = connect(world, plain, layout, hidden * self._hidden.element_size(), self._device)

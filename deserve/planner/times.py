@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deserve.kvcache.layout import slab_slots
+from deserve.layout import BUDGETS, Shard, slab_slots
 from deserve.model.config import ModelConfig
-from deserve.model.weights import Shard, parameter_bytes, unpack_bytes
-from deserve.planner.plan import BUDGETS
+from deserve.model.weights import parameter_bytes, unpack_bytes
 
 
 class VisitLoad(NamedTuple):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from deserve.comm.world import World
-from deserve.report.timeline import Span
+from deserve.timeline import Span
 
 EXCHANGES = 4
 

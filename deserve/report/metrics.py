@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deserve.report.timeline import Timeline
 from deserve.stage import Stage
+from deserve.timeline import Timeline
 
 
 def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:

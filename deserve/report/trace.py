@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from deserve.report.timeline import Span
+from deserve.timeline import Span
 
 # The tracks of a rank, and the kinds of span on each; a span on a later line of a track lies within an earlier one.
 TRACKS = {

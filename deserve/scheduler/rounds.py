@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deserve.batch import IntArray
-from deserve.planner.plan import READS
+from deserve.layout import READS
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.prefixes import Chain
 from deserve.scheduler.sequences import Sequences

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, Request, VisitPlan, VisitResult
+from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
-from deserve.planner.plan import Plan
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
 from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
@@ -45,7 +45,7 @@ class Scheduler:
 
     def __init__(
         self,
-        layout: Plan,
+        layout: Layout,
         source: RequestSource,
         *,
         eos_ids: tuple[int, ...] = (),

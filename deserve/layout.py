@@ -1,18 +1,26 @@
-"""What the planner decides: how the ring is laid out and how much circulates in it."""
+"""The layout of a run, as the planner decides it: layers and pages of each rank, and how much circulates."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from deserve.errors import UserError
-from deserve.kvcache.layout import slab_slots
-from deserve.model.weights import Shard
 
 READS = 8  # times the pages that a round can own, so many may the rows of a visit read, counted for each reader
 BUDGETS = (512, 1024)  # tokens of a visit that are planned where none are stated, the second on GPUs alone
 
 
 @dataclass(frozen=True)
-class Plan:
+class Shard:
+    """What a stage holds: layers `first` to `last` (exclusive), the embedding, the output head."""
+
+    first: int
+    last: int
+    embeds: bool
+    outputs: bool
+
+
+@dataclass(frozen=True)
+class Layout:
     """The layout of a run; the same on every rank.
 
     `partition` holds the first layer of each rank; `concurrency` the sequences in flight; pages count per rank.
@@ -56,8 +64,17 @@ class Plan:
         return asdict(self)
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Plan":
-        return Plan(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
+    def from_json(raw: dict[str, Any]) -> "Layout":
+        return Layout(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
+
+
+def slab_slots(layers: int, rounds: int = 2) -> int:
+    """Of how many of a stage's layers the swap slab has room for the pages: half of them.
+
+    Of all for a single round, whose pages never leave. And not of one of two: a CUDA graph both gives up a layer's
+    pages and awaits the next layer's, and what takes the place of the former comes in after its launch.
+    """
+    return layers if rounds == 1 else max(min(2, layers), -(-layers // 2))
 
 
 def token_budgets(stated: Any, gpu: bool) -> tuple[int, ...]:

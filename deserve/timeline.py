@@ -5,11 +5,9 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-
-from deserve.comm.link import Receiver
 
 MOST_SPANS = 500_000  # kept by a rank: what Perfetto still opens at once, minutes to hours of a run
 
@@ -21,6 +19,15 @@ class Span(NamedTuple):
     micro_batch: int
     begin: int
     end: int
+
+
+class Frames(Protocol):
+    """Where frames come from. `held_s`: the seconds for which the simulated network held the last one back."""
+
+    held_s: float
+
+    def receive(self) -> torch.Tensor:
+        """The next frame's payload, uint8 [bytes]."""
 
 
 class Timeline:
@@ -81,7 +88,7 @@ class Timeline:
             while self._launched and self._launched[0][3].query():
                 self._settle()
 
-    def receive(self, link: Receiver, micro_batch: int) -> torch.Tensor:
+    def receive(self, link: Frames, micro_batch: int) -> torch.Tensor:
         """The next frame of `link`, uint8 [bytes]: the wait for it, and what the simulated network added to that."""
         begin = time.monotonic_ns()
         payload = link.receive()
