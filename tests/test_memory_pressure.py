@@ -69,7 +69,7 @@ def shared_pages_are_read_once() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Reference) -> None:
     page_size = data.draw(st.sampled_from([1, 2, 4, 16]), "page size")
