@@ -58,6 +58,7 @@ LARGE_FRAME = 1 << 20  # bytes
 BUS_BYTES = 64 << 20
 BACK_BYTES = BUS_BYTES // 32  # a decode row brings in all of its context and saves one token
 TRANSFERS = 4  # of a link or the bus; the quickest counts
+RING_VISITS = 24  # after which each one follows on the last as in a run
 TAKES, IN_A_ROW = 3, 6  # of each shape, and visits in each take
 BUSY_GEMMS = 16  # of 8192 x 8192: 20 ms, in which a host launches that many visits
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
@@ -400,7 +401,8 @@ class Probe:
         host = [(rows, min(short[shape].host, long[shape].host)) for rows, shape in self._decodes.items()]
         plan = [(rows, min(short[shape].plan, long[shape].plan)) for rows, shape in self._decodes.items()]
         # As many rounds as ranks: every rank is idle until its next visit arrives.
-        ring = self._timed(self._long, [self._near], size)[self._near]
+        # On a GPU the first visits begin while others are still being launched.
+        ring = self._timed(self._long, [self._near] * (RING_VISITS if self._gpu else 1), size)[self._near]
         begins_s = ring.apart - ring.compute - (0.0 if self._gpu else ring.host)
         return StageTimes(
             layer=self._cost(layer),
@@ -420,7 +422,7 @@ class Probe:
         visited = self._loop(stage, shapes, rounds)
         if not self._gpu:
             return visited
-        device = self._on_device(stage, shapes)
+        device = self._on_device(stage, list(dict.fromkeys(shapes)))
         return {shape: replace(visited[shape], compute=device[shape]) for shape in shapes}
 
     @torch.inference_mode()
