@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_families import ATOL, RTOL, Whole
 from test_weights import CPU, FLOAT, WHOLE, config_of, tensors_of
 
-from deserve.config import ModelSection
+from deserve.config import ModelSection, load_config
 from deserve.errors import UserError
 from deserve.layout import Shard
 from deserve.model.checkpoint import resolve
@@ -25,6 +25,8 @@ from deserve.model.config import ModelConfig, parse_config
 from deserve.model.packed import Form, PackedLinear
 from deserve.model.schemes.rounded import FORMS
 from deserve.model.weights import check_weights, dummy_shard, load_shard, parameter_bytes
+from deserve.plan import load_plan_config, plan
+from deserve.planner.times import stated_times
 
 GATE = "model.layers.1.mlp.gate_proj"
 
@@ -67,6 +69,15 @@ def test_logits_are_those_of_transformers_on_the_twin(case, folders):
     assert theirs.std() > 0.5
     for config in (config_of(folder), packed(config_of(folder))):
         torch.testing.assert_close(Whole(folder, config).logits(ids), theirs, atol=ATOL, rtol=RTOL)
+
+
+@pytest.mark.parametrize("case", ["ct-fp8-tensor", "ct-fp8-channel", "ct-fp8-block", "ct-w4a16", "ct-w4a16-channel"])
+def test_transformers_reads_the_same_from_the_same_files(case, folders):
+    """config.json included; transformers 5.23 cannot load the other layouts of compressed-tensors on a CPU."""
+    folder, ids = folders(case), np.random.default_rng(2).integers(320, size=60).tolist()
+    with torch.inference_mode():
+        theirs = reference_model(folder)(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(Whole(folder, config_of(folder)).logits(ids), theirs, atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -296,3 +307,17 @@ def test_keys_that_say_nothing_are_no_obstacle(folders):
 def test_a_quantised_checkpoint_is_not_quantised_again(folders):
     with pytest.raises(UserError, match=r"model\.quantise=int4: .*already"):
         resolve(ModelSection("own", str(folders("awq")), quantise="int4"))
+
+
+def test_a_plan_counts_packed_weights():
+    """Four cards of 24 GB: too small for 70B in bfloat16, ample in int4; unpacking takes its time."""
+    options = ["model=llama-3.3-70b", "ranks=4", "memory_gb=22", "workload.limit=64", "pipeline.policy=decode_first"]
+    with pytest.raises(UserError, match="for the KV cache"):
+        plan(load_plan_config(options))
+    assert "predicted" in plan(load_plan_config([*options, "model.quantise=int4"]))
+    section = load_config(["model=llama-3.3-70b", "model.weights=dummy", "model.quantise=int4"]).model
+    dense, quantised = (resolve(section, device).config for device in ("cpu", "cuda"))
+    slow, fast = (
+        stated_times(config, torch.bfloat16, 1e12, 1e14, None, 512).layer.tokens(1) for config in (quantised, dense)
+    )
+    assert 4 < slow / fast < 10
