@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from checkpoints import make_checkpoint
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
@@ -142,6 +143,20 @@ def _groups(layout: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]
     }
 
 
+def compressed_in_order(random: np.random.Generator, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors before 0.20, `actorder: group`: inputs sorted by their group are those that its package packs.
+
+    Its dequantisation sorts inputs by `g_idx`, multiplies groups of neighbours, and sorts back.
+    """
+    group = torch.from_numpy(random.permutation(np.arange(weight.shape[1]) // GROUP).astype(np.int32))
+    order = torch.argsort(group, stable=True)
+    back = torch.argsort(order)
+    layout, weights = CT["w4a16-asymmetric"]
+    stored, plain = compressed(layout, weights)(random, weight[:, order])
+    codes = unpack_from_int32(stored["weight_packed"], 4, weight.shape)
+    return stored | {"weight_packed": pack_to_int32(codes[:, back], 4), "weight_g_idx": group}, plain[:, back]
+
+
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False, "damp_percent": 0.01}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
@@ -164,6 +179,10 @@ CASES: dict[str, tuple[dict[str, Any], Module]] = {
     "awq": (AWQ, awq),
     "fp8-blocks": (FP8 | {"weight_block_size": [GROUP, GROUP], "modules_to_not_convert": ["lm_head"]}, fp8_blocks),
     "autofp8": (FP8 | {"activation_scheme": "static", "ignored_layers": ["lm_head"]}, fp8_tensor),
+    "ct-w4a16-act-order": (
+        _groups("pack-quantized", CT["w4a16-asymmetric"][1] | {"actorder": "group"}),
+        compressed_in_order,
+    ),
     **{f"ct-{name}": (_groups(layout, weights), compressed(layout, weights)) for name, (layout, weights) in CT.items()},
 }
 

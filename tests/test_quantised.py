@@ -225,6 +225,7 @@ def _change(folder: Path, **tensors: torch.Tensor | None) -> None:
         ("fp8-blocks", {"weight_scale_inv": None}, ["no tensor", f"{GATE}.weight_scale_inv"]),
         ("fp8-blocks", {"weight": torch.zeros(96, 64)}, [f"{GATE}.weight", "F32", "F8_E4M3"]),
         ("fp8-blocks", {"weight_scale_inv": torch.ones(1, 1)}, ["[1, 1]", "[3, 2]"]),
+        ("ct-w4a16-act-order", {"weight_g_idx": None}, ["no tensor", f"{GATE}.weight_g_idx"]),
         ("ct-w4a16", {"weight_zero_point": torch.zeros(12, 2, dtype=torch.int32)}, [f"{GATE}.weight_zero_point"]),
     ],
 )
@@ -277,7 +278,7 @@ def _weights(**changes: Any) -> dict[str, Any]:
         ("ct-w4a16", {"ignore": ["re:("]}, ["ignore", "re:("]),
         ("ct-w4a16", _weights(num_bits=2), ["weights.num_bits"]),
         ("ct-w4a16", _weights(group_size=48), ["group_size (48)", "64"]),
-        ("ct-w4a16", _weights(actorder="group"), ["weights.actorder", "group"]),
+        ("ct-w4a16", _weights(actorder="random"), ["weights.actorder", "random"]),
         ("ct-w4a16", _weights(strategy="tensor_group"), ["weights.strategy", "tensor_group"]),
         ("ct-mxfp4", {"format": "mxfp4-pack-quantized"} | _weights(type="float", group_size=16), ["group_size", "32"]),
     ],

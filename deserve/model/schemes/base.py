@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from deserve.model.packed import Form, Packed
@@ -34,6 +35,17 @@ class Scheme(Protocol):
 
     def pack(self, tensors: dict[str, Tensor]) -> Packed:
         """The weight from its tensors. Raises ValueError for values that no weight can have."""
+
+
+def groups_of_inputs(g_idx: Tensor, groups: int, width: int | None) -> Tensor | None:
+    """`Packed.columns` of `g_idx`, the group of each input; None where those of a group are neighbours.
+
+    Raises ValueError unless all are below `groups`.
+    """
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise ValueError(f"g_idx names groups from {g_idx.min()} to {g_idx.max()}, of {groups}")
+    in_order = torch.arange(len(g_idx), device=g_idx.device) // (width or len(g_idx))
+    return None if torch.equal(g_idx.int(), in_order.int()) else g_idx.int()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deserve.model.keys import Keys
 from deserve.model.packed import MX_BLOCK, Form, Packed, split
 from deserve.model.safetensors_folder import FLOATS
-from deserve.model.schemes.base import INTS, Quantisation, Stored
+from deserve.model.schemes.base import INTS, Quantisation, Stored, groups_of_inputs
 
 FORMATS = {  # and the kinds of weights that each holds
     "pack-quantized": ("int4", "int8"),
@@ -28,12 +28,16 @@ HARMLESS = {"global_compression_ratio", "version", "quantization_status", "run_c
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """kind: see Form. words: codes are packed into int32. block: outputs and inputs that share a scale, None: all."""
+    """kind: see Form. words: codes are packed into int32. block: outputs and inputs that share a scale, None: all.
+
+    reordered: `weight_g_idx` says the group of each input (versions before 0.20, `actorder: group`).
+    """
 
     kind: str
     words: bool
     block: tuple[int | None, int | None]
     zeros: bool = False
+    reordered: bool = False
     spare: tuple[str, ...] = ("input_scale", "input_zero_point")
 
     @property
@@ -67,6 +71,8 @@ class CompressedTensors:
             "weight_scale": scale,
             "weight_shape": ((2,), ("I64", "I32")),
         }
+        if self.reordered:
+            found["weight_g_idx"] = ((inputs,), INTS)
         return found | ({"weight_zero_point": ((size // self._codes, blocks[1]), INTS)} if self.zeros else {})
 
     def pack(self, tensors: dict[str, Tensor]) -> Packed:
@@ -81,7 +87,10 @@ class CompressedTensors:
             zero = split(zero.t(), 4 if self.kind == "int4" else 8).t().contiguous()
         if self.kind == "int8":
             codes, zero = (codes ^ 128).view(torch.int8), None if zero is None else zero ^ 128
-        return Packed(self.form, codes, scale, None if zero is None else zero.view(torch.int8))
+        columns = None
+        if self.reordered:
+            columns = groups_of_inputs(tensors["weight_g_idx"], scale.shape[1], self.block[1])
+        return Packed(self.form, codes, scale, None if zero is None else zero.view(torch.int8), columns)
 
 
 def parse(keys: Keys) -> Quantisation:
@@ -111,7 +120,10 @@ def _scheme(weights: Keys, layout: str) -> CompressedTensors:
     if kind not in FORMATS[layout]:
         raise weights.fail("type", f"and num_bits: {kind} is not supported in the format {layout}")
     strategy: str = weights.one_of("strategy", STRATEGIES)
-    weights.one_of("actorder", ("weight", "static", False), default=False)
+    order = weights.one_of("actorder", ("weight", "static", "group", "dynamic", False), default=False)
+    reordered = order in ("group", "dynamic")
+    if reordered and (layout != "pack-quantized" or strategy != "group"):
+        raise weights.fail("actorder", f"{order!r} is not supported in the format {layout} and strategy {strategy}")
     weights.one_of("dynamic", (False,), default=False)
     zeros = not weights.flag("symmetric", default=True)
     weights.refuse_others(
@@ -133,7 +145,7 @@ def _scheme(weights: Keys, layout: str) -> CompressedTensors:
         raise weights.fail("strategy", f"{strategy!r} is not supported in the format {layout}")
     if kind == "fp8" and zeros:
         raise weights.fail("symmetric", "must be true for fp8")
-    return CompressedTensors(kind, words, block, zeros)
+    return CompressedTensors(kind, words, block, zeros, reordered)
 
 
 def _pattern(keys: Keys, key: str, name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from deserve.model.keys import Keys
 from deserve.model.packed import Form, Packed, split
 from deserve.model.safetensors_folder import FLOATS
-from deserve.model.schemes.base import INTS, Quantisation, Stored
+from deserve.model.schemes.base import INTS, Quantisation, Stored, groups_of_inputs
 
 # How the weights were found, or what other fields say as well
 HARMLESS = {
@@ -57,18 +57,9 @@ class GPTQ:
         zero = (split(tensors["qzeros"], self.bits) + self.offset) & (2**self.bits - 1)
         if self.bits == 8:
             codes, zero = (codes ^ 128).view(torch.int8), zero ^ 128
-        scale, columns = tensors["scales"].t().float().contiguous(), tensors["g_idx"].int()
-        groups, inputs = scale.shape[1], len(columns)
-        if columns.min() < 0 or columns.max() >= groups:
-            raise ValueError(f"g_idx names groups from {columns.min()} to {columns.max()}, of {groups}")
-        in_order = torch.arange(inputs, device=columns.device) // (self.group or inputs)
-        return Packed(
-            self.form,
-            codes,
-            scale,
-            zero.t().contiguous().view(torch.int8),
-            None if torch.equal(columns, in_order.int()) else columns,
-        )
+        scale = tensors["scales"].t().float().contiguous()
+        columns = groups_of_inputs(tensors["g_idx"], scale.shape[1], self.group)
+        return Packed(self.form, codes, scale, zero.t().contiguous().view(torch.int8), columns)
 
 
 def parse(keys: Keys) -> Quantisation:
