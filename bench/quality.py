@@ -17,13 +17,14 @@ import torch
 from bench.timing import table
 from deserve.config import ModelSection, load_config
 from deserve.kvcache.pages import KVPages
+from deserve.layout import Shard
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.checkpoint import resolve
 from deserve.model.decoder import Decoder
 from deserve.model.schemes.rounded import FORMS
 from deserve.model.tokenizer import load_tokenizer
-from deserve.model.weights import Shard, load_shard
+from deserve.model.weights import load_shard
 
 PAGE_SIZE = 16  # tokens
 CPU = torch.device("cpu")
