@@ -1,5 +1,6 @@
 """Kernels from plain PyTorch, for CPUs and as the reference for others."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,7 @@ class TorchBackend(Backend):
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+        self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
         self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def begin_visit(self, rows: Rows) -> None:
@@ -104,6 +106,8 @@ class TorchBackend(Backend):
         key_slots, value_slots = self._slots[layer.table]
         slots.index_copy_(0, key_slots, k)
         slots.index_copy_(0, value_slots, v)
+        if self._finite:
+            self._finite = math.isfinite(float(k.sum(dtype=torch.float32)) + float(v.sum(dtype=torch.float32)))
 
     def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
         pages = layer.memory
@@ -156,7 +160,7 @@ class TorchBackend(Backend):
     ) -> torch.Tensor:
         """The half pages `index` [n, p], one after the other: [n, kv_heads, p * page_size, head_dim].
 
-        Zeros at the positions `past`, counted over all n rows.
+        Zeros at the positions `past`, counted over all n rows, if there may be NaN in a page.
 
         Always into the same memory: a fresh large tensor costs more in page faults than the copy itself.
         """
@@ -166,7 +170,8 @@ class TorchBackend(Backend):
             self._gathered[buffer] = torch.empty(size, dtype=halves.dtype, device=halves.device)
         gathered = self._gathered[buffer][:size].view(n * width, -1)
         torch.index_select(halves, 0, index.reshape(-1), out=gathered)
-        gathered.view(n * width * self._page_size, -1).index_fill_(0, past, 0)
+        if not self._finite:
+            gathered.view(n * width * self._page_size, -1).index_fill_(0, past, 0)
         return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
 
     def _address(self, page_size: int) -> None:
@@ -272,10 +277,9 @@ def _shared_groups(table: np.ndarray, full: np.ndarray) -> list[tuple[np.ndarray
             return best
         saved = 0
         groups: list[tuple[np.ndarray, int]] = []
-        for page in np.unique(table[members, depth]):
+        pages, counts = np.unique(table[members, depth], return_counts=True)
+        for page in pages[counts > 1]:
             inside = members[table[members, depth] == page]
-            if len(inside) < 2:
-                continue
             width = int(full[inside].min())
             alike = (table[inside, :width] == table[inside[0], :width]).all(0)
             width = width if alike.all() else int(alike.argmin())
