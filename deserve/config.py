@@ -29,7 +29,7 @@ class ModelSection:
     dtype: str = "auto"  # auto: the checkpoint's
     architecture: dict[str, Any] | None = None  # config.json of a model without a folder
     quantise: str | None = None  # fp8, int4: round the layers' weights while loading
-    packed: Any = "auto"  # whether quantised weights stay packed in memory; auto: on a GPU
+    packed: bool = False  # whether quantised weights stay packed in memory
 
 
 @dataclass
@@ -253,8 +253,6 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     if config.model.quantise is not None:
         _one_of("model.quantise", config.model.quantise, tuple(FORMS))
-    if config.model.packed != "auto" and not isinstance(config.model.packed, bool):
-        raise UserError(f"model.packed={config.model.packed} must be auto, true or false")
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))

@@ -52,7 +52,7 @@ class PlanConfig(Config):
 def plan(config: PlanConfig) -> str:
     """The plan of `config` as a table."""
     section = replace(config.model, weights="dummy") if config.model.architecture else config.model
-    checkpoint = resolve(section, "cpu" if config.device == "cpu" else "cuda")
+    checkpoint = resolve(section)
     model, dtype = checkpoint.config, model_dtype(config.model, checkpoint.config)
     limits = Limits(model.vocab_size, model.max_context)
     defaults = default_sampling(config.sampling, checkpoint.generation)

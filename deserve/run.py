@@ -44,7 +44,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         require_one_host(config.network, world.hosts)
         device = set_up_device(config, world)
     with world.step("model"):
-        checkpoint = resolve(config.model, device.type)
+        checkpoint = resolve(config.model)
         check_files(checkpoint)
         dtype = model_dtype(config.model, checkpoint.config)
     world.require_same({"the kind of device": device.type, **facts(config, checkpoint)})

@@ -14,8 +14,6 @@ from deserve.plan import PlanConfig, load_plan_config
 TEXTS = {"model.name", "model.path", "workload.source", "workload.path", "workload.chat_template", "output.dir"}
 LISTS = {"pipeline.partition", "sampling.stop", "model.architecture.architectures", "model.architecture.eos_token_id"}
 
-FLAGS = {"model.packed"}  # auto, or true or false
-
 
 def composed() -> DictConfig:
     with initialize_config_dir(str(config_dir()), version_base=None):
@@ -39,7 +37,7 @@ def wrong_values(key: str, value: Any) -> list[Any]:
         return [[1], {"a": 1}]
     wrong: list[Any] = [[{}], {"a": 1}, 2**80, float("nan")]
     wrong += [["emb", None]] if key in LISTS else ["word"]
-    return wrong + ([1] if isinstance(value, bool) or key in FLAGS else [True])
+    return wrong + ([1] if isinstance(value, bool) else [True])
 
 
 def test_every_key_refuses_what_is_of_another_type() -> None:

@@ -183,13 +183,12 @@ def test_a_checkpoint_is_rounded_while_loading(name, tmp_path):
                 form.quantise(module.weight).unpack(module.weight)
         ids = np.random.default_rng(1).integers(320, size=40).tolist()
         theirs = model(torch.tensor([ids])).logits[0]
-    on_gpu = resolve(section, "cuda").config
-    assert not config.quantisation.packed and on_gpu.quantisation.packed
-    for mine in (config, on_gpu):
+    packed = resolve(replace(section, packed=True)).config
+    assert not config.quantisation.packed and packed.quantisation.packed
+    for mine in (config, packed):
         torch.testing.assert_close(Whole(folder, mine).logits(ids), theirs, atol=ATOL, rtol=RTOL)
-    assert not resolve(replace(section, packed=False), "cuda").config.quantisation.packed
     layer = Shard(0, 1, False, False)
-    plain, small = (parameter_bytes(each, layer, torch.bfloat16) for each in (config, on_gpu))
+    plain, small = (parameter_bytes(each, layer, torch.bfloat16) for each in (config, packed))
     assert small / plain == pytest.approx({"fp8": 0.51, "int4": 0.27}[name], abs=0.01)
     assert resolve(section).fingerprint() != resolve(replace(section, quantise=None)).fingerprint()
 
@@ -315,9 +314,9 @@ def test_a_plan_counts_packed_weights():
     options = ["model=llama-3.3-70b", "ranks=4", "memory_gb=22", "workload.limit=64", "pipeline.policy=decode_first"]
     with pytest.raises(UserError, match="for the KV cache"):
         plan(load_plan_config(options))
-    assert "predicted" in plan(load_plan_config([*options, "model.quantise=int4"]))
+    assert "predicted" in plan(load_plan_config([*options, "model.quantise=int4", "model.packed=true"]))
     section = load_config(["model=llama-3.3-70b", "model.weights=dummy", "model.quantise=int4"]).model
-    dense, quantised = (resolve(section, device).config for device in ("cpu", "cuda"))
+    dense, quantised = (resolve(replace(section, packed=packed)).config for packed in (False, True))
     slow, fast = (
         stated_times(config, torch.bfloat16, 1e12, 1e14, None, 512).layer.tokens(1) for config in (quantised, dense)
     )

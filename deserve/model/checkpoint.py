@@ -65,16 +65,14 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def resolve(model: "ModelSection", device: str = "cpu") -> Checkpoint:
+def resolve(model: "ModelSection") -> Checkpoint:
     """Find the model that the section names; `path` wins over `name`. May convert or download small files.
 
-    `device` is the type of what it will run on: on a GPU quantised weights stay packed, unless the section says
-    otherwise. Raises UserError for a path that is neither a folder nor a hub id, what the hub refuses, and an unusable
-    config.json or architecture.
+    Raises UserError for a path that is neither a folder nor a hub id, what the hub refuses, and an unusable config.json
+    or architecture.
     """
     checkpoint = _find(model)
-    packed = device == "cuda" if model.packed == "auto" else model.packed
-    return replace(checkpoint, config=_quantised(checkpoint.config, model.quantise, packed))
+    return replace(checkpoint, config=_quantised(checkpoint.config, model.quantise, model.packed))
 
 
 def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> ModelConfig:
