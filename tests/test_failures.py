@@ -55,8 +55,10 @@ def test_a_killed_rank_is_started_again(tmp_path: Path, truth: dict[str, str]) -
         job.until_answers(COUNT // 8)
         job.rank(0).kill()
         assert job.wait() == 0, job.log[-3000:]
-        (message,) = job.errors
-        assert "rank 0" in message and ("has closed its connection" in message or "is lost" in message)
+        # The other rank says so, unless torchrun, which looks every 100 ms here, was quicker to end it.
+        assert len(job.errors) <= 1
+        for message in job.errors:
+            assert "rank 0" in message and ("has closed its connection" in message or "is lost" in message)
         assert "Traceback" not in job.log
     assert answers(output) == truth
     assert not list(output.glob("results.jsonl.*"))
