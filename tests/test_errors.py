@@ -250,4 +250,4 @@ def test_a_gpu_that_another_process_has_filled(monkeypatch: pytest.MonkeyPatch) 
     world = SimpleNamespace(rank=5, local_rank=1, local_size=2)
     message = r"rank 5 cannot use GPU 1 .*: CUDA error: out of memory; process 4242 \(python\) holds 84\.9 GB"
     with pytest.raises(UserError, match=message):
-        set_up_device(load_config(["model=tiny"]), world)  # type: ignore[arg-type]
+        set_up_device(load_config(["model=tiny"]), world)

@@ -57,7 +57,7 @@ def made() -> Iterator[list[Stop]]:
 def start(ring: Ring, made: list[Stop], last: int, time_limit_s: float | None = None) -> list[Stop]:
     """The stop of each rank. `last` is made last, and takes the signals of this process."""
     for world in sorted(ring.worlds, key=lambda world: world.rank == last):
-        made.append(Stop(world, 10, None if world.rank else time_limit_s))  # type: ignore[arg-type]
+        made.append(Stop(world, 10, None if world.rank else time_limit_s))
     return sorted(made, key=lambda stop: stop._world.rank)
 
 
