@@ -30,10 +30,10 @@ def closing_table(metrics: dict[str, Any]) -> str:
     if metrics["ignored_keys"]:
         keys = ", ".join(f"{key} ({count:,} times)" for key, count in sorted(metrics["ignored_keys"].items()))
         lines.append(f"ignored, as workload.unknown_keys=ignore: {keys}")
-    if metrics["cut_by_default_max_tokens"]:
+    if cut := metrics["cut_by_default_max_tokens"]:
         default = metrics["config"]["sampling"]["max_tokens"]
         lines.append(
-            f"{metrics['cut_by_default_max_tokens']:,} answers were cut at sampling.max_tokens={default}, the default "
+            f"{cut:,} {'answer was' if cut == 1 else 'answers were'} cut at sampling.max_tokens={default}, the default "
             "for requests that state no max_tokens: raise it, or set it to null for the end of the context"
         )
     after = metrics["after_warmup"]
