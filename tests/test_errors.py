@@ -158,7 +158,7 @@ def test_bad_lines_become_error_lines_and_the_rest_runs(tmp_path: Path) -> None:
     assert metrics["max_output_tokens"] == 12 and metrics["plan"]["predicted_for_these_answers"] > 0
     assert "if all answers are as long as max_tokens allows" in printed
     assert (metrics["ignored_keys"], metrics["cut_by_default_max_tokens"]) == ({"note": 1}, 1)
-    assert "unknown_keys=ignore: note (1 times)" in printed and "1 answers were cut at sampling.max_" in printed
+    assert "unknown_keys=ignore: note (once)" in printed and "1 answer was cut at sampling.max_" in printed
 
 
 def test_what_kv_memory_can_never_hold_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
