@@ -28,7 +28,10 @@ def closing_table(metrics: dict[str, Any]) -> str:
     if non_finite["requests"]:
         lines.append(f"{non_finite['requests']:,} requests ended with NaN or infinite logits in {non_finite['remedy']}")
     if metrics["ignored_keys"]:
-        keys = ", ".join(f"{key} ({count:,} times)" for key, count in sorted(metrics["ignored_keys"].items()))
+        keys = ", ".join(
+            f"{key} ({'once' if count == 1 else f'{count:,} times'})"
+            for key, count in sorted(metrics["ignored_keys"].items())
+        )
         lines.append(f"ignored, as workload.unknown_keys=ignore: {keys}")
     if cut := metrics["cut_by_default_max_tokens"]:
         default = metrics["config"]["sampling"]["max_tokens"]
