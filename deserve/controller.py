@@ -56,6 +56,7 @@ class Controller:
         micro_batch, sampled, prompts = self._under_way.popleft()
         words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
         with self._timeline.span("commit", micro_batch):
+            before = self._scheduler.output_tokens
             completions = self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled))
             for completion in completions:
                 self._recorder.put(completion)
@@ -63,7 +64,7 @@ class Controller:
             if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, sampled, finished):
                 filling = self._tuner.filling
                 self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
-            self._progress.tokens(sampled)
+            self._progress.tokens(self._scheduler.output_tokens - before)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

@@ -93,7 +93,7 @@ class Job:
             plan,
             ahead,
             eos_ids=end_ids(self._checkpoint, self._tokenizer),
-            stopped=StopFinder(Detokenizer(self._tokenizer)),
+            find_cuts=StopFinder(Detokenizer(self._tokenizer)),
             share_prefixes=self._config.kvcache.share_prefixes,
             grouped=self._config.workload.order == "auto",
             cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),

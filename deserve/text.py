@@ -12,6 +12,7 @@ from deserve.batch import PLAIN, Completion, IntArray, Request
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer
 from deserve.model.tools import MARKS, THOUGHTS, Answer, parse, split_reasoning
 from deserve.report.logprobs import chat_logprobs, completion_logprobs
+from deserve.scheduler.sequences import Cut
 
 BROKEN = "\ufffd"  # stands for bytes that are no character, or not yet one
 CONTEXT = range(8, 33)  # last tokens of a prompt to decode with
@@ -26,9 +27,11 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer | ByteTokenizer | None, show_special: bool = False):
         self.special: dict[str, int] = tokenizer.special_tokens if tokenizer is not None else {}
-        self.decode: Callable[[Sequence[int]], str] = (
-            partial(tokenizer.decode, show_special=show_special) if tokenizer is not None else token_text
-        )
+        self.decode: Callable[[list[int]], str] = token_text
+        self.decode_batch: Callable[[Sequence[list[int]]], list[str]] = token_texts
+        if tokenizer is not None:
+            self.decode = partial(tokenizer.decode, show_special=show_special)
+            self.decode_batch = partial(tokenizer.decode_batch, show_special=show_special)
         self._reads_on = tokenizer is not None
 
     def text(self, prompt: IntArray, tokens: IntArray) -> str:
@@ -38,14 +41,18 @@ class Detokenizer:
         border may be one character, so the tokens are decoded behind the prompt's last ones.
         """
         context, before = self.context(prompt)
-        return self.added(before, context, tokens.tolist())
+        output = tokens.tolist()
+        text = added(before, self.decode([*context, *output]))
+        return self.decode(output) if text is None else text
 
     def completion(self, completion: Completion) -> str:
         """The text of an answer. The token that ended it is no part of it, even if it is an ordinary one."""
         if completion.text is not None:
             return completion.text
-        ended = completion.finish_reason == "stop" and self._reads_on
-        return self.text(completion.request.prompt, completion.tokens[:-1] if ended else completion.tokens)
+        tokens = completion.tokens
+        stop_token = len(tokens) > 0 and tokens[-1] in completion.request.sampling.stop_token_ids
+        ended = completion.finish_reason == "stop" and (self._reads_on or stop_token)
+        return self.text(completion.request.prompt, tokens[:-1] if ended else tokens)
 
     def context(self, prompt: IntArray) -> tuple[list[int], str]:
         """The last tokens of `prompt`, as many as it takes to know how text goes on behind them, and their text."""
@@ -58,15 +65,6 @@ class Detokenizer:
             if text and not text.startswith(BROKEN):
                 break
         return tokens, text
-
-    def added(self, before: str, context: list[int], tokens: list[int]) -> str:
-        """What `tokens` add to `before`, the text of `context`."""
-        text = self.decode([*context, *tokens])
-        if text.startswith(before):
-            return text[len(before) :]
-        # The last character of `before` was not whole.
-        whole = before.rstrip(BROKEN)
-        return text[len(whole) :] if text.startswith(whole) else self.decode(tokens)
 
 
 class AnswerReader:
@@ -138,35 +136,41 @@ class AnswerReader:
 
 
 class StopFinder:
-    """Finds stop strings and stop tokens as tokens come, each string at the cost of decoding a few tokens.
+    """Finds stop strings as tokens come, each at the cost of decoding a few tokens (`CutFinder`).
 
-    Called with a request and its output so far, it gives the text before the first of the request's stop strings or
-    tokens, None where there is none yet. A stop string that is a special token stands for that token.
+    A stop string that is a special token stands for that token.
     """
 
     def __init__(self, detokenizer: Detokenizer):
         self._detokenizer = detokenizer
         self._tails: WeakKeyDictionary[Request, _Tail] = WeakKeyDictionary()
 
-    def __call__(self, request: Request, tokens: IntArray) -> str | None:
-        detokenizer = self._detokenizer
+    def __call__(self, requests: Sequence[Request], outputs: Sequence[IntArray]) -> list[Cut | None]:
+        cuts: list[Cut | None] = [None] * len(requests)
+        tails = [self._tail(request) for request in requests]
+        news = [output[tail.seen :].tolist() for tail, output in zip(tails, outputs, strict=True)]
+        for nth in range(max(map(len, news), default=0)):  # one, unless draft tokens were verified
+            rows = [row for row, new in enumerate(news) if len(new) > nth and cuts[row] is None]
+            reading = [row for row in rows if tails[row].takes(news[row][nth])]
+            both = [tokens for row in reading for tokens in (tails[row].with_context, tails[row].pending)]
+            texts = iter(self._detokenizer.decode_batch(both))
+            found = [row for row in reading if tails[row].reads(next(texts), next(texts))]
+            found += [row for row in rows if tails[row].ended]
+            for row in found:
+                cuts[row] = self._cut(tails[row], outputs[row])
+        return cuts
+
+    def _tail(self, request: Request) -> "_Tail":
         tail = self._tails.get(request)
         if tail is None:
-            tail = self._tails[request] = _Tail(detokenizer, request)
-        for token in tokens[tail.seen :].tolist():
-            tail.seen += 1
-            if token in request.sampling.stop_token_ids:
-                return detokenizer.text(request.prompt, tokens[: tail.seen - 1])
-            if not tail.stops:
-                continue
-            if token in tail.stop_ids:
-                return detokenizer.text(request.prompt, tokens[: tail.seen])
-            if tail.ends_with_stop(token):
-                text = detokenizer.text(request.prompt, tokens[: tail.seen])
-                cuts = [at for stop in tail.stops if (at := text.find(stop)) >= 0]
-                if cuts:
-                    return text[: min(cuts)]
-        return None
+            tail = self._tails[request] = _Tail(self._detokenizer, request)
+        return tail
+
+    def _cut(self, tail: "_Tail", output: IntArray) -> Cut | None:
+        """Where the first stop string begins in the text of all tokens seen."""
+        text = self._detokenizer.text(tail.request.prompt, output[: tail.seen])
+        cuts = [at for stop in tail.stops if (at := text.find(stop)) >= 0]
+        return Cut(tail.seen, text[: min(cuts, default=len(text))]) if cuts or tail.ended else None
 
 
 @dataclass
@@ -178,35 +182,60 @@ class _Tail:
     seen: int = 0  # tokens
     text: str = ""  # all but the last character of the longest stop string fit in
     pending: list[int] = field(default_factory=list)  # tokens that end within a character
+    ended: bool = False  # by a special token
 
     def __post_init__(self) -> None:
         special = self.detokenizer.special
         self.stops = self.request.sampling.stop
         self.stop_ids = {special[stop] for stop in self.stops if stop in special}
-        self.skipped = set(special.values())
+        self.skipped = set(special.values()).union(self.request.sampling.stop_token_ids)
         self.kept = max(map(len, self.stops), default=1) - 1
         self.context, self.before = self.detokenizer.context(self.request.prompt)
 
-    def ends_with_stop(self, token: int) -> bool:
-        """Take in the next token; whether the text now holds a stop string."""
+    @property
+    def with_context(self) -> list[int]:
+        return [*self.context, *self.pending]
+
+    def takes(self, token: int) -> bool:
+        """Take in the next token; whether its text is to be read. A stop token, which ends the answer, has none."""
+        self.seen += 1
+        self.ended = token in self.stop_ids
         if token in self.skipped:
             return False
         self.pending.append(token)
-        added = self.detokenizer.added(self.before, self.context, self.pending)
-        text = self.text + added
+        return True
+
+    def reads(self, whole: str, alone: str) -> bool:
+        """Go on by what `with_context` and `pending` decode to; whether the text now holds a stop string."""
+        new = added(self.before, whole)
+        new = alone if new is None else new
+        text = self.text + new
         found = any(stop in text for stop in self.stops)
-        if not added.endswith(BROKEN) or len(self.pending) > MOST_PENDING:
+        if not new.endswith(BROKEN) or len(self.pending) > MOST_PENDING:
             self.text = text[max(0, len(text) - self.kept) :]
-            alone = self.detokenizer.decode(self.pending)
-            if alone and (added.startswith(BROKEN) or not alone.startswith(BROKEN)):
+            if alone and (new.startswith(BROKEN) or not alone.startswith(BROKEN)):
                 self.context, self.before = self.pending, alone
-            elif added or not self.before:  # has no text of its own: a space before a word, the end of a character
-                self.context = [*self.context, *self.pending]
-                self.before = self.detokenizer.decode(self.context)
+            elif new or not self.before or self.before.endswith(BROKEN):
+                # Has no text of its own: a space before a word, the middle or the end of a character.
+                self.context, self.before = self.with_context, whole
             self.pending = []
         return found
 
 
-def token_text(tokens: Sequence[int]) -> str:
+def added(before: str, whole: str) -> str | None:
+    """What tokens add to `before`, the text of those before them, if all together read `whole`. None: not told by these
+    texts."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    sound = before.rstrip(BROKEN)  # the last character of `before` was not whole
+    return whole[len(sound) :] if whole.startswith(sound) else None
+
+
+def token_text(tokens: list[int]) -> str:
     """Token ids as text, where there is no tokenizer."""
-    return " ".join(map(str, np.asarray(tokens).tolist()))
+    return " ".join(map(str, tokens))
+
+
+def token_texts(texts: Sequence[list[int]]) -> list[str]:
+    """The same of many sequences."""
+    return [token_text(tokens) for tokens in texts]

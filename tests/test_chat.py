@@ -362,16 +362,16 @@ def test_who_splits_thoughts() -> None:
 
 @pytest.mark.parametrize(("whole", "content"), [(False, "ab"), (True, "abc")])
 def test_stop_tokens(whole: bool, content: str) -> None:
-    """Found as soon as they come, whatever stop strings there are."""
+    """They end an answer whatever stop strings there are, even one that ends with them."""
     spelt = tokenizer("plain").encode("abcd", add_special_tokens=False)
-    for stop in ((), ("d", "no")):
+    for stop in ((), ("d", "bc")):
         sampling = SamplingParams(stop=stop, stop_token_ids=(300, spelt[2]))
         request = Request("a", np.array([257], np.int32), sampling, form=AnswerForm(include_stop=whole))
-        finder = StopFinder(Detokenizer(tokenizer("plain")))
-        found = [finder(request, np.array(spelt[:count], np.int32)) for count in (1, 2, 3)]
-        assert found == [None, None, "ab"]
-        completion = Completion(request, np.array(spelt[:3], np.int32), "stop", found[2])
+        assert StopFinder(Detokenizer(tokenizer("plain")))([request], [np.array(spelt[:3], np.int32)]) == [None]
+        completion = Completion(request, np.array(spelt[:3], np.int32), "stop")
         assert AnswerReader(tokenizer("plain"))(completion).content == content
+    in_ids = Completion(Request("a", np.array([1], np.int32), sampling), np.array(spelt[:3], np.int32), "stop")
+    assert AnswerReader(None)(in_ids).content == " ".join(map(str, spelt[:2]))
     held_back = chat("plain", stop_token_ids=[7], min_tokens=2).sampling
     assert (held_back.stop_token_ids, held_back.rules.ends) == ((7,), (7,))
     assert "stop_token_ids" in refusal("plain", stop_token_ids=[300], min_tokens=2)

@@ -1,7 +1,10 @@
 """The scheduler alone, with a fake engine that does to its pages what a stage would do, and looks at every one."""
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,10 @@ from hypothesis import strategies as st
 from deserve.batch import NO_TOKEN, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.layout import Layout
+from deserve.scheduler import sequences as sequences_module
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
-from deserve.scheduler.sequences import Sequences
+from deserve.scheduler.sequences import Cut, Sequences
 
 EOS = 7
 SLOTS = 64
@@ -65,6 +69,8 @@ class Case:
     common: tuple[tuple[int, int], ...] = ()  # of the first prompts: family, and tokens that it shares with that
     share: bool = True
     grouped: bool = True
+    stop_token: bool = False  # `EOS` is a stop token of each request, instead of the model's end of text
+    cut: int = 0  # every answer that gets so far holds a stop string there, which ends with this token
 
     @property
     def layout(self) -> Layout:
@@ -95,7 +101,18 @@ class Case:
             sequences.propose(slots, counts, np.array(drafts, np.int32))
             return counts
 
-        options = {"eos_ids": (EOS,), "share_prefixes": self.share, "grouped": self.grouped} | options
+        def find_cuts(requests: list[Request], outputs: list[np.ndarray]) -> list[Cut | None]:
+            return [
+                Cut(self.cut, request.custom_id) if len(output) >= self.cut else None
+                for request, output in zip(requests, outputs, strict=True)
+            ]
+
+        options = {
+            "eos_ids": () if self.stop_token else (EOS,),
+            "share_prefixes": self.share,
+            "grouped": self.grouped,
+        } | options
+        options["find_cuts"] = find_cuts
         if self.gather:
             options["cycle_s"] = lambda rounds, sequences: float(max(rounds, self.latency))
         if self.drafts:
@@ -188,7 +205,12 @@ def requests_of(case: Case) -> list[Request]:
         family, common = case.common[index] if index < len(case.common) else (0, 0)
         stem = [20_000 + at + (100 * family if at >= 8 else 0) for at in range(common)]
         prompt = [*stem, 10_000 + index, *range(length)][:length]
-        requests.append(Request(f"r{index}", np.array(prompt, np.int32), SamplingParams(max_tokens)))
+        sampling = SamplingParams(
+            max_tokens,
+            stop=("stop",) if case.cut else (),
+            stop_token_ids=(1, 2, EOS)[index % 2 :] if case.stop_token else (),
+        )
+        requests.append(Request(f"r{index}", np.array(prompt, np.int32), sampling))
     return requests
 
 
@@ -253,7 +275,9 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
         else:
             turn.append(micro_batch)
     assert scheduler.finished and not scheduler.in_flight and scheduler.pages.all_free
-    check_answers(requests, ends, completions)
+    check_answers(requests, ends, completions, case.cut)
+    sampled = sum(len(completion.tokens) for completion in completions)
+    assert scheduler.output_tokens == sampled
     return scheduler, visits
 
 
@@ -301,13 +325,17 @@ def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
     assert prefixes.unread == (prefixes.held & (pages.readers == 0)).sum()
 
 
-def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion]) -> None:
+def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion], cut: int) -> None:
     """Every request is answered once, with what the fake model says without any batching."""
     assert sorted(c.request.custom_id for c in completions) == sorted(r.custom_id for r in requests)
     for completion in completions:
         request = completion.request
         output, reason = expected_output(request, ends[request.custom_id])
-        assert (completion.tokens.tolist(), completion.finish_reason) == (output, reason), request.custom_id
+        text = request.custom_id if cut and len(output) >= cut else None
+        if text is not None:
+            output, reason = output[:cut], "stop"
+        said = completion.tokens.tolist(), completion.finish_reason, completion.text
+        assert said == (output, reason, text), request.custom_id
 
 
 @st.composite
@@ -339,6 +367,8 @@ def cases(draw: Any) -> Case:
         common=tuple(draw(common)),
         share=draw(st.sampled_from([True, True, True, False])),
         grouped=draw(st.booleans()),
+        stop_token=draw(st.booleans()),
+        cut=draw(st.sampled_from([0, 0, 1, 3, 12])),
     )
 
 
@@ -387,6 +417,41 @@ def test_sequences_with_swap_pages_change_rounds_by_way_of_the_host_pool() -> No
     assert not counters.recomputed_tokens
     # Nobody is moved that the host pool does not take.
     assert not run(replace(case, height=0)).counters.suspensions
+
+
+class Unhurried(ThreadPoolExecutor):
+    """Does what it is given to do when somebody asks for the result."""
+
+    def submit(self, work: Any, /, *arguments: Any) -> Any:
+        return SimpleNamespace(result=cache(partial(work, *arguments)))
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_visits_do_not_depend_on_when_stop_strings_are_found(monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
+    """A sequence ends with its next sample, which is dropped: a visit each, and no more."""
+    case = Case([(6, 30, 0)] * 8, rounds=2, main=100, cut=5, drafts=drafts)
+    _, at_once = run_counted(case)
+    monkeypatch.setattr(sequences_module, "ThreadPoolExecutor", Unhurried)
+    assert run_counted(case)[1] == at_once
+    if not drafts:
+        _, by_length = run_counted(replace(case, prompts=[(6, 6, 0)] * 8, cut=0))
+        assert at_once == by_length
+
+
+def test_what_a_stop_string_cuts_off_leaves_no_trace() -> None:
+    """Neither the log-probabilities of what was sampled behind it, nor that nothing could be sampled there."""
+    case = Case([], rounds=1, cut=2)
+    sampling = SamplingParams(9, stop=("stop",), logprobs=0)
+    request = Request("r", np.array([1, 2], np.int32), sampling)
+    for late in (30, NO_TOKEN):
+        scheduler = case.scheduler(Source(deque([request])))
+        completions = []
+        for token in (10, 20, late):
+            scheduler.plan(0)
+            completions += scheduler.commit(0, VisitResult(np.array([token], np.int32), np.array([[token]], np.int32)))
+        (completion,) = completions
+        assert completion.tokens.tolist() == [10, 20] and completion.finish_reason == "stop"
+        assert completion.beside is not None and completion.beside.tolist() == [[10], [20]]
 
 
 def test_no_request_is_a_job_too() -> None:

@@ -73,9 +73,9 @@ def found(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str) -> tup
     request = Request("", prompt, SamplingParams(stop=stops))
     finder = StopFinder(Detokenizer(tokenizer(kind)))
     for count in range(1, len(tokens) + 1):
-        text = finder(request, tokens[:count])
-        if text is not None:
-            return count, text
+        (cut,) = finder([request], [tokens[:count]])
+        if cut is not None:
+            return cut
     return None
 
 
@@ -172,6 +172,11 @@ def test_an_answer_cut_within_a_character_ends_broken(kind: str) -> None:
     assert found(kind, prompt, tokens, "😀") == (len(tokens), text.rstrip(BROKEN))
 
 
+def test_a_stop_string_may_begin_in_the_prompt_s_last_character() -> None:
+    """A character of three bytes, of which the prompt has the first and no two together are one."""
+    assert found("bytelevel", ids(156), ids(94, 247), "࡙") == (2, "")
+
+
 def test_stop_strings_and_special_tokens() -> None:
     a, b, end, im_end = 264, 265, 2, 3
     # Tokens without text come between the parts of a stop string, however many
@@ -203,11 +208,20 @@ def test_a_stop_string_costs_a_few_tokens_for_each(kind: str) -> None:
     random = np.random.default_rng(0)
     for tokens in (random.integers(tokenizer(kind).vocab_size, size=2000), np.full(2000, 2), np.full(2000, 0xE2)):
         detokenizer, decoded = Detokenizer(tokenizer(kind)), []
-        decode = detokenizer.decode
-        detokenizer.decode = lambda some, decode=decode, decoded=decoded: decoded.append(len(some)) or decode(some)
+        decode, decode_batch = detokenizer.decode, detokenizer.decode_batch
+
+        def counted(some: list[int], decode: Any = decode, decoded: list[int] = decoded) -> Any:
+            decoded.append(len(some))
+            return decode(some)
+
+        def all_counted(some: list[list[int]], decode: Any = decode_batch, decoded: list[int] = decoded) -> Any:
+            decoded.extend(map(len, some))
+            return decode(some)
+
+        detokenizer.decode, detokenizer.decode_batch = counted, all_counted
         finder, request = StopFinder(detokenizer), Request("", ids(64), SamplingParams(stop=("never",)))
         for count in range(1, 2001):
-            assert finder(request, tokens[:count].astype(np.int32)) is None
+            assert finder([request], [tokens[:count].astype(np.int32)]) == [None]
         assert sum(decoded) < 40 * len(tokens)
 
 

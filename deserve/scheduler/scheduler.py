@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, Request, VisitPlan, VisitResult
+from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, VisitPlan, VisitResult
 from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
 from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
-from deserve.scheduler.sequences import Sequences, never
+from deserve.scheduler.sequences import CutFinder, Sequences, never
 from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
 
 NONE = np.zeros(0, np.int32)
@@ -49,13 +49,13 @@ class Scheduler:
         source: RequestSource,
         *,
         eos_ids: tuple[int, ...] = (),
-        stopped: Callable[[Request, IntArray], str | None] = never,
+        find_cuts: CutFinder = never,
         cycle_s: Callable[[int, int], float] | None = None,
         drafter: Drafter | None = None,
         share_prefixes: bool = False,
         grouped: bool = True,
     ):
-        """`stopped` gives an answer's text up to its first stop string, None where there is none yet.
+        """`find_cuts` finds stop strings, in a thread.
 
         `cycle_s` gives the seconds between two visits of a round, where so many rounds share so many sequences. Without
         it no round is closed early. With `share_prefixes`, pages that prompts have in common are computed and kept
@@ -64,7 +64,7 @@ class Scheduler:
         self._policy, self._layout = POLICIES[layout.policy], layout
         self._cycle_s, self._drafter = cycle_s, drafter
         self._visit_tokens = layout.visit_tokens or layout.max_batch_tokens
-        self.sequences = Sequences(layout.concurrency, eos_ids, stopped)
+        self.sequences = Sequences(layout.concurrency, eos_ids, find_cuts)
         self.pages = Pages(
             layout.main_pages,
             layout.swap_pages,
@@ -93,6 +93,11 @@ class Scheduler:
     def in_flight(self) -> int:
         """Sequences that have been admitted and not finished."""
         return self.sequences.in_flight
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of all answers so far, finished or not."""
+        return self.sequences.output_tokens
 
     @property
     def waiting(self) -> int:
@@ -144,11 +149,12 @@ class Scheduler:
         before = self.sequences.length[slots] if result.beside.size else None
         endings = self.sequences.append(slots, samples, result.tokens)
         if before is not None:
-            self._keep_beside(slots, samples, self.sequences.length[slots] - before, result.beside)
+            kept = np.maximum(0, self.sequences.length[slots] - before)
+            self._keep_beside(slots, samples, kept, result.beside)
         for ending in endings:
             request, output = self.sequences.request(ending.slot), self.sequences.output(ending.slot).copy()
             beside = self._beside.pop(ending.slot, None)
-            stacked = None if beside is None else np.stack(beside)
+            stacked = None if beside is None else np.stack(beside[: len(output)])
             cached = int(self.sequences.cached[ending.slot])
             completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached))
             self.pages.release(micro_batch, ending.slot)

@@ -1,6 +1,7 @@
 """The sequences in flight: their tokens, how far they are computed, and when they end."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
 
 Bools = NDArray[np.bool_]
+NO_STOP = np.iinfo(np.int32).min  # no token
 
 
 class Ending(NamedTuple):
@@ -24,9 +26,21 @@ class Ending(NamedTuple):
     text: str | None
 
 
-def never(request: Request, tokens: IntArray) -> str | None:
+class Cut(NamedTuple):
+    """Where a stop string ends an answer: after so many output tokens, and the text before it."""
+
+    tokens: int
+    text: str
+
+
+# Where the first stop string ends each request, given the outputs so far; None where there is none yet. May be called
+# from several threads, but never at the same time for one request, whose output only grows.
+CutFinder = Callable[[Sequence[Request], Sequence[IntArray]], list[Cut | None]]
+
+
+def never(requests: Sequence[Request], outputs: Sequence[IntArray]) -> list[Cut | None]:
     """No stop string ends an answer."""
-    return None
+    return [None] * len(requests)
 
 
 class Sequences:
@@ -35,18 +49,25 @@ class Sequences:
     A sequence has `length` tokens, prompt and output, of which the KV cache holds `computed`. If one is missing it
     decodes, if more are it prefills: a new prompt, or a sequence whose pages were taken. Draft tokens stand behind
     `length` while a visit verifies them.
+
+    A thread looks for stop strings while the next visits run. Its answer about a sequence is taken in with the
+    sequence's next sample, which is dropped if the stop string came before it. Never earlier: otherwise the visits of a
+    job would depend on the thread's speed. Sequences that end for another reason are searched at once.
     """
 
-    def __init__(self, slots: int, eos_ids: tuple[int, ...], stopped: Callable[[Request, IntArray], str | None]):
-        """`stopped` gives an answer's text up to its first stop string, None where there is none yet."""
+    def __init__(self, slots: int, eos_ids: tuple[int, ...], find_cuts: CutFinder):
         self._eos_ids = np.array(eos_ids, np.int32)
-        self._stopped = stopped
+        self._find_cuts = find_cuts
+        self._thread = ThreadPoolExecutor(1, "stop strings")
+        self._searches: dict[int, tuple[Future[list[Cut | None]], int]] = {}  # by slot, with its place in the result
+        self.output_tokens = 0  # so far, those of sequences that were removed too
         self._free = IdStack(np.arange(slots, dtype=np.int32))
         self._requests: list[Request | None] = [None] * slots
         self._tokens = np.zeros((slots, 64), np.int32)
         self.length, self.computed, self.end, self.age = np.zeros((4, slots), np.int64)
         self.cached = np.zeros(slots, np.int64)  # tokens that others had computed when the sequence was added
-        self._checked = np.zeros(slots, bool)  # has stop strings or tokens
+        self._checked = np.zeros(slots, bool)  # has stop strings
+        self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
         self._ignore_eos = np.zeros(slots, bool)
         self._added = 0
 
@@ -80,12 +101,19 @@ class Sequences:
         self.length[slot], self.computed[slot], self.cached[slot] = length, cached, cached
         self.end[slot] = length + request.sampling.max_tokens
         self.age[slot], self._added = self._added, self._added + 1
-        self._checked[slot] = bool(request.sampling.stop or request.sampling.stop_token_ids)
+        self._checked[slot] = bool(request.sampling.stop)
+        stop_tokens = request.sampling.stop_token_ids
+        more = len(stop_tokens) - self._stop_tokens.shape[1]
+        if more > 0:
+            self._stop_tokens = np.pad(self._stop_tokens, ((0, 0), (0, more)), constant_values=NO_STOP)
+        self._stop_tokens[slot] = NO_STOP
+        self._stop_tokens[slot, : len(stop_tokens)] = stop_tokens
         self._ignore_eos[slot] = request.sampling.ignore_eos
         return slot
 
     def remove(self, slot: int) -> None:
         """Free `slot`."""
+        self._searches.pop(slot, None)
         self._requests[slot] = None
         self._free.give(np.array([slot], np.int32))
 
@@ -120,27 +148,68 @@ class Sequences:
         if len(tokens) == len(slots):
             self._tokens = widen(self._tokens, int(length.max()) + 1)
             self._tokens[slots, length] = tokens
-            ended = np.isin(tokens, self._eos_ids) & ~self._ignore_eos[slots]
+            ended = self._ends(slots, tokens[:, None])[:, 0]
             failed = np.minimum(tokens, 0)
             kept = 1 - (failed < 0)  # and they are computed as far as they were: all but the new token
         else:
             kept, ended, failed = self._verify(slots, samples, tokens)
-        texts: dict[int, str] = {}
-        for row in np.flatnonzero(self._checked[slots]).tolist():
-            for count in range(1, int(kept[row]) + 1):
-                self.length[slots[row]] = length[row] + count
-                text = self._stopped(self.request(slots[row]), self.output(slots[row]))
-                if text is not None:
-                    texts[row], kept[row] = text, count
-                    ended[row], failed[row] = True, 0
-                    break
-        length = length + kept
-        self.length[slots] = length
-        done = ended | (failed < 0) | (length >= self.end[slots])
+        self.length[slots] = length + kept
+        done = ended | (failed < 0) | (self.length[slots] >= self.end[slots])
+        checked = self._checked[slots]
+        cuts = self._cuts(slots, done, np.flatnonzero(checked)) if checked.any() else {}
+        for row, cut in cuts.items():
+            self.length[slots[row]] = len(self.request(slots[row]).prompt) + cut.tokens
+            done[row], ended[row], failed[row] = True, True, 0
+        self.output_tokens += int((self.length[slots] - length).sum())
         return [
-            Ending(int(slots[row]), _reason(int(failed[row]), bool(ended[row])), texts.get(row))
+            Ending(
+                int(slots[row]),
+                _reason(int(failed[row]), bool(ended[row])),
+                cuts[row].text if row in cuts else None,
+            )
             for row in np.flatnonzero(done).tolist()
         ]
+
+    def _cuts(self, slots: IntArray, done: Bools, checked: Ints) -> dict[int, Cut]:
+        """The `checked` rows of `slots` [rows] that end at a stop string.
+
+        The thread searches the new tokens of those that are not `done` [rows].
+        """
+        cuts: dict[int, Cut] = {}
+        now: list[int] = []
+        later: list[int] = []
+        for row, slot in zip(checked.tolist(), slots[checked].tolist(), strict=True):
+            search, place = self._searches.pop(slot, (None, 0))
+            cut = search.result()[place] if search is not None else None
+            if cut is not None:
+                cuts[row] = cut
+            else:
+                (now if done[row] else later).append(row)
+        if now:
+            found = self._search(slots[now])()
+            cuts |= {row: cut for row, cut in zip(now, found, strict=True) if cut is not None}
+        if later:
+            search = self._thread.submit(self._search(slots[later]))
+            self._searches |= {slot: (search, place) for place, slot in enumerate(slots[later].tolist())}
+        return cuts
+
+    def _search(self, slots: IntArray) -> Callable[[], list[Cut | None]]:
+        """A search for stop strings in the outputs that `slots` [rows] have now, for any thread to run."""
+        table, ends = self._tokens, self.length[slots].tolist()  # what is in the table before `ends` stays as it is
+        requests = [self.request(slot) for slot in slots.tolist()]
+
+        def search() -> list[Cut | None]:
+            rows = zip(slots.tolist(), requests, ends, strict=True)
+            return self._find_cuts(requests, [table[slot, len(request.prompt) : end] for slot, request, end in rows])
+
+        return search
+
+    def _ends(self, slots: IntArray, tokens: IntArray) -> Bools:
+        """Whether each of `tokens` [rows, n] of `slots` [rows] is one that ends its answer."""
+        ends = np.isin(tokens, self._eos_ids) & ~self._ignore_eos[slots, None]
+        if self._stop_tokens.shape[1]:
+            ends |= (tokens[:, :, None] == self._stop_tokens[slots, None]).any(-1)
+        return ends
 
     def _verify(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> tuple[Ints, Bools, IntArray]:
         """Put what was sampled for `slots` [rows] in place.
@@ -157,7 +226,7 @@ class Sequences:
         kept = np.minimum(1 + np.logical_and.accumulate(right, 1).sum(1), self.end[slots] - length[:, 0])
         counts = nth < kept[:, None]
         none = (drawn < 0) & counts
-        last = none | (np.isin(drawn, self._eos_ids) & ~self._ignore_eos[slots, None] & counts)
+        last = none | (self._ends(slots, drawn) & counts)
         kept = np.where(last.max(1), last.argmax(1) + 1, kept)
         failed = np.minimum(drawn[np.arange(len(slots)), kept - 1], 0)
         ended = last.max(1) & (failed == 0)
