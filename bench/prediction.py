@@ -32,6 +32,7 @@ COMMON = ["device=cpu", "sampling.ignore_eos=true", "sampling.temperature=0", "o
 SETTINGS: list[tuple[int, str, int, str]] = [
     (1, "fixed2048:64:0", 64, "model=tiny"),
     (1, "fixed96:64:0", 48, ""),
+    (1, "fixed300:420:0", 16, "workload.shared_tokens=400"),
     (2, "fixed4096:64:0", 64, "model=tiny"),
     (2, "fixed4096:64:0", 64, "model=tiny network.latency_ms=20"),
     (2, "fixed1024:64:0", 64, "model=tiny network.latency_ms=20 pipeline.rounds=2"),

@@ -117,6 +117,14 @@ class Request:
     choice: int = 0
 
 
+def shared_tokens(one: IntArray, other: IntArray) -> int:
+    """The tokens that two prompts begin with alike."""
+    length = min(len(one), len(other))
+    differ = one[:length] != other[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length
+
+
 @dataclass(frozen=True)
 class Completion:
     """The outcome of a request: its output tokens and the OpenAI `finish_reason`, `stop` or `length`.

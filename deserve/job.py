@@ -111,7 +111,7 @@ class Job:
         most = replace(begin, tokens=plan.max_batch_tokens)
         by_knob = {"policy": pipeline.policy, "tokens": pipeline.max_batch_tokens, "rows": pipeline.micro_batch_size}
         knobs = tuple(knob for knob, stated in by_knob.items() if stated == "auto" and pipeline.tune)
-        return Tuner(begin, most, knobs, PLANNED_POLICIES, self._lengths.count)
+        return Tuner(begin, most, knobs, PLANNED_POLICIES, self._lengths.sequences)
 
     def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
         """As many of `items` as were counted at the start; what is appended meanwhile is for the next start."""
@@ -194,7 +194,7 @@ class Job:
             count=count,
             mean_prompt=sum(prompts) / len(sizes),
             mean_output=sum(answers) / len(sizes),
-            sizes=sizes if len(sizes) == count else (),
+            sizes=sizes if len(sizes) == round(count * self._lengths.answers) else (),
         )
         return simulate(plan, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
 

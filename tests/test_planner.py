@@ -203,6 +203,50 @@ def test_the_load_of_a_visit_is_what_the_scheduler_put_into_it() -> None:
     assert run.done[-1][0] == 2  # what no pages can hold is refused
 
 
+@pytest.mark.parametrize("grain", [1, 4])
+def test_shared_tokens_cost_neither_work_nor_pages(grain: int) -> None:
+    """Ten groups of 16 prompts of 72 tokens, of which 64 are the group's: 64 + 16 * 8 tokens for each are computed."""
+    prefills = 0.0
+
+    class Observed(Simulation):
+        def travel(self, m: int, load: VisitLoad) -> None:
+            nonlocal prefills
+            prefills += grain * load.prefills
+            super().travel(m, load)
+
+    grouped = replace(lengths(160, prompt=72), shared=64.0, readers=16.0)
+    # Pages for 16 sequences and two stems; nine would fit without sharing.
+    made = plan(2, 2, 8, main_pages=64, max_batch_tokens=128)
+    run = Observed(made, [(72, 33)] * 160, machine(2), LAYERS, grain, grouped)
+    run.run(10**9)
+    assert prefills == 10 * (64 + 16 * 8) and run.most_in_flight == 16
+    assert grouped.mean_computed == 8 + 64 / 16
+    apart = Simulation(made, [(72, 33)] * 160, machine(2), LAYERS, grain)
+    apart.run(10**9)
+    assert apart.most_in_flight < 10
+
+
+def test_shared_pages_are_read_once_on_a_cpu() -> None:
+    """Of 64 rows with 64 shared tokens: as a matrix product, by what a pair of tokens takes."""
+    times = StageTimes(Cost(kv_s=1e-6, pair_s=1e-9))
+    shared = replace(lengths(64, prompt=72, output=2), shared=64.0)
+    seconds = []
+    for requests, ahead in ((shared, False), (shared, True)):
+        on = replace(machine(1), stages=(replace(times, ahead=ahead),))
+        seconds.append(simulated(plan(1, 1, 64, max_batch_tokens=10_000), requests, on).seconds)
+    assert seconds[1] - seconds[0] == pytest.approx(LAYERS * 63 * 64 * (1e-6 - 1e-9), rel=0.01)
+
+
+def test_a_plan_holds_as_many_sequences_as_share_its_pages() -> None:
+    requests = lengths(4096, prompt=256)
+    made, shared = (
+        chosen(each, machine(2, 20), "kvcache.gpu_memory_gb=0.002", "kvcache.swap_pages=0")
+        for each in (requests, replace(requests, shared=240.0))
+    )
+    assert shared.concurrency > 3 * made.concurrency
+    assert shared.predicted is not None and made.predicted is not None and shared.predicted > 3 * made.predicted
+
+
 def test_the_tail_begins_when_most_sequences_have_ended() -> None:
     uneven = simulated(plan(1, 1, 4), mixed([(16, 10)] * 3 + [(16, 40)]), machine(1))
     assert uneven.tail == pytest.approx(0.75, abs=0.05)

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scheduler import Case, Source, requests_of, run
 
-from deserve.batch import IntArray, Request, SamplingParams, VisitResult
+from deserve.batch import IntArray, Request, SamplingParams, VisitResult, shared_tokens
 from deserve.layout import Layout
 from deserve.scheduler.pages import Pages
-from deserve.scheduler.prefixes import Chain, shared_tokens
+from deserve.scheduler.prefixes import Chain
 from deserve.scheduler.scheduler import Scheduler
 from deserve.scheduler.window import Window
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -35,6 +36,7 @@ from deserve.workload.schema import (
     Tool,
     ToolCall,
 )
+from deserve.workload.sharing import sharing
 
 LIMITS = Limits(vocab_size=256, max_context=100)
 
@@ -627,6 +629,52 @@ def test_peek_knows_every_request_of_a_small_file(tmp_path: Path) -> None:
     assert lengths.sizes == ((3, 5), (1, 9)) and not lengths.exact
     assert peek_lengths(configure(path, ignore_eos=True), Bytes(), LIMITS).exact
     assert not peek_lengths(configure(path), Bytes(), LIMITS, sample=1).sizes
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9).map(np.int32), min_size=1, max_size=12))
+def test_what_prompts_share(prompts: list[np.ndarray]) -> None:
+    """Tokens in pages that others begin with, too, and how many of these there are."""
+    page, counts = 2, Counter[bytes]()
+    pages = [[prompt[:end].tobytes() for end in range(page, len(prompt) + 1, page)] for prompt in prompts]
+    for own in pages:
+        counts.update(own)
+    read = [
+        [chain for chain in own[: (len(prompt) - 1) // page] if counts[chain] > 1]
+        for own, prompt in zip(pages, prompts, strict=True)
+    ]
+    shared, readers = sharing([prompts], page)
+    assert shared == pytest.approx(page * sum(map(len, read)) / len(prompts))
+    distinct = len({chain for own in read for chain in own})
+    # Of a chain's pages, those that only a prompt's last token keeps it from reading are computed by it anyway.
+    assert readers >= (sum(map(len, read)) / distinct if distinct else math.inf) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_peek_finds_what_prompts_share_wherever_they_stand(tmp_path: Path, shuffled: bool) -> None:
+    """A system prompt of 32 bytes, 30 documents of 32, 20 questions of 8 about each; a page holds 16."""
+    prompts = [f"{'s' * 32}{document:032}{question:08}" for document in range(30) for question in range(20)]
+    if shuffled:
+        np.random.default_rng(0).shuffle(prompts)
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"custom_id": p[::-1], "prompt": p}) + "\n" for p in prompts))
+    config = configure(path)
+    lengths = peek_lengths(config, Bytes(), LIMITS)
+    assert lengths.shared == 64
+    assert lengths.mean_computed == pytest.approx(8 + 32 / 20, rel=0.2)
+    config.kvcache.share_prefixes = False
+    assert peek_lengths(config, Bytes(), LIMITS).mean_computed == 72
+    path.write_text(json.dumps({"prompt": prompts[0], "n": 4}) + "\n")
+    config.kvcache.share_prefixes = True
+    lengths = peek_lengths(config, Bytes(), LIMITS)
+    assert (lengths.count, lengths.sequences, lengths.sizes) == (1, 4, ((72, 16),) * 4)
+    assert (lengths.shared, lengths.readers) == (64, 4)
+
+
+def test_peek_knows_what_synthetic_prompts_share() -> None:
+    config = configure("fixed9:60:0")
+    config.workload.shared_tokens = 40
+    assert peek_lengths(config, None, LIMITS).shared == 32
+    assert peek_lengths(config, None, LIMITS).mean_computed == 28
 
 
 def test_the_sample_file() -> None:

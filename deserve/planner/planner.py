@@ -23,7 +23,7 @@ from deserve.kvcache.buddy import pool_pages
 from deserve.layout import Layout, Shard, parse_partition, slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import parameter_bytes
-from deserve.planner.simulator import Outcome, simulate
+from deserve.planner.simulator import Outcome, read_once, simulate
 from deserve.planner.times import Machine, StageTimes, VisitLoad
 from deserve.workload import Lengths
 
@@ -108,9 +108,10 @@ class _Search:
         self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
         self._limit = 10**9 if config.workload.concurrency == "auto" else config.workload.concurrency
-        self._count = ENDLESS if lengths.count is None else max(1, lengths.count)
-        # Sequences of all ages together hold less than each will at its end.
-        self._mean_pages = max(1.0, (self._prompt + self._output / 2) / config.kvcache.page_size)
+        self._computed = max(1.0, lengths.mean_computed)
+        self._count = ENDLESS if lengths.sequences is None else max(1, lengths.sequences)
+        # Sequences of all ages together hold less than each will at its end; readers divide what they share.
+        self._mean_pages = max(1.0, (self._computed + self._output / 2) / config.kvcache.page_size)
         stated = config.pipeline.max_batch_tokens
         self._budgets = machine.budgets if stated == "auto" else (int(stated),)
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
@@ -279,7 +280,7 @@ class _Search:
         if self._config.pipeline.micro_batch_size != "auto":
             return [self._config.pipeline.micro_batch_size]
         pages = self._main_pages(partition, rounds, swap, tokens) / rounds + swap
-        young = 1 + (self._prompt + self._output / 8) / self._config.kvcache.page_size
+        young = 1 + (self._computed + self._output / 8) / self._config.kvcache.page_size
         return [max(1, int(pages / each)) for each in (self._mean_pages, young)]
 
     def _swaps(self, policy: str, partition: tuple[int, ...], rounds: int, size: int, tokens: int) -> list[int]:
@@ -442,8 +443,14 @@ class _Search:
     # -- the arithmetic
 
     def _decode(self, rows: float) -> VisitLoad:
-        """A visit in which `rows` sequences, half way through their answers, get a token each."""
-        return VisitLoad(rows, rows * (self._prompt + self._output / 2), sampled=rows)
+        """A visit of `rows` sequences that decode."""
+        return self._load(rows, rows)
+
+    def _load(self, rows: float, sampled: float, prefills: float = 0.0, pairs: float = 0.0) -> VisitLoad:
+        """A visit in which `rows` sequences, half way through their answers, get a token each, beside prompt tokens."""
+        again = read_once(self._machine, self._lengths, self._config.kvcache.page_size, rows)
+        context = self._prompt + self._output / 2
+        return VisitLoad(rows, rows * context - again, prefills, pairs + again, sampled)
 
     def _kinds(self, policy: str, rows: float, mixes: bool, budget: int) -> list[tuple[float, VisitLoad]]:
         """The visits that take a micro-batch of `rows` from prompts to the ends of answers, as numbers of each kind.
@@ -451,16 +458,15 @@ class _Search:
         A visit has `budget` tokens. `decode_first` spreads prompts over the answers of others, if it `mixes` the two;
         otherwise one is done, then the other.
         """
-        context = self._prompt + self._output / 2
-        prompts, answers = rows * self._prompt, rows * (self._output - 1)
+        prompts, answers = rows * self._computed, rows * (self._output - 1)
         if policy == "decode_first" and mixes:
             visits = max(self._output, (prompts + answers) / budget)
             n, p = answers / visits, prompts / visits
-            return [(visits, VisitLoad(n, n * context, p, p * self._prompt, rows / visits + n))]
-        fills = max(1.0, prompts / (min(budget, self._prompt) if policy == "vanilla" else budget))
+            return [(visits, self._load(n, rows / visits + n, p, p * self._prompt))]
+        fills = max(1.0, prompts / (min(budget, self._computed) if policy == "vanilla" else budget))
         p, n = prompts / fills, min(rows, budget)
-        kinds = [(fills, VisitLoad(0, 0, p, p * min(self._prompt, budget), rows / fills))]
-        return [*kinds, (answers / n, VisitLoad(n, n * context, sampled=n))] if answers else kinds
+        kinds = [(fills, VisitLoad(0, 0, p, p * min(self._prompt, self._lengths.shared + budget), rows / fills))]
+        return [*kinds, (answers / n, self._load(n, n))] if answers else kinds
 
     def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, int, bool, bool, int]]:
         """Ranks that are alike, once: their times and layers, whether first, whether last, and how many they are."""

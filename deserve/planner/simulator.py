@@ -9,6 +9,7 @@ import numpy as np
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
 from deserve.layout import Layout
+from deserve.model.backend.torch import SHARED_PAGES
 from deserve.planner.cycle import cycle_times
 from deserve.planner.times import Machine, StageTimes, VisitLoad
 from deserve.scheduler.scheduler import Scheduler
@@ -47,14 +48,14 @@ def simulate(
     one that has not ended even so after twice as many is taken to go on as it began.
     """
     wave = plan.concurrency
-    count = lengths.count if lengths.count is not None else 10 * wave
+    count = lengths.sequences or 10 * wave
     simulated = count if count <= (waves + 1) * wave or lengths.sizes else waves * wave + count % wave
     usual_size = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
     sizes = lengths.sizes or list(repeat(usual_size, simulated))
     output = sum(answer for _, answer in lengths.sizes) or count * usual_size[1]
     visits = plan.rounds * simulated / wave * usual_size[1]
     grain = _grain(plan, min((answer for _, answer in sizes), default=1), visits / most_visits)
-    run = Simulation(plan, sizes, machine, layers, grain)
+    run = Simulation(plan, sizes, machine, layers, grain, lengths)
     run.run(2 * most_visits)
     between = 0.0
     if not run.scheduler.finished:
@@ -67,6 +68,12 @@ def simulate(
     tail = run.tail_s / (elapsed + between)
     seconds = grain * (elapsed + between)
     return Outcome(seconds, output, busy, run.visits, run.scheduler.counters.suspensions, tail)
+
+
+def read_once(machine: Machine, lengths: Lengths, page_size: int, rows: float) -> float:
+    """Tokens that `rows` decode rows share with others of them, where attention does not read these for each row."""
+    again = lengths.read_again(rows)
+    return again if again >= SHARED_PAGES * page_size and not machine.stages[0].ahead else 0.0
 
 
 def _grain(plan: Layout, answer: int, wanted: float) -> int:
@@ -87,15 +94,28 @@ class Simulation:
     """
 
     def __init__(
-        self, plan: Layout, sizes: Iterable[tuple[int, int]], machine: Machine, layers: int, grain: int = 1
+        self,
+        plan: Layout,
+        sizes: Iterable[tuple[int, int]],
+        machine: Machine,
+        layers: int,
+        grain: int = 1,
+        sharing: Lengths | None = None,
     ) -> None:
-        self.plan, self.machine, self.grain = plan, machine, grain
+        """`sharing` says what the prompts have in common; without it, nothing."""
+        self.plan, self.machine, self.grain, self.sharing = plan, machine, grain, sharing
         reach = (plan.main_pages + plan.swap_pages) * plan.page_size
         fitting = [size for size in sizes if sum(size) - 1 <= reach]  # a run refuses the others
-        self.requests = Requests((-(-prompt // grain), 1 + round((answer - 1) / grain)) for prompt, answer in fitting)
+        pages = 0 if sharing is None else round(sharing.shared / plan.page_size)
+        self.requests = Requests(
+            ((-(-prompt // grain), 1 + round((answer - 1) / grain)) for prompt, answer in fitting),
+            pages * plan.page_size // grain,
+            math.inf if sharing is None else sharing.readers,
+        )
         context = sum(map(sum, fitting)) / max(1, len(fitting))
         layout = replace(plan, page_size=plan.page_size // grain)
-        self.scheduler = Scheduler(layout, self.requests, cycle_s=cycle_times(plan, machine, layers, context))
+        cycle_s = cycle_times(plan, machine, layers, context)
+        self.scheduler = Scheduler(layout, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, grouped=False)
         self.visits = self.sampled = 0
         self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
         self.now = self.tail_s = 0.0
@@ -151,11 +171,12 @@ class Simulation:
         if plan.admissions:  # a prompt of one token
             decoding &= ~np.isin(plan.slots, [admission[0] for admission in plan.admissions])
         decodes, prompts = int(np.count_nonzero(decoding)), new[~decoding]
+        again = 0.0 if self.sharing is None else read_once(self.machine, self.sharing, self.plan.page_size, decodes)
         return VisitLoad(
             decodes=decodes,
-            decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2),
+            decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2) - again,
             prefills=int(prompts.sum()),
-            pairs=float(grain * (prompts * (context[~decoding] + prompts)).sum()),
+            pairs=float(grain * (prompts * (context[~decoding] + prompts)).sum()) + again,
             sampled=decodes + (plan.sampled - decodes) / grain,
             swapped=swapped,
             moved=(len(plan.stash) + len(plan.restore)) / grain,
@@ -184,17 +205,24 @@ class Simulation:
 
 
 class Requests:
-    """A source of requests of the given lengths, prompt and answer."""
+    """A source of requests of the given lengths, prompt and answer.
 
-    def __init__(self, sizes: Iterable[tuple[int, int]]):
+    So many in a row as are `readers` begin with the same `shared` tokens.
+    """
+
+    def __init__(self, sizes: Iterable[tuple[int, int]], shared: int = 0, readers: float = math.inf):
         self._left = list(sizes)[::-1]
+        self._shared, self._readers, self._polled = shared, readers, 0
 
     def poll(self) -> Request | None:
         """The next request; None once there is none."""
         if not self._left:
             return None
-        prompt, answer = self._left.pop()
-        return Request("", np.zeros(prompt, np.int32), SamplingParams(max_tokens=answer, ignore_eos=True))
+        length, answer = self._left.pop()
+        prompt = np.full(length, 2 * self._polled + 1, np.int32)
+        prompt[: self._shared] = 2 * (self._polled // self._readers)
+        self._polled += 1
+        return Request("", prompt, SamplingParams(max_tokens=answer, ignore_eos=True))
 
     @property
     def exhausted(self) -> bool:

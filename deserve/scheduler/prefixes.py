@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from deserve.batch import IntArray, Ints
+from deserve.batch import IntArray
 
 
 class Chain:
@@ -141,11 +141,3 @@ class Prefixes:
         pages = self.evict(self.unread)
         self.evicted = evicted
         return pages
-
-
-def shared_tokens(one: Ints, other: Ints) -> int:
-    """The tokens that two prompts begin with alike."""
-    length = min(len(one), len(other))
-    differ = one[:length] != other[:length]
-    first = int(differ.argmax()) if length else 0
-    return first if length and differ[first] else length

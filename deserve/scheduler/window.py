@@ -6,8 +6,8 @@ from itertools import islice
 from operator import itemgetter
 from typing import Protocol
 
-from deserve.batch import IntArray, Request
-from deserve.scheduler.prefixes import Chain, shared_tokens
+from deserve.batch import IntArray, Request, shared_tokens
+from deserve.scheduler.prefixes import Chain
 
 SIZE = 4096  # requests that wait in the window, where as many are ready
 GROUPS = 8  # prefixes whose readers are admitted side by side

@@ -1,5 +1,6 @@
 """What a workload is made of, and what it must know of the model that will answer it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -82,8 +83,11 @@ class Lengths:
 
     `mean_output` is the mean of what the requests allow (`max_tokens`), `max_total` the largest prompt plus
     `max_tokens`. All but a synthetic workload's are taken from a sample, so a later request may be longer.
-    `sizes` holds prompt and `max_tokens` of every request, where the sample is the whole. `exact`: no answer can end
+    `sizes` holds prompt and `max_tokens` of every sequence, where the sample is the whole. `exact`: no answer can end
     before its `max_tokens`.
+
+    A request asks for `answers` sequences (`n`); all means are over sequences. `shared`: the first tokens of a prompt,
+    in whole pages, that `readers` sequences begin with.
     """
 
     count: int | None
@@ -93,3 +97,20 @@ class Lengths:
     max_prompt: int
     sizes: tuple[tuple[int, int], ...] = ()
     exact: bool = True
+    answers: float = 1.0
+    shared: float = 0.0
+    readers: float = math.inf
+
+    @property
+    def sequences(self) -> int | None:
+        """Answers that the requests ask for."""
+        return None if self.count is None else round(self.count * self.answers)
+
+    @property
+    def mean_computed(self) -> float:
+        """Tokens of a prompt that are computed if those it shares are computed once for all readers."""
+        return self.mean_prompt - self.shared * (1 - 1 / self.readers)
+
+    def read_again(self, rows: float) -> float:
+        """Shared tokens that `rows` sequences side by side read, beyond one copy of each."""
+        return self.shared * max(0.0, rows - max(1.0, rows / self.readers))

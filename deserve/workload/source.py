@@ -1,13 +1,14 @@
 """`workload.source`: what it names, opened, and the lengths of what lies in it."""
 
+import math
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypeVar
 
-from deserve.batch import Request, SamplingParams
+from deserve.batch import IntArray, Request, SamplingParams
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.workload import batch_file, dialogues
@@ -15,7 +16,8 @@ from deserve.workload.fixed import Fixed
 from deserve.workload.intake import Intake
 from deserve.workload.item import Item, Lengths, Limits, ModelNames, Rejected, Tokenizer
 from deserve.workload.records import data_files
-from deserve.workload.sampling import default_sampling
+from deserve.workload.sampling import choices, default_sampling
+from deserve.workload.sharing import alike, sharing
 
 T = TypeVar("T")
 
@@ -62,18 +64,27 @@ def peek_lengths(
     source = config.workload.source
     path = _batch_file(source)
     count: int | None = None
+    page_size = config.kvcache.page_size
+    runs: list[list[Item]] = []
     if path is not None:
         most = config.workload.max_line_mb
         count = sum(1 for _ in islice(batch_file.lines(path, most), limit))
         reader = batch_file.BatchFile(_intake(config, tokenizer, limits, defaults, Counter()), most)
         step = max(1, -(-count // sample))
         items = [reader.item(*line) for line in islice(batch_file.lines(path, most), 0, limit, step)]
+        if step > 1 and config.kvcache.share_prefixes:
+            near = alike(islice(batch_file.lines(path, most), limit), sample)
+            wanted = {number for run in near for number in run}
+            found = {line[0]: reader.item(*line) for line in batch_file.lines(path, most) if line[0] in wanted}
+            runs = [[found[number] for number in run] for run in near]
     elif source in dialogues.SOURCES:
         items = list(islice(open_workload(config, tokenizer, limits, defaults), sample))
     else:
         fixed = Fixed.parse(source, config.workload.shared_tokens)
         fixed.check_fits(limits, defaults.max_tokens)
-        return replace(fixed.lengths(limits, defaults.max_tokens, limit), exact=runs_full(defaults))
+        lengths = replace(fixed.lengths(limits, defaults.max_tokens, limit), exact=runs_full(defaults))
+        pages = fixed.shared // page_size if config.kvcache.share_prefixes else 0
+        return replace(lengths, shared=float(pages * page_size))
     requests = [item for item in items if isinstance(item, Request)]
     refused = [item for item in items if isinstance(item, Rejected)]
     if refused and not requests and all(item.code in CAUSED_BY_THE_JOB for item in refused):
@@ -81,8 +92,12 @@ def peek_lengths(
             f"workload.source={source}: none of the {len(refused)} requests looked at can be answered: "
             f"{refused[0].message}"
         )
-    sizes = [(len(request.prompt), request.sampling.max_tokens) for request in requests]
-    whole = bool(sizes) and len(sizes) == count
+    sequences = [sequence for request in requests for sequence in choices(request)]
+    sizes = [(len(request.prompt), request.sampling.max_tokens) for request in sequences]
+    whole = bool(sizes) and len(requests) == count
+    shared, readers = 0.0, math.inf
+    if config.kvcache.share_prefixes:
+        shared, readers = sharing([_prompts(run) for run in runs or [items]], page_size)
     sizes = sizes or [(1, min(defaults.max_tokens, limits.max_context - 1))]
     prompts, outputs = zip(*sizes, strict=True)
     return Lengths(
@@ -93,7 +108,15 @@ def peek_lengths(
         max_prompt=max(prompts),
         sizes=tuple(sizes) if whole else (),
         exact=all(runs_full(request.sampling) for request in requests),
+        answers=len(sequences) / max(1, len(requests)),
+        shared=shared,
+        readers=readers,
     )
+
+
+def _prompts(items: Iterable[Item]) -> list[IntArray]:
+    """The prompt of each sequence that `items` ask for."""
+    return [sequence.prompt for item in items if isinstance(item, Request) for sequence in choices(item)]
 
 
 def runs_full(sampling: SamplingParams) -> bool:
