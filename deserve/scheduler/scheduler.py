@@ -154,7 +154,7 @@ class Scheduler:
         for ending in endings:
             request, output = self.sequences.request(ending.slot), self.sequences.output(ending.slot).copy()
             beside = self._beside.pop(ending.slot, None)
-            stacked = None if beside is None else np.stack(beside[: len(output)])
+            stacked = None if beside is None else np.concatenate(beside)[: len(output)]
             cached = int(self.sequences.cached[ending.slot])
             completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached))
             self.pages.release(micro_batch, ending.slot)
@@ -164,14 +164,14 @@ class Scheduler:
 
     def _keep_beside(self, slots: IntArray, samples: IntArray, kept: Ints, beside: IntArray) -> None:
         """Note the log-probabilities of the first `kept` [rows] of the `samples` [rows] tokens of `slots` [rows]."""
-        begin = np.cumsum(samples) - samples
-        for row, slot in enumerate(slots.tolist()):
-            logprobs = self.sequences.request(slot).sampling.logprobs
-            if logprobs is not None:
-                words = beside[begin[row] : begin[row] + kept[row]]
-                top = (beside.shape[1] - 1) // 2
-                own = [0, *range(1, 1 + logprobs), *range(1 + top, 1 + top + logprobs)]
-                self._beside.setdefault(slot, []).extend(words[:, own].copy())
+        begin, top = np.cumsum(samples) - samples, (beside.shape[1] - 1) // 2
+        wanted = self.sequences.logprobs[slots]
+        for logprobs in np.unique(wanted[wanted >= 0]).tolist():
+            rows = np.flatnonzero(wanted == logprobs)
+            words = beside[:, [0, *range(1, 1 + logprobs), *range(1 + top, 1 + top + logprobs)]]
+            spans = zip(slots[rows].tolist(), begin[rows].tolist(), kept[rows].tolist(), strict=True)
+            for slot, at, count in spans:
+                self._beside.setdefault(slot, []).append(words[at : at + count])
 
     def plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The next visit of `micro_batch`: what all ranks do, and the token ids that rank 0 embeds."""
