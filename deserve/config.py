@@ -68,6 +68,7 @@ class NetworkSection:
 class CommSection:
     """How ranks reach each other."""
 
+    activations: str = "auto"  # auto: hidden states as they are; fp8: coded between hosts
     backend: str = "auto"  # nccl between GPUs of a host, gloo between hosts; or one of them for all
     timeout_s: float = 60.0  # a rank silent for longer is given up
 
@@ -253,6 +254,7 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     if config.model.quantise is not None:
         _one_of("model.quantise", config.model.quantise, tuple(FORMS))
+    _one_of("comm.activations", config.comm.activations, ("auto", "fp8"))
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))
     _one_of("workload.reasoning", config.workload.reasoning, ("auto", "keep", "split"))

@@ -26,7 +26,7 @@ class Layout:
     `partition` holds the first layer of each rank; `concurrency` the sequences in flight; pages count per rank.
     Buffers and graphs are made for visits of `max_batch_tokens`; the first visits have `visit_tokens` at most.
     `predicted` is output tokens/s, None for a job too small to tell, and `bound` the resource that keeps it from being
-    more.
+    more; `hint` says what a setting that is never planned would bring there.
     """
 
     partition: tuple[int, ...]
@@ -43,6 +43,7 @@ class Layout:
     bound: str = ""
     why: str = ""  # one sentence behind `bound`
     stage_s: tuple[float, ...] = ()  # seconds of a full decode visit, by rank
+    hint: str = ""
     visit_tokens: int = 0  # 0: as many as max_batch_tokens
 
     def shard(self, rank: int, layers: int) -> Shard:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from deserve.comm.coding import coded_bytes
 from deserve.comm.world import World
 from deserve.config import Config, compose_config, in_range
 from deserve.errors import UserError
@@ -77,6 +78,8 @@ def plan(config: PlanConfig) -> str:
         hidden_bytes=model.hidden_size * dtype.itemsize,
         page_bytes=config.kvcache.page_size * model.kv_spec(dtype).token_bytes,
         budgets=budgets,
+        coded_bytes=coded_bytes(model.hidden_size),
+        coded=config.comm.activations == "fp8",
     )
     begin = time.perf_counter()
     chosen = choose_plan(config, model, dtype, lengths, machine)

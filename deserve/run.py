@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from deserve import __version__
-from deserve.comm.network import require_one_host
+from deserve.comm.network import require_far_links, require_one_host
 from deserve.comm.ring import connect
 from deserve.comm.world import World
 from deserve.config import Config, as_dict, load_config
@@ -42,6 +42,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     """The job of `run`, ended early by `stop`."""
     with world.step("device"):
         require_one_host(config.network, world.hosts)
+        require_far_links(config, world.hosts)
         device = set_up_device(config, world)
     with world.step("model"):
         checkpoint = resolve(config.model)
@@ -64,8 +65,7 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
     layout = Layout.from_json(world.share("plan", chosen))
     with world.step("load"):
         stage = load_stage(checkpoint, layout, layout.shard(world.rank, checkpoint.config.num_layers), dtype, device)
-    hidden_bytes = checkpoint.config.hidden_size * dtype.itemsize
-    links = connect(world, config, layout, hidden_bytes, device)
+    links = connect(world, config, layout, checkpoint.config.hidden_size, dtype, device)
     timeline = Timeline(config.trace, device)
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = None

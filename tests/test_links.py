@@ -7,22 +7,26 @@ latency, or one transfer, from two: other programs may hold a process up. A cloc
 import json
 import queue
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from launch import torchrun
 from link_worker import LATENCY_MS, SHARED
 
 from deserve.comm import nccl, outbox
+from deserve.comm.coding import coded_bytes, decode, encode
 from deserve.comm.host import Host
 from deserve.comm.link import Loopback, Receiver, Sender, frame, unframe
 from deserve.comm.nccl import NcclReceiver, NcclSender
-from deserve.comm.network import Wire, hold_until, require_one_host
+from deserve.comm.network import Wire, far_links, hold_until, require_far_links, require_one_host
 from deserve.comm.outbox import Outbox
-from deserve.config import NetworkSection
+from deserve.config import NetworkSection, load_config
 from deserve.errors import LinkError, UserError
 
 
@@ -97,6 +101,41 @@ def test_a_network_between_hosts_is_not_simulated() -> None:
     for network in (NetworkSection(latency_ms=64), NetworkSection(bandwidth_mbps=100)):
         with pytest.raises(UserError, match=r"network\.latency_ms.*2 hosts \(near, far\)"):
             require_one_host(network, [here, there, there])
+
+
+def test_only_links_between_hosts_are_coded() -> None:
+    here, there = Host("boot 1", "near"), Host("boot 2", "far")
+    assert far_links(NetworkSection(), [here, here, there]) == [False, True, True]
+    assert far_links(NetworkSection(latency_ms=1), [here] * 3) == [True] * 3  # it stands for a network between hosts
+    config = load_config(["comm.activations=fp8"])
+    require_far_links(config, [here, there])
+    require_far_links(replace(config, network=NetworkSection(bandwidth_mbps=20)), [here, here])
+    require_far_links(load_config([]), [here])
+    for hosts, words in (([here], "one rank"), ([here, here], "all 2 ranks are on near")):
+        with pytest.raises(UserError, match=rf"comm\.activations=fp8 .*{words}"):
+            require_far_links(config, hosts)
+
+
+@given(data=st.data())
+def test_coded_hidden_states_keep_their_first_three_bits(data: st.DataObject) -> None:
+    """Relative to each element, or to the largest of its token where that is much larger."""
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    numbers = st.floats(width=16 if dtype == torch.float16 else 32) | st.sampled_from([0.0, 1e-30, 1e-42, 3e38])
+    rows = data.draw(st.lists(st.lists(numbers, min_size=5, max_size=5), min_size=1, max_size=4))
+    x = torch.tensor(rows, dtype=torch.float64).to(dtype)
+    payload = encode(x)
+    assert payload.dtype == torch.uint8 and len(payload) == len(rows) * coded_bytes(5)
+    decoded = decode(payload, 5, dtype)
+    finite = x.isfinite().all(1)
+    assert decoded[~finite].isnan().all()
+    exact, largest = x[finite].double(), x[finite].double().abs().amax(1, keepdim=True)
+    off = (decoded[finite].double() - exact).abs()
+    eps = torch.finfo(dtype)
+    # Half of the last of three bits; below e4m3's normal numbers, half of the smallest one.
+    allowed = exact.abs() / 2**4 + largest / 448 / 2**10 + eps.eps * exact.abs() + eps.tiny
+    assert (off <= allowed).all()
+    each = torch.cat([decode(encode(row[None]), 5, dtype) for row in x])
+    assert torch.equal(each.isnan(), decoded.isnan()) and torch.equal(each.nan_to_num(), decoded.nan_to_num())
 
 
 class Unplugged:

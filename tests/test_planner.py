@@ -412,6 +412,21 @@ def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound:
     assert chosen(requests, on, *overrides).bound == bound
 
 
+def test_coding_helps_where_far_links_bind() -> None:
+    near = replace(machine(3, byte_s=1e-4, per_token_ms=0.01), coded_bytes=20)
+    far = replace(near, links=tuple(replace(link, far=True) for link in near.links))
+    half = replace(near, links=tuple(replace(link, far=rank == 0) for rank, link in enumerate(near.links)))
+    rates = {}
+    for name, on in (("near", near), ("half", half), ("far", far)):
+        plain, coded = chosen(lengths(4096), on), chosen(lengths(4096), replace(on, coded=True))
+        assert plain.bound == "link bandwidth" and not coded.hint
+        assert ("comm.activations=fp8 would bring" in plain.hint) == (name == "far"), name
+        rates[name] = coded.predicted / plain.predicted
+    # Of 16 + 32 tokens, 64 bytes each become 20, and 32 for each token of the answer stay.
+    assert rates["near"] == 1 <= rates["half"] < 1.05 and rates["far"] == pytest.approx(4096 / 1984, rel=0.05)
+    assert not chosen(lengths(4096), replace(far, links=(LinkTimes(far=True),) * 3)).hint
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides", "words"),
     [

@@ -408,7 +408,15 @@ def test_what_else_the_manifest_tells_apart(tmp_path: Path) -> None:
     config.workload.chat_template = str(tmp_path / "none")
     with pytest.raises(UserError, match=r"workload\.chat_template: .*none cannot be read: No such file"):
         Manifest.of(config, "sha", "float32")
-    config.workload.chat_template = None
+    config.workload.chat_template, config.comm.activations = None, "fp8"
+    with pytest.raises(UserError, match=r"with other comm\.activations"):
+        write(path, manifest=Manifest.of(config, "sha", "float32"))
+    config.comm.activations = "auto"
+    written = path.with_name("manifest.json")
+    older = json.loads(written.read_text())
+    del older["coded"]
+    written.write_text(json.dumps(older))
+    write(path, manifest=Manifest.of(config, "sha", "float32"))
     config.workload.source = "sharegpt"  # the same file, read as other requests
     with pytest.raises(UserError, match="with other input"):
         write(path, manifest=Manifest.of(config, "sha", "float32"))

@@ -233,6 +233,10 @@ def test_metrics_and_closing_table(traced: Path) -> None:
     assert table in (traced / "stdout").read_text()
     for words in ("output tokens/s", "busy", "bound by", "predicted"):
         assert words in table
+    thin = metrics["plan"] | {"bound": "link bandwidth", "hint": "comm.activations=fp8 would bring 1.9 times as much"}
+    for busy in (0.2, 0.9):  # if it was busy after all, that is no news
+        stages = [stage | {"busy": busy, "plan_s": 0, "send_s": 0} for stage in metrics["stages"]]
+        assert (thin["hint"] in closing_table(metrics | {"plan": thin, "stages": stages})) == (busy < 0.5)
     assert "as long as max_tokens" not in table and "ignore" not in table and "were cut" not in table
     metrics["errors_by_code"] = {"invalid_value": {"count": 1200, "first": "line 3: temperature is 'hot'"}}
     assert "\n1,200 invalid_value, the first: line 3: temperature is 'hot'\n" in closing_table(metrics)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 
 from deserve.comm.host import Host
-from deserve.config import NetworkSection
+from deserve.config import Config, NetworkSection
 from deserve.errors import UserError
 
 
@@ -40,6 +40,22 @@ def hold_until(deadline_ns: int) -> float:
 
 def is_simulated(network: NetworkSection) -> bool:
     return network.latency_ms > 0 or network.bandwidth_mbps is not None
+
+
+def far_links(network: NetworkSection, hosts: Sequence[Host]) -> list[bool]:
+    """By rank, whether its link to the next one joins two hosts; a simulated network stands for such links."""
+    after = [*hosts[1:], hosts[0]]
+    return [len(hosts) > 1 and (is_simulated(network) or a != b) for a, b in zip(hosts, after, strict=True)]
+
+
+def require_far_links(config: Config, hosts: Sequence[Host]) -> None:
+    """Raises UserError where hidden states are to be coded between hosts and none go from one host to another."""
+    if config.comm.activations != "auto" and not any(far_links(config.network, hosts)[:-1]):
+        ranks = "this run has one rank" if len(hosts) == 1 else f"all {len(hosts)} ranks are on {hosts[0].name}"
+        raise UserError(
+            f"comm.activations={config.comm.activations} codes hidden states between hosts, and {ranks}: leave it at "
+            "auto, or simulate a network by network.latency_ms or network.bandwidth_mbps"
+        )
 
 
 def require_one_host(network: NetworkSection, hosts: Sequence[Host]) -> None:

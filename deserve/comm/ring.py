@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 from deserve.batch import MOST_LOGPROBS, VisitPlan, VisitResult, beside_width
+from deserve.comm.coding import CodingSender, DecodingReceiver, coded_bytes
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.nccl import NcclReceiver, NcclSender
-from deserve.comm.network import Wire, is_simulated
+from deserve.comm.network import Wire, far_links, is_simulated
 from deserve.comm.outbox import Outbox
 from deserve.comm.world import World
 from deserve.config import Config
@@ -33,11 +34,14 @@ class Links:
     tokens_in: Receiver | None
 
 
-def connect(world: World, config: Config, layout: Layout, hidden_bytes: int, device: torch.device) -> Links:
-    """The links of this rank. `hidden_bytes`: bytes of one token's hidden state, which lies on `device`.
+def connect(
+    world: World, config: Config, layout: Layout, hidden: int, dtype: torch.dtype, device: torch.device
+) -> Links:
+    """The links of this rank. Hidden states have `hidden` elements of `dtype` and lie on `device`.
 
     Plans and sampled tokens are the hosts' and go over Gloo. Hidden states of GPUs go over NCCL where both ranks are on
-    one host (`comm.backend=nccl`: everywhere, `gloo`: nowhere), elsewhere over Gloo by way of pinned memory. What
+    one host (`comm.backend=nccl`: everywhere, `gloo`: nowhere), elsewhere over Gloo by way of pinned memory. With
+    `comm.activations=fp8` they are coded between hosts. What
     leaves a rank shares one simulated wire, as it would share a real one.
     """
     if world.size == 1:
@@ -50,7 +54,9 @@ def connect(world: World, config: Config, layout: Layout, hidden_bytes: int, dev
     first, last = world.rank == 0, world.is_last
     plan_bytes = 4 * VisitPlan.max_words(layout.concurrency, layout.main_pages + layout.swap_pages)
     result_bytes = 4 * VisitResult.max_words(layout.max_batch_tokens, beside_width(MOST_LOGPROBS))
-    most_hidden = layout.max_batch_tokens * hidden_bytes
+    coded = coded_links(world, config)
+    token_bytes = coded_bytes(hidden) if coded[before] else hidden * dtype.itemsize
+    most_hidden = layout.max_batch_tokens * token_bytes
     hidden_in: Receiver | None = None
     output: Sender
     edges = nccl_edges(world, config, device)
@@ -69,6 +75,10 @@ def connect(world: World, config: Config, layout: Layout, hidden_bytes: int, dev
     elif not first:
         pinned = device.type == "cuda"
         hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=layout.rounds, pinned=pinned)
+    if coded[world.rank]:
+        output = CodingSender(output)
+    if hidden_in is not None and coded[before]:
+        hidden_in = DecodingReceiver(hidden_in, hidden, dtype, device)
     return Links(
         plans_in=None if first else GlooReceiver(before, PLANS, plan_bytes, ahead=layout.rounds),
         plans_out=None if last else GlooSender(after, PLANS, depth, wire),
@@ -76,6 +86,12 @@ def connect(world: World, config: Config, layout: Layout, hidden_bytes: int, dev
         output=output,
         tokens_in=GlooReceiver(before, TOKENS, result_bytes) if first else None,
     )
+
+
+def coded_links(world: World, config: Config) -> list[bool]:
+    """By rank, whether hidden states are coded on the link to the next one; the last rank sends none."""
+    far = far_links(config.network, world.hosts)
+    return [config.comm.activations == "fp8" and crosses for crosses in far[:-1]] + [False]
 
 
 def nccl_edges(world: World, config: Config, device: torch.device) -> list[dist.ProcessGroup | None]:

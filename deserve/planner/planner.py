@@ -41,6 +41,7 @@ EQUAL = 0.01  # candidates this close are as good as each other: the one with fe
 # A job is too small for a prediction if its tail, in which most sequences have ended, is longer than this fraction of
 # it, or if its answers may end early and it has fewer waves of sequences than this.
 LONG_TAIL, FEW_WAVES = 0.2, 4
+WORTH_IT = 1.05  # times the throughput: what to change for it is mentioned
 GAIN = 0.8  # of twice the time for twice the sequences: with less, more sequences would help
 GB = 1e9
 
@@ -101,7 +102,7 @@ class _Pace:
 
 class _Search:
     def __init__(self, config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine):
-        self._config, self._model, self._machine = config, model, machine
+        self._config, self._model, self._dtype, self._machine = config, model, dtype, machine
         self._lengths = lengths
         self._layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
         self._embedding_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
@@ -116,8 +117,10 @@ class _Search:
         self._budgets = machine.budgets if stated == "auto" else (int(stated),)
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
         self._simulated_visits, self._effort = 0, EFFORT[2]
-        forward = [link.byte_s for link in machine.links[:-1]] or [0.0]
-        self._forward_byte_s = max(forward), sum(forward)  # of the links that carry hidden states
+        # Seconds that a byte of a plan and a token's hidden state take on each link that carries them.
+        forward = [(link.byte_s, link.byte_s * machine.token_bytes(r)) for r, link in enumerate(machine.links[:-1])]
+        self._forward_s = sum(byte_s for byte_s, _ in forward), sum(token_s for _, token_s in forward)
+        self._slowest = {max(forward), max(forward, key=lambda link: link[1])} if forward else {(0.0, 0.0)}
         self._capacity, self._alike = cache(self._pages_that_fit), cache(self._kinds_of)
         policy = config.pipeline.policy
         self._policies = PLANNED_POLICIES if policy == "auto" else (policy,)
@@ -135,10 +138,15 @@ class _Search:
             for most in self._most_rows(partition, rounds, swap, tokens)
         }
 
-    def best(self) -> Layout:
+    def _rates(self) -> dict[_Candidate, float]:
+        """Output tokens/s of all candidates by the arithmetic."""
         rates = {candidate: self._pace(candidate).tokens_per_s for candidate in self._candidates()}
         if not rates:
             raise UserError(self._too_much_swapped())
+        return rates
+
+    def best(self) -> Layout:
+        rates = self._rates()
         most = max(rates.values())
         least, each_second, limit = EFFORT
         self._effort = min(limit, max(least, int(each_second * self._count * self._output / most)))
@@ -158,6 +166,7 @@ class _Search:
             predicted=best.rate if self._predictable(best) else None,
             bound=bound,
             why=self._why(bound, best.candidate, best.plan),
+            hint=self._hint(bound, most),
             stage_s=self._stages(best.plan.partition, self._decode(self._pace(best.candidate).rows)),
         )
 
@@ -364,7 +373,7 @@ class _Search:
         left = self._machine.memory[rank] - ends * self._embedding_bytes
         left -= layers * (self._layer_bytes + self._machine.graph_bytes)
         if self._machine.receives_on_device and rank:
-            left -= (rounds + 1) * tokens * self._machine.hidden_bytes
+            left -= (rounds + 1) * tokens * self._machine.token_bytes(rank - 1)
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
@@ -511,11 +520,11 @@ class _Search:
             seconds = [(times.seconds(load, layers, *ends), number) for times, layers, *ends, number in alike]
             copies = max(times.copies(load, layers) for times, layers, *_ in alike)
             busiest = max(took for took, _ in seconds)
-            forward, back = machine.frame_bytes(load, 0), machine.frame_bytes(load, last)
-            frame = max(forward * self._forward_byte_s[0], back * machine.links[last].byte_s)
+            plan, back = machine.plan_bytes(load), machine.frame_bytes(load, last) * machine.links[last].byte_s
+            frame = max(back, *(plan * byte_s + load.tokens * token_s for byte_s, token_s in self._slowest))
             trip = sum(took * number for took, number in seconds) + machine.latency_s
             trip += sum(times.start_s * number for times, *_, number in alike)
-            trip += forward * self._forward_byte_s[1] + back * machine.links[last].byte_s
+            trip += plan * self._forward_s[0] + load.tokens * self._forward_s[1] + back
             total += visits * max(rounds * max(busiest, frame, copies), trip)
         # The last wave may be a small one, and takes its time nevertheless.
         rate = rounds * rows * self._output / total * waves / -(-waves // 1)
@@ -537,6 +546,16 @@ class _Search:
         if self._held(candidate) <= (1 + EQUAL) * candidate.size:
             return MEMORY
         return COMPUTE if computes else LATENCY
+
+    def _hint(self, bound: str, most: float) -> str:
+        """What a setting would bring that halves what binds but changes answers, if it is more than `most` tokens/s."""
+        machine = self._machine
+        if bound == BANDWIDTH and not machine.coded:
+            key, machine = "comm.activations=fp8", replace(machine, coded=True)
+        else:
+            return ""
+        gain = max(_Search(self._config, self._model, self._dtype, self._lengths, machine)._rates().values()) / most
+        return f"{key} would bring {gain:.1f} times as much, and change answers a little" if gain > WORTH_IT else ""
 
     def _why(self, bound: str, candidate: _Candidate, plan: Layout) -> str:
         """One sentence of arithmetic behind `bound`."""
@@ -586,4 +605,6 @@ def table(plan: Layout, layers: int, exact: bool = True) -> str:
         lines.append(f"predicted {plan.predicted:,.1f} output tokens/s{condition}, bound by {plan.bound}: {plan.why}")
     elif plan.bound:
         lines.append(f"too small a job for a prediction, bound by {plan.bound}: {plan.why}")
+    if plan.hint:
+        lines.append(plan.hint)
     return "\n".join(lines)

@@ -189,15 +189,14 @@ class Simulation:
         copies = [times.copies(load, layers) for times, layers, _, _ in self.kinds]
         arrival = self.now
         self.planned = self.now + machine.stages[0].host_s(load, True)
-        frame = machine.frame_bytes(load, 0)
         for rank, kind in enumerate(self.kind_of):
             begin = max(free[rank], arrival + self.kinds[kind][0].start_s)
             end = begin + seconds[kind]
             free[rank] = max(end, begin + copies[kind])
-            if rank == machine.ranks - 1:
-                frame = machine.frame_bytes(load, rank)
             link = machine.links[rank]
-            wire[rank] = max(wire[rank], end) + frame * link.byte_s
+            wire[rank] = max(wire[rank], end)
+            if link.byte_s:
+                wire[rank] += machine.frame_bytes(load, rank) * link.byte_s
             arrival = wire[rank] + link.latency_s
         for kind, took in enumerate(seconds):
             self.busy_of[kind] += took

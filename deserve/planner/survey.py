@@ -13,7 +13,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +23,10 @@ import torch.distributed as dist
 
 from deserve import __version__
 from deserve.batch import Completion, IntArray, Request, VisitPlan, VisitResult
+from deserve.comm.coding import coded_bytes
 from deserve.comm.gloo import GlooReceiver, GlooSender
 from deserve.comm.link import Receiver
+from deserve.comm.network import far_links, is_simulated
 from deserve.comm.ring import connect, nccl_edges
 from deserve.comm.world import World
 from deserve.config import Config, NetworkSection
@@ -84,7 +86,7 @@ def survey(
     edges = nccl_edges(world, config, device)
     budgets = token_budgets(config.pipeline.max_batch_tokens, device.type == "cuda")
     page_bytes = config.kvcache.page_size * checkpoint.config.kv_spec(dtype).token_bytes
-    link = measure_link(world)
+    link = replace(measure_link(world), far=far_links(NetworkSection(), world.hosts)[world.rank])
     if edges[world.rank] is not None or (world.rank and edges[world.rank - 1] is not None):
         link = replace(link, byte_s=measure_nccl(world, edges, device))
     key = {
@@ -92,7 +94,7 @@ def survey(
         "hardware": world.gather("survey/hardware", hardware(device)),
         "hosts": [world.hosts.index(host) for host in world.hosts],
         "model": [json.loads(json.dumps(asdict(checkpoint.config), default=str)), str(dtype)],
-        "settings": [config.kvcache.page_size, list(budgets), config.comm.backend],
+        "settings": [config.kvcache.page_size, list(budgets), config.comm.backend, config.comm.activations],
     }
     known = world.share("survey/kept", read_kept(kept, key) if world.rank == 0 else None)
     if known is None:
@@ -106,7 +108,7 @@ def survey(
         known = world.gather("survey/stages", own)
         if kept is not None and world.rank == 0:
             kept.write_text(json.dumps({"key": key, "stages": known}) + "\n")
-    found = world.gather("survey", [[link.latency_s, link.byte_s], memory, host_memory])
+    found = world.gather("survey", [list(astuple(link)), memory, host_memory])
     if not found:
         return None
     links, memories, host_memories = zip(*found, strict=True)
@@ -125,6 +127,8 @@ def survey(
         graph_bytes=max(graphs),
         receives_on_device=any(edges),
         budgets=budgets,
+        coded_bytes=coded_bytes(checkpoint.config.hidden_size),
+        coded=config.comm.activations == "fp8",
     )
 
 
@@ -184,7 +188,10 @@ def over(links: Sequence[LinkTimes], network: NetworkSection) -> tuple[LinkTimes
         return tuple(links)
     byte_s = 0.0 if network.bandwidth_mbps is None else 8e-6 / network.bandwidth_mbps
     latency_s = network.latency_ms / 1e3
-    return tuple(LinkTimes(link.latency_s + latency_s, max(link.byte_s, byte_s)) for link in links)
+    return tuple(
+        LinkTimes(link.latency_s + latency_s, max(link.byte_s, byte_s), link.far or is_simulated(network))
+        for link in links
+    )
 
 
 def measure_link(world: World) -> LinkTimes:
@@ -476,7 +483,7 @@ class Probe:
         layout = Layout((0,), rounds, most, rounds * most, most, "vanilla", self._page_size, 8 * most, 0, 0)
         plain = replace(self._config, network=NetworkSection())
         hidden = self._hidden.shape[1]
-        links = connect(world, plain, layout, hidden * self._hidden.element_size(), self._device)
+        links = connect(world, plain, layout, hidden, self._hidden.dtype, self._device)
         timeline = Timeline(keep=True, device=self._device)
         script = None
         if links.tokens_in is not None:

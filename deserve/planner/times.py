@@ -119,19 +119,21 @@ class StageTimes:
 
 @dataclass(frozen=True)
 class LinkTimes:
-    """A link to the next rank: one-way latency in seconds, and seconds per byte."""
+    """A link to the next rank: one-way latency in seconds, and seconds per byte. `far`: it joins two hosts."""
 
     latency_s: float = 0.0
     byte_s: float = 0.0
+    far: bool = False
 
 
 @dataclass(frozen=True)
 class Machine:
     """The ranks in order and the links that leave them; `memory` is what each rank has for weights and KV pages.
 
-    `hidden_bytes`: one token's hidden state on a link. `page_bytes`: one KV page of one layer. `graph_bytes`: the CUDA
-    graphs of one layer. `receives_on_device`: frames of hidden states arrive in the memory of the stage. `budgets`:
-    tokens of a visit that are worth a plan, up to as many as were measured.
+    `hidden_bytes`: one token's hidden state on a link; `coded_bytes` on a far one, if activations are `coded`.
+    `page_bytes`: one KV page of one layer. `graph_bytes`: the CUDA graphs of one layer. `receives_on_device`: frames
+    of hidden states arrive in the memory of the stage. `budgets`: tokens of a visit that are worth a plan, up to as
+    many as were measured.
     """
 
     stages: tuple[StageTimes, ...]
@@ -143,6 +145,8 @@ class Machine:
     graph_bytes: int = 0
     receives_on_device: bool = False
     budgets: tuple[int, ...] = BUDGETS[:1]
+    coded_bytes: int = 0
+    coded: bool = False
 
     @property
     def ranks(self) -> int:
@@ -153,11 +157,19 @@ class Machine:
         """Once round the ring, without any load."""
         return sum(link.latency_s for link in self.links) if self.ranks > 1 else 0.0
 
+    def token_bytes(self, rank: int) -> int:
+        """One token's hidden state on the link that leaves `rank`."""
+        return self.coded_bytes if self.coded and self.links[rank].far else self.hidden_bytes
+
     def frame_bytes(self, load: VisitLoad, rank: int) -> float:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""
         if rank == self.ranks - 1:
             return 16 + 4 * load.sampled
-        return 72 + 16 * (load.decodes + load.sampled) + load.tokens * self.hidden_bytes
+        return self.plan_bytes(load) + load.tokens * self.token_bytes(rank)
+
+    def plan_bytes(self, load: VisitLoad) -> float:
+        """A visit's plan in a frame."""
+        return 72 + 16 * (load.decodes + load.sampled)
 
 
 def stated_times(

@@ -67,6 +67,7 @@ class Manifest:
     dtype: str
     sampling: dict[str, Any]
     chats: dict[str, Any]  # the job's own chat template, and what becomes of thoughts
+    coded: dict[str, str] = field(default_factory=dict)  # what is rounded to 8 bits on the way, if anything
     paths: tuple[Path, ...] = ()  # of the input's files, in their order
     began: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
 
@@ -88,7 +89,9 @@ class Manifest:
             source += f", the first {config.workload.shared_tokens} tokens shared"
         named = {"source": None if paths and config.workload.source not in SOURCES else source, "files": files}
         chats = {"template": fingerprints["workload.chat_template"], "reasoning": config.workload.reasoning}
-        return cls(named, model, dtype, dataclasses.asdict(config.sampling), chats, tuple(paths))
+        formats = {"comm.activations": config.comm.activations}
+        coded = {key: value for key, value in formats.items() if value != "auto"}
+        return cls(named, model, dtype, dataclasses.asdict(config.sampling), chats, coded, tuple(paths))
 
     def changed_file(self) -> Path | None:
         """A file of the input that is gone, or does not begin any more as it was when this manifest was made."""
@@ -127,8 +130,9 @@ class Manifest:
             "dtype": "model.dtype",
             "sampling": "sampling parameters",
             "chats": "workload.chat_template or workload.reasoning",
+            "coded": "comm.activations",
         }
-        before = before if isinstance(before, dict) else {}
+        before = {"coded": {}} | before if isinstance(before, dict) else {}  # older manifests lack it
         grown = self._has_grown(before.get("input"))
         changed = ", ".join(
             name for key, name in names.items() if before.get(key) != now[key] and not (key == "input" and grown)
@@ -166,7 +170,7 @@ class Manifest:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
-        keys = ("input", "model", "dtype", "sampling", "chats", "began")
+        keys = ("input", "model", "dtype", "sampling", "chats", "coded", "began")
         shown = {key: getattr(self, key) for key in keys}
         as_json: dict[str, Any] = json.loads(json.dumps(shown))
         return as_json

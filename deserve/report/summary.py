@@ -69,7 +69,10 @@ def closing_table(metrics: dict[str, Any]) -> str:
     lines += tuning(metrics["tuning"])
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]
-    lines.append(f"bound by {bound(stages, plan['bound'])}")
+    bound_by = bound(stages, plan["bound"])
+    lines.append(f"bound by {bound_by}")
+    if plan["hint"] and bound_by.startswith(plan["bound"]):
+        lines.append(plan["hint"])
     if predicted and metrics["output_tokens_per_s"]:
         measured = metrics["output_tokens_per_s"]
         off = 100 * (measured / predicted - 1)
