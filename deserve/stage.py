@@ -18,6 +18,7 @@ from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
+from deserve.model.linear import grouped_mm_waits
 from deserve.model.sampler import Sampler
 from deserve.model.tokenizer import end_ids, load_tokenizer
 from deserve.model.weights import dummy_shard, load_shard, parameter_bytes
@@ -157,7 +158,9 @@ def _load_stage(
     )
     decoder = Decoder(config, weights, make_backend(config, layout, dtype, device, len(kv.scratch)))
     graphs = None
-    if decoder.backend.captures:
+    if decoder.backend.captures and config.experts is not None and grouped_mm_waits(dtype, device):
+        print("experts run without CUDA graphs and slowly here: fast are bfloat16 ones on Hopper and Blackwell")
+    elif decoder.backend.captures:
         graphs = capture(decoder, kv, layout.micro_batch_size, layout.max_batch_tokens)
     return Stage(decoder, kv, layout.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
 

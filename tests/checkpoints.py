@@ -11,7 +11,15 @@ from deserve.layout import Shard
 from deserve.model.config import parse_config
 from deserve.model.weights import fill_dummy, tensor_shapes
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "olmoe": "Olmoe",
+}
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -35,7 +43,7 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> Path:
-    """Save a random model of `family` (llama, mistral, qwen2, qwen3) in `folder`, and return it.
+    """Save a random model of `family` (a key of FAMILIES) in `folder`, and return it.
 
     Every weight, norms and biases included, is drawn anew, and widely enough (`std`) for greedy outputs to
     vary. `overrides` go into its config; a small `shard_size` (`100KB`) gives several files and an index.

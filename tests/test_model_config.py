@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import FAMILIES, make_checkpoint
 from omegaconf import OmegaConf
 
 from deserve.config import config_dir
@@ -26,6 +26,7 @@ RAW = {
     "torch_dtype": "bfloat16",
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -48,11 +49,29 @@ def test_sizes_follow_from_the_heads():
         ("Qwen2", {}, (True, False, False, False)),
         ("Qwen3", {}, (False, False, False, True)),
         ("Qwen3", {"attention_bias": True}, (True, True, False, True)),
+        ("Mixtral", {"attention_bias": True, **EXPERTS}, (False, False, False, False)),
+        ("Qwen3Moe", {"moe_intermediate_size": 24, **EXPERTS}, (False, False, False, True)),
+        ("Olmoe", {"attention_bias": True, **EXPERTS}, (True, True, False, True)),
     ],
 )
 def test_an_architecture_decides_biases_and_norms(architecture, option, expected):
     config = parse_config(RAW | option | {"architectures": [f"{architecture}ForCausalLM"]}, "config.json")
     assert (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm) == expected
+
+
+def test_which_layers_have_experts():
+    raw = (
+        RAW | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 8, "moe_intermediate_size": 24}
+    )
+    sparse = parse_config(raw | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 6]}, "config.json")
+    assert [layer for layer in range(8) if sparse.experts_of(layer)] == [3, 5, 7]
+    assert parse_config(raw, "config.json").activated_size == 2 * 24
+    assert sparse.activated_size == 96
+    # In Mixtral, every layer has, and no key says otherwise.
+    others = raw | {"architectures": ["MixtralForCausalLM"], "mlp_only_layers": [0]}
+    mixtral = parse_config(others, "config.json").experts
+    assert mixtral is not None and mixtral.normalised
+    assert (mixtral.dense_layers, mixtral.intermediate_size) == ((), 96)
 
 
 def test_old_and_new_rope_keys_say_the_same():
@@ -100,6 +119,12 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"architectures": ["OlmoeForCausalLM"]}, ["num_local_experts", "missing"]),
+        (EXPERTS | {"architectures": ["OlmoeForCausalLM"], "num_experts": 1}, ["num_experts_per_tok", "(2)", "(1)"]),
+        (
+            EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 24, "mlp_only_layers": [3]},
+            ["mlp_only_layers", "0 to 2"],
+        ),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 1024}, ["sliding_window", "1024"]),
         (
             {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
@@ -178,7 +203,7 @@ def test_rope_is_that_of_transformers(rope, theta):
     assert torch.equal(mine[0], cos[0, :, :32]) and torch.equal(mine[1], sin[0, :, :32])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reads_what_transformers_writes(tmp_path, family):
     folder = make_checkpoint(tmp_path / family, family)
     config = parse_config(json.loads((folder / "config.json").read_text()), "config.json")

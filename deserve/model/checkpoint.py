@@ -82,6 +82,8 @@ def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> Model
         if quantisation is not None:
             raise UserError(f"model.quantise={quantise}: the checkpoint is quantised already; leave it out")
         quantisation = rounded(quantise)
+    if packed and quantisation is not None and config.experts is not None:
+        raise UserError("model.packed=true: experts cannot be multiplied while packed; leave it out")
     return replace(config, quantisation=None if quantisation is None else replace(quantisation, packed=packed))
 
 

@@ -35,6 +35,37 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What a checkpoint calls the parts of a mixture of experts. `module`: within a layer; the rest: within that."""
+
+    module: str = "mlp"
+    router: str = "gate"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """A mixture of experts: `count` MLPs of `intermediate_size`, of which a router picks `active` for each token.
+
+    The picked experts' weights are the router's softmax over all experts or, if `normalised`, over the picked ones.
+    dense_layers: the layers that have one MLP instead, of ModelConfig.intermediate_size.
+    """
+
+    count: int
+    active: int
+    intermediate_size: int
+    normalised: bool
+    dense_layers: tuple[int, ...]
+    names: ExpertNames
+
+    def touched(self, tokens: float) -> float:
+        """Experts that `tokens` tokens need among them, if their router picks evenly."""
+        return self.count * (1 - (1 - self.active / self.count) ** tokens)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family. Sizes are counts of elements, `max_context` is in tokens."""
 
@@ -56,6 +87,9 @@ class ModelConfig:
     qk_norm: bool
     dtype: torch.dtype
     quantisation: Quantisation | None = None
+    experts: ExpertConfig | None = None
+    wide_qk_norm: bool = False  # the norms of queries and keys span all heads
+    clip_qkv: float | None = None  # queries, keys and values are clamped to -clip_qkv..clip_qkv
 
     @property
     def q_size(self) -> int:
@@ -72,6 +106,16 @@ class ModelConfig:
         """Query heads that share one key-value head."""
         return self.num_heads // self.num_kv_heads
 
+    def experts_of(self, layer: int) -> ExpertConfig | None:
+        """The mixture of experts in `layer`; None: it has an MLP."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
+
+    @property
+    def activated_size(self) -> int:
+        """Elements that a token takes between the products of an MLP, in the layer where they are most."""
+        sizes = (self.experts_of(layer) for layer in range(self.num_layers))
+        return max(each.active * each.intermediate_size if each else self.intermediate_size for each in sizes)
+
     def kv_spec(self, dtype: torch.dtype) -> KVSpec:
         """What a layer keeps of a token, as `dtype`."""
         return KVSpec(self.num_kv_heads, self.head_dim, dtype)
@@ -85,6 +129,11 @@ class _Family:
     attention_bias: bool = False  # `attention_bias` is read: it covers q, k, v and the output
     mlp_bias: bool = False  # `mlp_bias` is read
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    experts: ExpertNames | None = None
+    dense_layers: bool = False  # some layers may have an MLP, and its size is not that of experts
+    normalised: bool = False  # experts' weights add up to 1, whatever `norm_topk_prob` says
+    rope_theta: float = 10000.0  # where config.json has none
 
 
 FAMILIES = {
@@ -92,6 +141,11 @@ FAMILIES = {
     "MistralForCausalLM": _Family(),
     "Qwen2ForCausalLM": _Family(qkv_bias=True),
     "Qwen3ForCausalLM": _Family(attention_bias=True, qk_norm=True),
+    "MixtralForCausalLM": _Family(
+        experts=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"), normalised=True, rope_theta=1e6
+    ),
+    "Qwen3MoeForCausalLM": _Family(attention_bias=True, qk_norm=True, experts=ExpertNames(), dense_layers=True),
+    "OlmoeForCausalLM": _Family(attention_bias=True, qk_norm=True, wide_qk_norm=True, experts=ExpertNames()),
 }
 
 
@@ -118,7 +172,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     if head_dim % 2:
         raise keys.fail("head_dim", f"({head_dim}) must be even")
     max_context = keys.count("max_position_embeddings")
-    theta, scaling = _rope(keys, max_context)
+    theta, scaling = _rope(keys, max_context, family.rope_theta)
     # A checkpoint stretched by hand, as Qwen's cards advise, still states the context before
     if scaling.kind == "yarn":
         max_context = max(max_context, int(scaling.original_context * scaling.factor))
@@ -143,9 +197,14 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         mlp_bias=family.mlp_bias and keys.flag("mlp_bias"),
         qk_norm=family.qk_norm,
         dtype=_dtype(keys),
+        experts=_experts(keys, family),
+        wide_qk_norm=family.wide_qk_norm,
+        clip_qkv=keys.number("clip_qkv") if keys.raw.get("clip_qkv") is not None else None,
     )
     q, kv = config.q_size, config.kv_size
-    shapes = (q, hidden), (kv, hidden), (hidden, q), (inner, hidden), (hidden, inner)
+    inners = {each.intermediate_size if each else inner for each in map(config.experts_of, range(config.num_layers))}
+    products = [shape for size in sorted(inners) for shape in ((size, hidden), (hidden, size))]
+    shapes = [(q, hidden), (kv, hidden), (hidden, q), *products]
     return replace(config, quantisation=parse_quantisation(keys, shapes))
 
 
@@ -156,6 +215,23 @@ def _architecture(keys: Keys) -> str:
     if not (isinstance(names, list) and len(names) == 1 and names[0] in [*FAMILIES]):
         raise keys.fail("architectures", f"{names!r} is not supported; supported are {', '.join(FAMILIES)}")
     return str(names[0])
+
+
+def _experts(keys: Keys, family: _Family) -> ExpertConfig | None:
+    """The mixture of experts, if the family has one."""
+    if family.experts is None:
+        return None
+    key = "num_experts" if keys.raw.get("num_experts") is not None else "num_local_experts"
+    count, active = keys.count(key), keys.count("num_experts_per_tok")
+    if active > count:
+        raise keys.fail("num_experts_per_tok", f"({active}) must not be more than {key} ({count})")
+    inner, dense = keys.count("intermediate_size"), set[int]()
+    if family.dense_layers:
+        inner = keys.count("moe_intermediate_size")
+        layers, step = keys.count("num_hidden_layers"), keys.count("decoder_sparse_step", default=1)
+        dense = keys.indices("mlp_only_layers", layers) | {layer for layer in range(layers) if (layer + 1) % step}
+    normalised = family.normalised or keys.flag("norm_topk_prob")
+    return ExpertConfig(count, active, inner, normalised, tuple(sorted(dense)), family.experts)
 
 
 def _dtype(keys: Keys) -> torch.dtype:
@@ -171,15 +247,15 @@ def _refuse_unsupported(keys: Keys, architecture: str, max_context: int) -> None
     activation = keys.text("hidden_act", default="silu")
     if activation != "silu":
         raise keys.fail("hidden_act", f"{activation!r} is not supported; only silu is")
-    if architecture == "MistralForCausalLM":
-        # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens.
-        full = "sliding_window" in raw and raw["sliding_window"] is None
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
+        # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens; its Mixtral does not.
+        full = raw.get("sliding_window", 0 if architecture == "MistralForCausalLM" else None) is None
         window = max_context if full else keys.count("sliding_window", default=4096)
         if window < max_context:
             raise keys.fail("sliding_window", f"({window}) is not supported; only null, full attention, is")
     elif architecture.startswith("Qwen") and keys.flag("use_sliding_window"):
         # As in transformers: the layers from max_window_layers on slide, unless layer_types says what each does.
-        first = keys.count("max_window_layers", default=28, least=0)
+        first = keys.count("max_window_layers", default=28, least=0) if architecture != "Qwen3MoeForCausalLM" else 0
         none = raw.get("layer_types") is not None or first >= keys.count("num_hidden_layers")
         full = "sliding_window" in raw and raw["sliding_window"] is None
         window = max_context if none or full else keys.count("sliding_window", default=4096)
@@ -193,7 +269,7 @@ def _refuse_unsupported(keys: Keys, architecture: str, max_context: int) -> None
         raise keys.fail("layer_types", f"{', '.join(others)} is not supported; only full_attention is")
 
 
-def _rope(keys: Keys, max_context: int) -> tuple[float, RopeScaling]:
+def _rope(keys: Keys, max_context: int, default_theta: float) -> tuple[float, RopeScaling]:
     """The base of the rotary frequencies and their scaling, from the keys of transformers 5 or before."""
     name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
     raw = keys.raw.get(name)
@@ -202,7 +278,7 @@ def _rope(keys: Keys, max_context: int) -> tuple[float, RopeScaling]:
     if not isinstance(raw, dict):
         raise keys.fail(name, f"must be an object, not {raw!r}")
     rope = Keys(raw, keys.source, f"{name}.")
-    theta = rope.number("rope_theta", default=keys.number("rope_theta", default=10000.0))
+    theta = rope.number("rope_theta", default=keys.number("rope_theta", default=default_theta))
     for owner in (keys, rope):
         if owner.number("partial_rotary_factor", default=1.0) != 1.0:
             raise owner.fail("partial_rotary_factor", "is not supported; only 1, the whole head, is")

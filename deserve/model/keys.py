@@ -57,6 +57,13 @@ class Keys:
             raise self.fail(key, f"must be a list of strings, not {value!r}")
         return tuple(value)
 
+    def indices(self, key: str, count: int) -> set[int]:
+        """A list of numbers below `count`, which may be missing or null."""
+        value = self._get(key, (list,), "a list of whole numbers", [])
+        if not all(type(item) is int and 0 <= item < count for item in value):
+            raise self.fail(key, f"must be a list of whole numbers from 0 to {count - 1}, not {value!r}")
+        return set(value)
+
     def sizes(self, key: str) -> tuple[int, int] | None:
         """Two counts, which may be missing or null."""
         value = self.raw.get(key)

@@ -1,12 +1,14 @@
-"""A layer of a dense decoder: attention and MLP, each with the norm before it."""
+"""A layer of a decoder: attention, and an MLP or a mixture of experts, each with the norm before it."""
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deserve.model.backend.base import Backend
-from deserve.model.config import ModelConfig
-from deserve.model.linear import Linear
+from deserve.model.config import ExpertConfig, ModelConfig
+from deserve.model.linear import ExpertLinear, Linear
 from deserve.model.packed import PackedLinear
 
 Product = Linear | PackedLinear
@@ -14,7 +16,10 @@ Product = Linear | PackedLinear
 
 @dataclass
 class Attention:
-    """What attention multiplies with. `qkv`: rows q, k, v; q_norm, k_norm: [head_dim], None: the model has none."""
+    """What attention multiplies with. `qkv`: rows q, k, v.
+
+    q_norm, k_norm: [head_dim], or of all heads if the model's norms are wide; None: the model has none.
+    """
 
     qkv: Product
     output: Product
@@ -32,7 +37,14 @@ class Attention:
         first, k, v = fused.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
         q = first
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = backend.rms_norm(q, self.q_norm), backend.rms_norm(k, self.k_norm)
+            if config.wide_qk_norm:
+                q = backend.rms_norm(q.flatten(1), self.q_norm).view_as(q)
+                k = backend.rms_norm(k.flatten(1), self.k_norm).view_as(k)
+            else:
+                q, k = backend.rms_norm(q, self.q_norm), backend.rms_norm(k, self.k_norm)
+        if config.clip_qkv is not None:
+            for part in (q, k, v):
+                part.clamp_(-config.clip_qkv, config.clip_qkv)
         q, k = backend.rotate(q, k)
         if out is not None and q.data_ptr() != first.data_ptr():
             q = first.copy_(q)
@@ -52,10 +64,39 @@ class MLP:
 
 
 @dataclass
+class Experts:
+    """SwiGLU by the experts that a router picks for each token. `router`: [experts, hidden]; gate_up: rows gate, up."""
+
+    config: ExpertConfig
+    router: Tensor
+    gate_up: ExpertLinear
+    down: ExpertLinear
+
+    def __call__(self, h: Tensor, backend: Backend) -> Tensor:
+        """h [T, hidden] to [T, hidden]."""
+        weights, picked = self.route(h)
+        experts, order = picked.flatten().sort(stable=True)
+        numbers = torch.arange(self.config.count, device=h.device)
+        ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+        rows = self.gate_up(h[order // self.config.active], experts, ends)
+        rows = self.down(backend.silu_and_mul(rows), experts, ends)
+        by_token = torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, picked.shape)
+        # Atomic additions to the tokens would round differently from run to run.
+        return by_token.mul_(weights.unsqueeze(-1)).sum(1)
+
+    def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the numbers of each token's experts, [T, active] both."""
+        logits = F.linear(h, self.router).float()
+        top, picked = logits.topk(self.config.active, dim=-1)
+        whole = top if self.config.normalised else logits
+        return (top - whole.logsumexp(-1, keepdim=True)).exp().to(h.dtype), picked
+
+
+@dataclass
 class Layer:
     """input_norm, post_norm: [hidden], before attention and before the MLP."""
 
     input_norm: Tensor
     attention: Attention
     post_norm: Tensor
-    mlp: MLP
+    mlp: MLP | Experts

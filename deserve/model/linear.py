@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -50,15 +51,17 @@ class TensorSpec:
 class LinearSpec:
     """A linear layer as a checkpoint holds it: `modules`, by name and output size, in one product over `inputs`.
 
-    `quantisation` says which of the modules are quantised.
+    `quantisation` says which of the modules are quantised. `experts`: into how many experts the modules, in their
+    order, are divided; None: all are one product.
     """
 
     modules: tuple[tuple[str, int], ...]
     inputs: int
     bias: bool = False
     quantisation: Quantisation | None = None
+    experts: int | None = None
 
-    @property
+    @cached_property
     def schemes(self) -> list[Scheme | None]:
         """How the weight of each module is stored; None: as it is."""
         return [self.quantisation.scheme(name) if self.quantisation else None for name, _ in self.modules]
@@ -109,13 +112,19 @@ class LinearSpec:
         pairs = zip(self.modules, self.schemes, strict=True)
         return sum(scheme.form.unpack_bytes(size, self.inputs, dtype) for (_, size), scheme in pairs if scheme)
 
-    def read(self, source: Source) -> "Linear | PackedLinear":
-        parts = self.parts
-        bias = source.stack(parts["bias"]) if self.bias else None
-        if not any(self.schemes):
-            return Linear(source.stack(parts["weight"]), bias)
-        if self.quantisation and self.quantisation.packed:
+    def read(self, source: Source) -> "Linear | PackedLinear | ExpertLinear":
+        bias = source.stack(self.parts["bias"]) if self.bias else None
+        if self.experts is not None:
+            weight = self._dequantised(source).unflatten(0, (self.experts, -1))
+            return ExpertLinear(weight, None if bias is None else bias.view(self.experts, -1))
+        if any(self.schemes) and self.quantisation and self.quantisation.packed:
             return PackedLinear([self._weight(index, source) for index in range(len(self.modules))], bias)
+        return Linear(self._dequantised(source), bias)
+
+    def _dequantised(self, source: Source) -> Tensor:
+        """All weights [out, in]."""
+        if not any(self.schemes):
+            return source.stack(self.parts["weight"])
         fused = source.empty((sum(size for _, size in self.modules), self.inputs))
         begin = 0
         for index, (_, size) in enumerate(self.modules):
@@ -125,7 +134,7 @@ class LinearSpec:
             else:
                 target.copy_(weight)
             begin += size
-        return Linear(fused, bias)
+        return fused
 
     def _weight(self, index: int, source: Source) -> Tensor | Packed:
         (name, size), scheme = self.modules[index], self.schemes[index]
@@ -154,3 +163,26 @@ class Linear:
         if self.bias is None:
             return torch.mm(x, self.weight.t(), out=out)
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
+
+class ExpertLinear:
+    """Products with one of several weights [experts, out, in], plus a bias [experts, out], by row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        """x [n, in] to [n, out]. experts: [n] of each row, ascending; ends: [experts] int32, the first row after each.
+
+        A host never learns how many rows an expert has, so that a CUDA graph can hold the product.
+        """
+        product = F.grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+        return product if self.bias is None else product.add_(self.bias[experts])
+
+
+def grouped_mm_waits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch's `grouped_mm` reads on the host where groups end, as all but its fast kernels do.
+
+    Source: pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp and GroupedMMUtils.h.
+    """
+    return dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10)

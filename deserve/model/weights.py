@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deserve.errors import UserError
 from deserve.layout import Shard
-from deserve.model.config import ModelConfig
-from deserve.model.layer import MLP, Attention, Layer
+from deserve.model.config import ExpertConfig, ModelConfig
+from deserve.model.layer import MLP, Attention, Experts, Layer
 from deserve.model.linear import Linear, LinearSpec, Parts, Source, TensorSpec
 from deserve.model.packed import Packed, PackedLinear
 from deserve.model.safetensors_folder import SafetensorsFolder, Shape
@@ -51,19 +51,37 @@ def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
     layer = f"model.layers.{index}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     qkv = ((f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv))
-    gate_up = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
     table: dict[str, Spec] = {
         "input_norm": TensorSpec(f"{layer}.input_layernorm.weight", (hidden,)),
         "qkv": LinearSpec(qkv, hidden, config.qkv_bias, config.quantisation),
         "output": LinearSpec(((f"{attention}.o_proj", hidden),), q, config.output_bias, config.quantisation),
         "post_norm": TensorSpec(f"{layer}.post_attention_layernorm.weight", (hidden,)),
-        "gate_up": LinearSpec(gate_up, hidden, config.mlp_bias, config.quantisation),
-        "down": LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias, config.quantisation),
     }
     if config.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            table[name] = TensorSpec(f"{attention}.{name}.weight", (config.head_dim,))
+        for name, size in (("q_norm", q), ("k_norm", kv)):
+            shape = (size if config.wide_qk_norm else config.head_dim,)
+            table[name] = TensorSpec(f"{attention}.{name}.weight", shape)
+    experts = config.experts_of(index)
+    if experts is not None:
+        return table | expert_parts(config, experts, layer)
+    gate_up = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
+    table["gate_up"] = LinearSpec(gate_up, hidden, config.mlp_bias, config.quantisation)
+    table["down"] = LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias, config.quantisation)
     return table
+
+
+def expert_parts(config: ModelConfig, experts: ExpertConfig, layer: str) -> dict[str, Spec]:
+    """What takes the place of an MLP in `layer`. Routers are never quantised."""
+    names, hidden, inner = experts.names, config.hidden_size, experts.intermediate_size
+    block = f"{layer}.{names.module}"
+    each = [f"{block}.experts.{number}" for number in range(experts.count)]
+    gate_up = tuple((f"{expert}.{name}", inner) for expert in each for name in (names.gate, names.up))
+    down = tuple((f"{expert}.{names.down}", hidden) for expert in each)
+    return {
+        "router": TensorSpec(f"{block}.{names.router}.weight", (experts.count, hidden)),
+        "gate_up": LinearSpec(gate_up, hidden, False, config.quantisation, experts.count),
+        "down": LinearSpec(down, inner, False, config.quantisation, experts.count),
+    }
 
 
 def shard_parts(config: ModelConfig, shard: Shard) -> dict[str, Spec]:
@@ -242,7 +260,8 @@ def _build(config: ModelConfig, shard: Shard, source: Source) -> ShardWeights:
     for index in range(shard.first, shard.last):
         made = read(layer_parts(config, index))
         attention = Attention(made["qkv"], made["output"], made.get("q_norm"), made.get("k_norm"))
-        mlp = MLP(made["gate_up"], made["down"])
+        experts, products = config.experts_of(index), (made["gate_up"], made["down"])
+        mlp = MLP(*products) if experts is None else Experts(experts, made["router"], *products)
         layers.append(Layer(made["input_norm"], attention, made["post_norm"], mlp))
     embedding, head = rest.get("embedding"), rest.get("head")
     if shard.outputs and embedding is not None and head is None:

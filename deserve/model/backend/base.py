@@ -50,7 +50,7 @@ class Backend(ABC):
 
     @abstractmethod
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up for gate_up [T, 2 * n]: [T, n], maybe in memory that the next call overwrites."""
+        """silu(gate) * up for gate_up [m, 2 * n]: [m, n], maybe in memory that the next call overwrites."""
 
     @abstractmethod
     def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,6 @@ class _Visit:
     table: tuple[torch.Tensor, torch.Tensor]  # first of each row's pages, tokens in each row's last
     calls: list[_Call]
     attended: torch.Tensor  # [T, heads * head_dim]
-    activated: torch.Tensor  # [T, intermediate]
 
 
 class _Attention:
@@ -200,8 +199,9 @@ class FlashInferBackend(Backend):
         prefill: str = "auto",
         tables: int = 1,
     ):
-        if config.intermediate_size * dtype.itemsize % 16:
-            raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={config.intermediate_size}")
+        inners = {config.intermediate_size, config.experts.intermediate_size if config.experts else 0}
+        if any(inner * dtype.itemsize % 16 for inner in inners):
+            raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={max(inners)}")
         self._eps = config.norm_eps
         self._page_size = page_size
         self._table = torch.cat(rope_table(config, max_length, device), dim=-1)  # [max_length, head_dim], cos | sin
@@ -229,7 +229,7 @@ class FlashInferBackend(Backend):
         self._append = get_page_module().append_paged_kv_cache
 
         self._attended = torch.empty(max_tokens, config.q_size, dtype=dtype, device=device)
-        self._activated = torch.empty(max_tokens, config.intermediate_size, dtype=dtype, device=device)
+        self._activated = torch.empty(max_tokens * config.activated_size, dtype=dtype, device=device)
         capacity = {
             "positions": max_tokens,
             "row_of_token": max_tokens,
@@ -318,7 +318,6 @@ class FlashInferBackend(Backend):
             (first_page, last_page),
             calls,
             attended,
-            self._activated[:tokens],
         )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -331,7 +330,8 @@ class FlashInferBackend(Backend):
         return x
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out = self._visit.activated
+        size = gate_up.shape[-1] // 2
+        out = self._activated[: len(gate_up) * size].view(-1, size)
         self._activation(out, gate_up, self._pdl)
         return out
 
