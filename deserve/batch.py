@@ -160,6 +160,7 @@ class VisitPlan:
     new_tokens: IntArray = field(default_factory=lambda: _empty(0))  # [rows] tokens that this visit computes
     context: IntArray = field(default_factory=lambda: _empty(0))  # [rows] tokens already in the KV cache
     samples: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many last tokens are followed by a sample
+    drafts: IntArray = field(default_factory=lambda: _empty(0))  # draft tokens: all but the first of a row's samples
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
@@ -187,6 +188,14 @@ class VisitPlan:
         token = np.cumsum(self.new_tokens)[row] - back
         return row, token, (self.context + self.new_tokens)[row] - back + 1
 
+    def assumed(self) -> IntArray:
+        """Of each sample [sampled], the draft token that stands in its place; NO_TOKEN behind a row's last token."""
+        tokens = np.full(self.sampled, NO_TOKEN, np.int32)
+        drafted = np.ones(len(tokens), bool)
+        drafted[np.cumsum(self.samples)[self.samples > 0] - 1] = False
+        tokens[drafted] = self.drafts
+        return tokens
+
     def encode(self) -> IntArray:
         """The plan as one int32 array [words], as it travels."""
         lengths = np.array([len(admission) for admission in self.admissions], np.int32)
@@ -209,17 +218,27 @@ class VisitPlan:
         return plan
 
     @staticmethod
-    def max_words(rows: int, pages: int) -> int:
-        """Words of the longest plan of at most `rows` sequences, where a micro-batch can own `pages` pages.
+    def max_words(rows: int, pages: int, tokens: int) -> int:
+        """Words of the longest plan of at most `rows` sequences and `tokens` tokens, where a micro-batch can own
+        `pages` pages.
 
         New sequences read as many prefix pages besides, each counted for each of them.
         """
-        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + ADMISSION_ROOM
+        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
 
 
 ADMISSION_WORDS = 6  # that every admission has
 ADMISSION_ROOM = 1 << 18  # words that the admissions of a visit may have beyond those: rules, a grammar, a prompt
-_SECTIONS = {"slots": 1, "new_tokens": 1, "context": 1, "samples": 1, "page_writes": 3, "stash": 2, "restore": 2}
+_SECTIONS = {
+    "slots": 1,
+    "new_tokens": 1,
+    "context": 1,
+    "samples": 1,
+    "drafts": 1,
+    "page_writes": 3,
+    "stash": 2,
+    "restore": 2,
+}
 _HEADER_WORDS = 2 + len(_SECTIONS) + 1
 
 

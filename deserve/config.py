@@ -104,6 +104,13 @@ class SamplingSection:
 
 
 @dataclass
+class SpeculationSection:
+    """Tokens that are guessed, and verified by the visit that samples the next one. They change no answer."""
+
+    tokens: Any = "auto"  # of a sequence and visit: auto, as many as are worth it; at most so many; 0: none
+
+
+@dataclass
 class OutputSection:
     """Where results go."""
 
@@ -125,6 +132,7 @@ class Config:
     comm: CommSection = field(default_factory=CommSection)
     workload: WorkloadSection = field(default_factory=WorkloadSection)
     sampling: SamplingSection = field(default_factory=SamplingSection)
+    speculation: SpeculationSection = field(default_factory=SpeculationSection)
     output: OutputSection = field(default_factory=OutputSection)
     device: str = "auto"
     trace: bool = False
@@ -269,6 +277,7 @@ def _check(config: Config) -> None:
     _auto_or_int("pipeline.micro_batch_size", config.pipeline.micro_batch_size, 1)
     _auto_or_int("kvcache.main_pages", config.kvcache.main_pages, 1)
     _auto_or_int("kvcache.swap_pages", config.kvcache.swap_pages, 0)
+    _auto_or_int("speculation.tokens", config.speculation.tokens, 0)
     _auto_or_int("workload.concurrency", config.workload.concurrency, 1)
     _auto_or_int("pipeline.max_batch_tokens", config.pipeline.max_batch_tokens, 1)
     in_range("kvcache.page_size", config.kvcache.page_size, 1)

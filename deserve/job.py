@@ -27,6 +27,7 @@ from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.summary import closing_table
 from deserve.report.trace import draw_timeline, write_trace
+from deserve.scheduler.drafts import Drafts
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.text import AnswerReader, Detokenizer, StopFinder
@@ -89,6 +90,9 @@ class Job:
         )
         self._ahead = ahead = ReadAhead(items, done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
         context = self._lengths.mean_prompt + self._lengths.mean_output
+        cycle_s = cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context)
+        tokens = self._config.speculation.tokens
+        self._drafts = Drafts(plan.concurrency, cycle_s, None if tokens == "auto" else tokens) if tokens else None
         scheduler = Scheduler(
             plan,
             ahead,
@@ -96,7 +100,8 @@ class Job:
             find_cuts=StopFinder(Detokenizer(self._tokenizer)),
             share_prefixes=self._config.kvcache.share_prefixes,
             grouped=self._config.workload.order == "auto",
-            cycle_s=cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context),
+            cycle_s=cycle_s,
+            drafter=self._drafts,
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         self._prefixes = scheduler.pages.prefixes
@@ -151,6 +156,7 @@ class Job:
                 "predicted_for_these_answers": self._hindsight(plan),
             },
             "tuning": self._tuner.report(),
+            "speculation": self._drafts.report() if self._drafts is not None else None,
             "machine": asdict(self._machine),
             "config": as_dict(self._config),
         }

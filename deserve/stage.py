@@ -91,7 +91,7 @@ class Stage:
             x = x.index_select(0, to_device(token, self._device))
         logits = self._decoder.logits(x)
         with timeline.on_device("sample", plan.micro_batch):
-            return self._sampler.sample(logits, plan.slots[row], position)
+            return self._sampler.sample(logits, plan.slots[row], position, plan.assumed())
 
     def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""

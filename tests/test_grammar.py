@@ -49,14 +49,14 @@ def completed(grammar: str, tokenizer: tuple[LLTokenizer, Tokenizer], seed: int,
     tokens: list[int] = []
     while len(tokens) < most:
         assert grammars.rows(np.array([1, 3], np.int32)).tolist() == [1]
-        masks = grammars.masks(slots, vocab)
+        masks = grammars.masks(slots, NOTHING, vocab)
         logits = grammars.apply(torch.randn(1, vocab, generator=random), masks)
         logits[0, 0] += 2.0  # inclined to end
         token = logits.argmax(-1).int()
         if int(token) == 0:
             return str(plain.decode(tokens))
         tokens.append(int(token))
-        grammars.record(token, slots)
+        grammars.record(token, slots, NOTHING)
     return None
 
 
@@ -87,7 +87,7 @@ def test_a_sequence_goes_on_where_its_output_ends(tokenizer: tuple[LLTokenizer, 
     output = np.array(plain.encode("n").ids, np.int32)
     grammars.admit(0, grammar, output)
     grammars.admit(1, grammar, np.zeros(0, np.int32))
-    masks = grammars.masks(np.array([0, 1], np.int32), plain.get_vocab_size())
+    masks = grammars.masks(np.array([0, 1], np.int32), np.repeat(NOTHING, 2), plain.get_vocab_size())
     open_ = grammars.apply(torch.zeros(2, plain.get_vocab_size()), masks).isfinite()
     allowed = [{plain.decode([token]) for token in row.nonzero()[:, 0].tolist()} for row in open_]
     assert allowed[0] == {"o"} and {"n", "y"} <= allowed[1] and "o" not in allowed[1]

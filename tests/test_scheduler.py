@@ -90,17 +90,6 @@ class Case:
     def scheduler(self, source: "Source", **options: Any) -> Scheduler:
         """Closes rounds as `gather` says, and has draft tokens of which every third is wrong."""
 
-        def propose(sequences: Sequences, slots: Ints, most: Ints) -> Ints:
-            counts = np.minimum(most, self.drafts)
-            drafts = []
-            for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-                content = [*sequences.request(slot).prompt.tolist(), *sequences.output(slot).tolist()]
-                for _ in range(count):
-                    drafts.append(next_token(tuple(content)) if len(content) % 3 else 1)
-                    content.append(drafts[-1])
-            sequences.propose(slots, counts, np.array(drafts, np.int32))
-            return counts
-
         def find_cuts(requests: list[Request], outputs: list[np.ndarray]) -> list[Cut | None]:
             return [
                 Cut(self.cut, request.custom_id) if len(output) >= self.cut else None
@@ -116,8 +105,30 @@ class Case:
         if self.gather:
             options["cycle_s"] = lambda rounds, sequences: float(max(rounds, self.latency))
         if self.drafts:
-            options["drafter"] = propose
+            options["drafter"] = Guesses(self.drafts)
         return Scheduler(self.layout, source, **options)
+
+
+@dataclass
+class Guesses:
+    """Drafts of which every third is wrong."""
+
+    most: int
+
+    def propose(self, sequences: Sequences, slots: Ints, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+        counts = np.minimum(most, self.most)
+        counts = np.clip(room - np.cumsum(counts) + counts, 0, counts)
+        drafts = []
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            content = [*sequences.request(slot).prompt.tolist(), *sequences.output(slot).tolist()]
+            for _ in range(count):
+                drafts.append(next_token(tuple(content)) if len(content) % 3 else 1)
+                content.append(drafts[-1])
+        sequences.propose(slots, counts, np.array(drafts, np.int32))
+        return counts
+
+    def ends(self, sequences: Sequences, slot: int) -> None:
+        assert sequences.length[slot] <= sequences.end[slot]
 
 
 def next_token(slot_content: tuple[int, ...]) -> int:
@@ -286,7 +297,7 @@ def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
     assert plan.tokens == len(tokens) <= case.max_batch_tokens
     assert plan.rows <= case.micro_batch_size and len(set(plan.slots.tolist())) == plan.rows
     words = plan.encode()
-    assert len(words) <= VisitPlan.max_words(case.concurrency, case.main + case.swap)
+    assert len(words) <= VisitPlan.max_words(case.concurrency, case.main + case.swap, case.max_batch_tokens)
     again = VisitPlan.decode(words)
     for name, value in vars(plan).items():
         assert (

@@ -52,7 +52,9 @@ def connect(
     before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
     depth = layout.rounds + 1
     first, last = world.rank == 0, world.is_last
-    plan_bytes = 4 * VisitPlan.max_words(layout.concurrency, layout.main_pages + layout.swap_pages)
+    plan_bytes = 4 * VisitPlan.max_words(
+        layout.concurrency, layout.main_pages + layout.swap_pages, layout.max_batch_tokens
+    )
     result_bytes = 4 * VisitResult.max_words(layout.max_batch_tokens, beside_width(MOST_LOGPROBS))
     coded = coded_links(world, config)
     token_bytes = coded_bytes(hidden) if coded[before] else hidden * dtype.itemsize

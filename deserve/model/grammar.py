@@ -10,7 +10,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+from llguidance.numpy import (
+    allocate_token_bitmask,
+    fill_next_token_bitmask_par,
+    fill_next_token_bitmask_par_with_draft_tokens,
+)
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray
@@ -22,11 +26,20 @@ COMPILED = 4096  # distinct grammars that are kept compiled
 
 
 class _Sampled(NamedTuple):
-    """A token on its way from the device to the host."""
+    """Tokens of one sequence on their way from the device to the host; all but the last take a draft's place."""
 
     tokens: torch.Tensor
-    at: int
+    at: slice
+    drafts: list[int]
     arrived: torch.cuda.Event | None
+
+    def kept(self) -> list[int]:
+        """Those that count: the first, and each that follows a draft token which was right."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        tokens: list[int] = self.tokens[self.at].tolist()
+        wrong = (nth for nth, draft in enumerate(self.drafts) if draft != tokens[nth])
+        return tokens[: next(wrong, len(self.drafts)) + 1]
 
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
@@ -57,7 +70,7 @@ class Grammars:
         self._compiled = lru_cache(COMPILED)(lambda grammar: LLMatcher(tokenizer, grammar, log_level=0))
         self._executor, self._known = LLExecutor(), tokenizer.vocab_size
         self._matchers: dict[int, LLMatcher] = {}
-        self._sampled: dict[int, _Sampled] = {}  # by slot: the token that its matcher has yet to take in
+        self._sampled: dict[int, _Sampled] = {}  # by slot: the tokens that its matcher has yet to take in
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
 
     def admit(self, slot: int, grammar: str | None, output: IntArray) -> None:
@@ -78,8 +91,10 @@ class Grammars:
             return np.zeros(0, np.int64)
         return np.flatnonzero(np.array([slot in self._matchers for slot in slots.tolist()]))
 
-    def record(self, tokens: torch.Tensor, slots: IntArray) -> None:
+    def record(self, tokens: torch.Tensor, slots: IntArray, assumed: IntArray) -> None:
         """The sequences in `slots` [n], which all have grammars, were given `tokens` [n], which lie on the device.
+
+        `assumed` [n] as in `Sampler.sample`.
 
         Their copy to the host is awaited at the next visit: rank 0 has seen them by then, so it is there.
         """
@@ -89,25 +104,30 @@ class Grammars:
             copy.copy_(tokens, non_blocking=True)
             tokens, arrived = copy, torch.cuda.Event()
             arrived.record()
-        for at, slot in enumerate(slots.tolist()):
-            self._sampled[slot] = _Sampled(tokens, at, arrived)
+        for at in _runs(slots):
+            self._sampled[int(slots[at.start])] = _Sampled(tokens, at, assumed[at][:-1].tolist(), arrived)
 
-    def masks(self, slots: IntArray, vocab: int) -> NDArray[np.int32]:
+    def masks(self, slots: IntArray, assumed: IntArray, vocab: int) -> NDArray[np.int32]:
         """Which of `vocab` tokens may come next in `slots` [n], a bit each: [n, vocab / 32].
 
-        None may where a matcher has failed: a grammar can take more steps than its limits allow.
+        The rows of a slot lie side by side, each after the token `assumed` [n] in the row before it. None may behind a
+        token that the grammar does not allow, nor where a matcher has failed: a grammar can take more steps than its
+        limits allow.
         """
-        matchers = [self._matchers[slot] for slot in slots.tolist()]
-        for slot, matcher in zip(slots.tolist(), matchers, strict=True):
-            sampled = self._sampled.pop(slot, None)
-            if sampled is not None:
-                if sampled.arrived is not None:
-                    sampled.arrived.synchronize()
-                matcher.consume_token(int(sampled.tokens[sampled.at]))
         masks = allocate_token_bitmask(len(slots), self._known)
-        sound = [(matcher, row) for row, matcher in enumerate(matchers) if not matcher.is_error()]
-        fill_next_token_bitmask_par(self._executor, sound, masks)
-        masks[[row for row, matcher in enumerate(matchers) if matcher.is_error()]] = 0
+        masks[:] = 0
+        sound = []
+        for at in _runs(slots):
+            matcher = self._matchers[int(slots[at.start])]
+            sampled = self._sampled.pop(int(slots[at.start]), None)
+            if sampled is not None:
+                matcher.consume_tokens(sampled.kept())
+            if not matcher.is_error():
+                sound.append((matcher, at.start, assumed[at][:-1].tolist()))
+        if len(sound) == len(slots):
+            fill_next_token_bitmask_par(self._executor, [(matcher, row) for matcher, row, _ in sound], masks)
+        else:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, sound, masks)
         return np.pad(masks, ((0, 0), (0, max(0, -(-vocab // 32) - masks.shape[1]))))
 
     def apply(self, logits: torch.Tensor, masks: NDArray[np.int32]) -> torch.Tensor:
@@ -122,3 +142,9 @@ class Grammars:
                 open_ = torch.from_numpy(np.unpackbits(some.view(np.uint8), axis=1, bitorder="little"))
             logits[begin : begin + few].masked_fill_(open_.view(len(some), -1)[:, :vocab] == 0, -torch.inf)
         return logits
+
+
+def _runs(slots: IntArray) -> list[slice]:
+    """Where the same slot stands side by side."""
+    starts = np.flatnonzero(np.diff(slots, prepend=-1)).tolist()
+    return [slice(begin, end) for begin, end in zip(starts, [*starts[1:], len(slots)], strict=True)]

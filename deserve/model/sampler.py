@@ -90,23 +90,32 @@ class Sampler:
         if self._grammars is not None:
             self._grammars.admit(slot, extras.grammar, extras.tokens[extras.prompt :])
 
-    def sample(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
+    def sample(
+        self, logits: torch.Tensor, slots: IntArray, positions: IntArray, assumed: IntArray | None = None
+    ) -> torch.Tensor:
         """The next token of each row of `logits` [n, vocab], and what is wanted beside it: the words of a VisitResult.
 
-        `positions` [n] is where each token will stand. NO_TOKEN for a row with NaN or infinity in it, DEAD_END for one
-        whose own rules leave no token. A logit of minus infinity beside finite ones is allowed: that token has
+        `positions` [n] is where each token will stand, `assumed` [n] the draft token there on which the next row of
+        the same slot goes on, NO_TOKEN where there is none. NO_TOKEN for a row with NaN or infinity in it, DEAD_END for
+        one whose own rules leave no token. A logit of minus infinity beside finite ones is allowed: that token has
         probability 0.
         """
         greedy = argmax(logits)
         # NaN counts as the largest, so the largest logit alone tells, and the host does not wait for the answer.
         finite = logits.gather(1, greedy[:, None]).squeeze(1).isfinite()
         tokens = self._chosen(greedy.to(torch.int32), logits, slots, positions)
+        if assumed is None:
+            assumed = np.full(len(slots), NO_TOKEN, np.int32)
+        drafted = np.flatnonzero(assumed != NO_TOKEN)
+        if len(drafted):
+            drafts = to_device(assumed[drafted], self._device)
+            self._processors.record(drafts, slots[drafted], positions[drafted])
         ruled, masked = self._processors.rows(slots), self._masked(slots)
         special = np.union1d(ruled, masked)
         if len(special):
             at = to_device(special, self._device)
             x = logits.index_select(0, at).float()
-            self._constrain(x, slots[special], positions[special])
+            self._constrain(x, slots[special], positions[special], assumed[special])
             best = argmax(x)
             alive = x.gather(1, best[:, None]).squeeze(1).isfinite()
             chosen = self._chosen(best.to(torch.int32), x, slots[special], positions[special])
@@ -114,18 +123,19 @@ class Sampler:
         tokens = tokens.masked_fill(~finite, NO_TOKEN)
         self._processors.record(tokens, slots, positions)
         if len(masked) and self._grammars is not None:
-            self._grammars.record(tokens.index_select(0, to_device(masked, self._device)), slots[masked])
+            taken = tokens.index_select(0, to_device(masked, self._device))
+            self._grammars.record(taken, slots[masked], assumed[masked])
         return self._with_probabilities(tokens, logits, slots)
 
     def _masked(self, slots: IntArray) -> Ints:
         return self._grammars.rows(slots) if self._grammars is not None else np.zeros(0, np.int64)
 
-    def _constrain(self, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> None:
+    def _constrain(self, logits: torch.Tensor, slots: IntArray, positions: IntArray, assumed: IntArray) -> None:
         """Apply the rules and grammars of `slots` [n] to their `logits` [n, vocab], in place."""
         masked = self._masked(slots)
         if len(masked) and self._grammars is not None:
             at = to_device(masked, self._device)
-            masks = self._grammars.masks(slots[masked], logits.shape[1])
+            masks = self._grammars.masks(slots[masked], assumed[masked], logits.shape[1])
             logits.index_copy_(0, at, self._grammars.apply(logits.index_select(0, at), masks))
         ruled = self._processors.rows(slots)
         if len(ruled):

@@ -1,22 +1,30 @@
 """How long a sequence waits from one token to the next, by the rounds that share the ring."""
 
-from collections.abc import Callable
+from functools import lru_cache
 
 from deserve.layout import Layout
 from deserve.planner.times import Machine, VisitLoad
+from deserve.scheduler.drafts import CycleTime
 
 
-def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -> Callable[[int, int], float]:
-    """A function that gives the seconds between two visits of a round where so many rounds share so many sequences.
+def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -> CycleTime:
+    """How long a cycle takes.
 
     All sequences decode, with `context` tokens each, on `machine` laid out as in `layout`. A visit comes as soon as the
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
     shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
 
-    def cycle_s(rounds: int, sequences: int) -> float:
+    @lru_cache(4096)
+    def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0) -> float:
         rows = -(-sequences // rounds)
-        load = VisitLoad(decodes=rows, decode_kv=rows * context, sampled=rows)
+        load = VisitLoad(
+            decodes=rows,
+            decode_kv=rows * context,
+            prefills=prompts + drafts,
+            pairs=(prompts / 2 + drafts) * context,
+            sampled=rows + drafts,
+        )
         stages, starts, wires = [], [], []
         for rank, (times, shard) in enumerate(zip(machine.stages, shards, strict=True)):
             stages.append(times.seconds(load, shard.last - shard.first, shard.embeds, shard.outputs))

@@ -67,6 +67,7 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"rounds; {pressure['most_host_pages_used']:,} of {pressure['host_pool_pages']:,} pages were used at most"
         )
     lines += tuning(metrics["tuning"])
+    lines += speculation(metrics["speculation"])
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]
     bound_by = bound(stages, plan["bound"])
@@ -97,6 +98,18 @@ def tuning(report: dict[str, Any]) -> list[str]:
     changes = [f"{name} {began[name]} -> {ended[name]}" for name in began if began[name] != ended[name]]
     gains = ", ".join(f"{100 * move['gain']:+.0f} %" for move in report["moves"])
     return [f"{tried} and kept {len(report['moves'])} ({gains}): {', '.join(changes)}"]
+
+
+def speculation(report: dict[str, Any] | None) -> list[str]:
+    """What draft tokens did: a line, or none where there were none."""
+    if report is None or not report["drafted"]:
+        return []
+    names = {"own_text": "a sequence's own text", "answers": "other answers"}
+    sources = ", ".join(
+        f"{source['right']:,} of {source['drafted']:,} from {names[name]}"
+        for name, source in report["by_source"].items()
+    )
+    return [f"{report['tokens_per_trip']:.2f} tokens a trip: draft tokens were right {sources}"]
 
 
 def bound(stages: list[dict[str, Any]], planned: str) -> str:

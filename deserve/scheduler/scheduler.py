@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -15,11 +16,26 @@ from deserve.scheduler.sequences import CutFinder, Sequences, never
 from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
 
 NONE = np.zeros(0, np.int32)
+LATE = 0.1  # what the last visit weighs in a mean of the last ones
 SHORTER = 0.9  # of a cycle: a round that has closed stays closed, and later more rounds may be better again
 
 
-# Of slots [rows], how many draft tokens stand behind each sequence, at most so many: [rows]. Puts them there.
-Drafter = Callable[[Sequences, IntArray, IntArray], IntArray]
+class Drafter(Protocol):
+    """Guesses how sequences go on."""
+
+    @property
+    def most(self) -> int:
+        """Draft tokens of a row, at most."""
+
+    def propose(self, sequences: Sequences, slots: IntArray, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+        """Put up to `most` [rows] draft tokens behind the sequences of `slots` [rows], `room` in all; returns how many:
+        [rows].
+
+        `rounds` are open, and visits hold `prompts` prompt tokens.
+        """
+
+    def ends(self, sequences: Sequences, slot: int) -> None:
+        """The sequence in `slot` is complete."""
 
 
 @dataclass
@@ -28,7 +44,7 @@ class _Filling:
 
     budget: int
     decodes: IntArray = field(default_factory=lambda: NONE)
-    drafts: IntArray = field(default_factory=lambda: NONE)  # [decodes] draft tokens behind each
+    drafts: Ints = field(default_factory=lambda: NONE)  # [decodes] draft tokens behind each
     prefills: list[tuple[int, int]] = field(default_factory=list)  # slot, tokens
     admissions: list[IntArray] = field(default_factory=list)
     room: int = ADMISSION_ROOM  # words that further admissions may have beyond their first ones
@@ -82,6 +98,7 @@ class Scheduler:
         self._beside: dict[int, list[IntArray]] = {}  # by slot: log-probabilities of the output so far
         self.admitting = True
         self._abandoned = False
+        self._prompts_a_visit = 0.0  # prompt tokens, of late
         self._fewer = (0, 0, False)  # sequences in flight, open rounds, and whether fewer rounds would be better
 
     @property
@@ -156,6 +173,8 @@ class Scheduler:
             beside = self._beside.pop(ending.slot, None)
             stacked = None if beside is None else np.concatenate(beside)[: len(output)]
             cached = int(self.sequences.cached[ending.slot])
+            if self._drafter is not None:
+                self._drafter.ends(self.sequences, ending.slot)
             completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached))
             self.pages.release(micro_batch, ending.slot)
             self.rounds.leave(micro_batch, ending.slot)
@@ -208,14 +227,16 @@ class Scheduler:
         """Let sequences that decode verify draft tokens, as far as budget and free pages allow."""
         sequences, slots = self.sequences, visit.decodes
         # No use beyond the end: the token after the last draft is sampled too.
-        most = np.minimum(sequences.end[slots] - sequences.length[slots] - 1, visit.budget)
-        drafts = drafter(sequences, slots, most)
-        drafts = np.maximum(0, np.minimum(drafts, visit.budget - np.cumsum(drafts) + drafts)).astype(np.int32)
-        if self.pages.growth(slots, sequences.length[slots] + drafts) > self.pages.free(micro_batch):
+        most = np.clip(sequences.end[slots] - sequences.length[slots] - 1, 0, drafter.most)
+        # Prompts that have yet to find their place in this visit are worth more.
+        room = visit.budget if visit.prefills or not self.waiting else visit.budget // 2
+        if self.pages.growth(slots, sequences.length[slots] + most) > self.pages.free(micro_batch):
             return
-        visit.drafts = drafts
-        visit.budget -= int(drafts.sum())
-        visit.moves.page_writes.append(self.pages.grow(micro_batch, slots, sequences.length[slots] + drafts))
+        visit.drafts = drafter.propose(
+            sequences, slots, most, room, int(self.rounds.open.sum()), round(self._prompts_a_visit)
+        )
+        visit.budget -= int(visit.drafts.sum())
+        visit.moves.page_writes.append(self.pages.grow(micro_batch, slots, sequences.length[slots] + visit.drafts))
 
     def _add_prefills(self, micro_batch: int, visit: _Filling) -> None:
         for slot in self._split(micro_batch, [])[1].tolist():
@@ -312,6 +333,7 @@ class Scheduler:
         prompts = np.array(visit.prefills, np.int32).reshape(-1, 2)
         slots = np.concatenate([visit.decodes, prompts[:, 0]])
         new_tokens = np.concatenate([np.ones(len(visit.decodes), np.int32), prompts[:, 1]])
+        self._prompts_a_visit += LATE * (int(prompts[:, 1].sum()) - self._prompts_a_visit)
         length, context = sequences.length[slots], sequences.computed[slots]
         visit.moves.page_writes.append(self.pages.grow(micro_batch, slots, length))
         computed = context + new_tokens
@@ -334,6 +356,7 @@ class Scheduler:
             new_tokens=new_tokens,
             context=context.astype(np.int32),
             samples=samples,
+            drafts=sequences.ids(visit.decodes, length[:rows], new_tokens[:rows] - 1),
             page_writes=_stacked(visit.moves.page_writes, 3),
             stash=_stacked(visit.moves.stash, 2),
             restore=_stacked(visit.moves.restore, 2),

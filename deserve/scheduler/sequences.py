@@ -65,6 +65,7 @@ class Sequences:
         self._requests: list[Request | None] = [None] * slots
         self._tokens = np.zeros((slots, 64), np.int32)
         self.length, self.computed, self.end, self.age = np.zeros((4, slots), np.int64)
+        self.prompt_length = np.zeros(slots, np.int64)
         self.cached = np.zeros(slots, np.int64)  # tokens that others had computed when the sequence was added
         self._checked = np.zeros(slots, bool)  # has stop strings
         self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
@@ -100,6 +101,7 @@ class Sequences:
         self._tokens = widen(self._tokens, length + 1)
         self._tokens[slot, :length] = request.prompt
         self.length[slot], self.computed[slot], self.cached[slot] = length, cached, cached
+        self.prompt_length[slot] = length
         self.end[slot] = length + request.sampling.max_tokens
         self.age[slot], self._added = self._added, self._added + 1
         self._checked[slot] = bool(request.sampling.stop)
@@ -132,13 +134,23 @@ class Sequences:
 
     def ids(self, slots: IntArray, begin: Ints, counts: IntArray) -> IntArray:
         """The token ids [T] of `counts` [rows] tokens from `begin` [rows] on of `slots` [rows], draft tokens too."""
-        if int(counts.sum()) == len(slots):  # one of each
+        if (counts == 1).all():
             return self._tokens[slots, begin]
         return self._tokens[_spread(slots, begin, counts)]
 
     def chunk(self, slot: int, begin: int, count: int) -> IntArray:
         """The ids of `count` tokens from `begin` on."""
         return self._tokens[slot, begin : begin + count]
+
+    def text(self, slots: Ints, positions: Ints) -> IntArray:
+        """The ids at `positions` [rows, n] of `slots` [rows], -1 where a sequence has no token: [rows, n]."""
+        slot = slots[:, None]
+        inside = (positions >= 0) & (positions < self.length[slot])
+        return np.where(inside, self._tokens[slot, np.where(inside, positions, 0)], np.int32(-1))
+
+    def ends_text(self, token: int) -> bool:
+        """Whether `token` is one that ends any text."""
+        return token in self._eos_ids
 
     def append(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> list[Ending]:
         """Take in what was sampled for `slots` [rows], `samples` [rows] tokens each: one behind the sequence's last

@@ -1,0 +1,256 @@
+"""Draft tokens without a model: what followed the same tokens before, in a sequence's own text or in other answers.
+
+A visit verifies them beside the token that a sequence is due (`Sequences.append`), so a right one saves a trip round
+the ring. After prompt lookup and SuffixDecoding (arXiv 2411.04975).
+"""
+
+from collections import Counter
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deserve.batch import IntArray, Ints
+from deserve.scheduler.sequences import Sequences
+
+ORDERS = (8, 3)  # tokens by which an earlier place is looked up
+COMPARED = 16  # tokens that the two places are compared by at most: the longer the match, the better the drafts
+MOST = 16  # draft tokens of a row
+ENTRIES = 1 << 21  # of each lookup table, 16 MB
+TEXT = 1 << 22  # tokens of finished answers that are kept, 16 MB: the last ones
+LEAD = 8  # of these, tokens of its prompt before each answer, by which its beginning is found
+OWN, ANSWERS = 0, 1  # where drafts come from: the sequence's own text, or any answer of this job
+SOURCES = ("own_text", "answers")
+PRIOR = 8.0  # trials that the guess at how often a match goes on stands for, until there are real ones
+MEMORY = 4096.0  # trials after which older ones count half
+FORGETS = 0.3  # a row's luck: what its last drafts weigh
+GAIN = 1.03  # predicted of drafts, or there are none: the prediction is not better than that
+
+
+class CycleTime(Protocol):
+    """Seconds between two visits of a round."""
+
+    def __call__(self, rounds: int, sequences: int, prompts: int = 0, drafts: int = 0) -> float:
+        """Where so many rounds share so many sequences, and each visit has so many prompt and draft tokens besides."""
+
+
+class Drafts:
+    """Puts draft tokens behind sequences: `fixed` of them, or as many as bring more than they cost by `cycle_s`."""
+
+    def __init__(self, slots: int, cycle_s: CycleTime | None = None, fixed: int | None = None):
+        assert cycle_s is not None or fixed is not None
+        self._cycle_s, self._fixed = cycle_s, fixed
+        self._most = MOST if fixed is None else fixed
+        self._store = slots  # the finished answers stand for one more slot
+        self._text = np.full(TEXT, -1, np.int32)
+        self._text_end = self._text_indexed = 1
+        # Slot and position of the token behind n tokens, by their hash: [source][order].
+        self._tables = [[np.full(ENTRIES, -1, np.int64) for _ in ORDERS] for _ in SOURCES]
+        self._owner = np.full(slots, -1, np.int64)  # age of the sequence that `_indexed` is about
+        self._indexed = np.zeros(slots, np.int64)  # tokens of it that the tables know what follows
+        self._luck = np.ones(slots)
+        self._proposed = np.zeros((4, slots), np.int64)  # length, drafts, source and match at the last proposal
+        self._tried, self._right = np.zeros((2, len(SOURCES), COMPARED + 1))
+        self._tried += PRIOR
+        self._right += PRIOR * np.linspace(0.2, 0.95, COMPARED + 1)
+        self._counts: Counter[str] = Counter()
+
+    def report(self) -> dict[str, Any]:
+        """What became of the drafts, for metrics.json."""
+        count = self._counts
+        by_source = {name: {"drafted": count[name], "right": count[f"{name} right"]} for name in SOURCES if count[name]}
+        right = sum(source["right"] for source in by_source.values())
+        drafted = sum(source["drafted"] for source in by_source.values())
+        return {
+            "drafted": drafted,
+            "right": right,
+            "by_source": by_source,
+            "tokens_per_trip": (count["rows"] + right) / max(1, count["rows"]),
+        }
+
+    @property
+    def most(self) -> int:
+        """Draft tokens of a row, at most."""
+        return self._most
+
+    def propose(self, sequences: Sequences, slots: IntArray, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+        """Put up to `most` [rows] draft tokens behind the sequences of `slots` [rows], `room` in all; returns how many:
+        [rows].
+
+        `rounds` are open, and visits hold `prompts` prompt tokens.
+        """
+        self._counts["rows"] += len(slots)
+        self._settle(sequences, slots)
+        self._proposed[:, slots] = 0
+        most = np.clip(most, 0, self._most)
+        room = min(room, int(most.sum()))
+        certain = np.ones(room)
+        if not room or not self._allowed(len(slots), certain, rounds, sequences.in_flight, prompts):
+            return np.zeros(len(slots), np.int64)
+        self._index(sequences, slots)
+        source, match, at = self._lookup(sequences, slots)
+        found = self._behind(sequences, at, self._most)
+        counts = np.where(found >= 0, 1, 0).cumprod(1).sum(1)
+        counts = np.minimum(counts, most)
+        chances = self._chances(source, match, slots, counts)
+        # The likeliest of all rows' drafts; none is likelier than the one before it in its row.
+        order = np.argsort(-chances, axis=None, kind="stable")[: min(room, int(counts.sum()))]
+        allowed = self._allowed(len(slots), chances.flat[order], rounds, sequences.in_flight, prompts)
+        counts = np.bincount(order[:allowed] // self._most, minlength=len(slots))
+        sequences.propose(slots, counts.astype(np.int32), found[np.arange(self._most) < counts[:, None]])
+        self._proposed[:, slots] = sequences.length[slots], counts, source, match
+        return counts
+
+    def ends(self, sequences: Sequences, slot: int) -> None:
+        """The sequence in `slot` is complete: its answer is kept for others."""
+        self._settle(sequences, np.array([slot]))
+        self._proposed[:, slot] = 0
+        answer = sequences.output(slot)
+        while len(answer) and sequences.ends_text(int(answer[-1])):
+            answer = answer[:-1]
+        lead = sequences.request(slot).prompt[-LEAD:]
+        text = np.concatenate([lead, answer, [-1]]).astype(np.int32)
+        if len(text) >= TEXT:
+            return
+        if self._text_end + len(text) > TEXT:
+            self._index_answers()
+            self._text[self._text_end :] = -1
+            self._text_end = self._text_indexed = 1
+        self._text[self._text_end : self._text_end + len(text)] = text
+        self._text_end += len(text)
+
+    # -- what drafts are worth
+
+    def _allowed(self, rows: int, chances: NDArray[Any], rounds: int, sequences: int, prompts: int) -> int:
+        """How many of a visit's drafts are worth it beside its `rows`; `chances` [n] fall from one to the next."""
+        most = len(chances)
+        if self._fixed is not None or not most:
+            return most
+        assert self._cycle_s is not None
+        gains = np.cumsum(chances)
+        best, count = GAIN * rows / self._cycle_s(rounds, sequences, prompts, 0), 0
+        for some in sorted({max(1, most * eighth // 8) for eighth in range(1, 9)}):
+            rate = (rows + gains[some - 1]) / self._cycle_s(rounds, sequences, prompts, some)
+            if rate > best:
+                best, count = rate, some
+        return count
+
+    def _chances(self, source: Ints, match: Ints, slots: IntArray, counts: Ints) -> NDArray[np.float64]:
+        """How likely all drafts up to each are right: [rows, most], 0 beyond `counts` [rows]."""
+        nth = np.arange(self._most)
+        length = np.minimum(match[:, None] + nth, COMPARED)
+        rate = self._right[source[:, None], length] / self._tried[source[:, None], length]
+        rate[:, 0] *= self._luck[slots]
+        return np.where(nth < counts[:, None], np.cumprod(rate, 1), 0.0)
+
+    def _settle(self, sequences: Sequences, slots: Ints) -> None:
+        """Note which of the last drafts of `slots` [rows] were right."""
+        length, counts, source, match = self._proposed[:, slots]
+        grown = sequences.length[slots] - length
+        known = np.flatnonzero((counts > 0) & (grown > 0))
+        if not len(known):
+            return
+        slots, counts, source, match = slots[known], counts[known], source[known], match[known]
+        right = np.minimum(grown[known] - 1, counts)
+        nth = np.arange(self._most)
+        tried = nth < np.minimum(right + 1, counts)[:, None]
+        row, step = np.nonzero(tried)
+        bucket = source[row], np.minimum(match[row] + step, COMPARED)
+        np.add.at(self._tried, bucket, 1.0)
+        np.add.at(self._right, bucket, step < right[row])
+        old = self._tried > MEMORY
+        self._tried[old] /= 2
+        self._right[old] /= 2
+        self._luck[slots] += FORGETS * (np.maximum(right / tried.sum(1), 0.05) - self._luck[slots])
+        for nth_source, name in enumerate(SOURCES):
+            of_it = source == nth_source
+            self._counts[name] += int(counts[of_it].sum())
+            self._counts[f"{name} right"] += int(right[of_it].sum())
+
+    # -- the texts
+
+    def _index(self, sequences: Sequences, slots: IntArray) -> None:
+        """Let the tables know what follows what in the texts of `slots` [rows] and in finished answers."""
+        self._index_answers()
+        new = self._owner[slots] != sequences.age[slots]
+        self._owner[slots[new]] = sequences.age[slots[new]]
+        self._indexed[slots[new]], self._luck[slots[new]] = 0, 1.0
+        begin = self._indexed[slots]
+        counts = sequences.length[slots] - begin - 1  # of the last token it is not known what follows
+        self._indexed[slots] += counts
+        row = np.repeat(np.arange(len(slots)), counts)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slot, behind = slots[row].astype(np.int64), begin[row] + nth + 1
+        entry = (slot << 32) | behind
+        answers = behind >= sequences.prompt_length[slot]
+        for order, n in enumerate(ORDERS):
+            long = behind >= n
+            keys = _hashes(sequences.text(slot[long], behind[long, None] + np.arange(-n, 0)))
+            self._tables[OWN][order][_place(keys, sequences.age[slot[long]])] = entry[long]
+            of_answers = answers[long]
+            self._tables[ANSWERS][order][_place(keys[of_answers])] = entry[long][of_answers]
+
+    def _index_answers(self) -> None:
+        begin, end = self._text_indexed, self._text_end
+        for order, n in enumerate(ORDERS):
+            text = self._text[max(0, begin - n) : end]
+            if len(text) > n:
+                windows = np.lib.stride_tricks.sliding_window_view(text[:-1], n)
+                behind = max(0, begin - n) + n + np.arange(len(windows))
+                known = (windows >= 0).all(1)
+                entry = (np.int64(self._store) << 32) | behind[known]
+                self._tables[ANSWERS][order][_place(_hashes(windows[known]))] = entry
+        self._text_indexed = end
+
+    def _lookup(self, sequences: Sequences, slots: IntArray) -> tuple[Ints, Ints, Ints]:
+        """Where each of `slots` [rows] goes on: the source, the tokens that match before it, and the place; all [rows].
+
+        The place is -1 where the last tokens are new. Of several the longest match is taken, of equal ones the
+        sequence's own.
+        """
+        length = sequences.length[slots]
+        last = sequences.text(slots, length[:, None] + np.arange(-COMPARED, 0))
+        source, match = np.zeros((2, len(slots)), np.int64)
+        at = np.full(len(slots), -1, np.int64)
+        for order, n in enumerate(ORDERS):
+            keys = _hashes(last[:, -n:])
+            for where, salt in ((OWN, sequences.age[slots]), (ANSWERS, None)):
+                entry = self._tables[where][order][_place(keys, salt)]
+                same = (self._before(sequences, entry) == last) & (last >= 0)
+                alike = same[:, ::-1].cumprod(1).sum(1)
+                better = (entry >= 0) & (alike >= n) & (alike > match)
+                source[better], match[better], at[better] = where, alike[better], entry[better]
+        return source, match, at
+
+    def _before(self, sequences: Sequences, entry: Ints) -> IntArray:
+        """The `COMPARED` tokens before each of the places `entry` [rows]."""
+        return self._read(sequences, entry, np.arange(-COMPARED, 0))
+
+    def _behind(self, sequences: Sequences, entry: Ints, count: int) -> IntArray:
+        """The `count` tokens from each of the places `entry` [rows] on; negative behind the end of a text."""
+        tokens = self._read(sequences, entry, np.arange(count))
+        return np.where(entry[:, None] >= 0, tokens, -1)
+
+    def _read(self, sequences: Sequences, entry: Ints, offsets: Ints) -> IntArray:
+        slot, position = entry >> 32, (entry & 0xFFFFFFFF)[:, None] + offsets
+        stored = self._text[np.clip(position, 0, TEXT - 1)]
+        held = slot < self._store
+        flying = sequences.text(np.where(held, slot, 0), position)
+        return np.where(held[:, None], flying, stored)
+
+
+def _hashes(windows: IntArray) -> NDArray[np.uint64]:
+    """A number for each of `windows` [m, n] of tokens: [m]."""
+    n = windows.shape[1]
+    with np.errstate(over="ignore"):
+        powers = np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, n + 1, dtype=np.uint64)
+        return np.asarray((windows.astype(np.uint64) * powers).sum(1, dtype=np.uint64))
+
+
+def _place(keys: NDArray[np.uint64], salt: Ints | None = None) -> Ints:
+    """Where in a table the `keys` [m] lie, those of a `salt` [m] apart from all others."""
+    with np.errstate(over="ignore"):
+        if salt is not None:
+            keys = keys + (salt.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+        keys = (keys ^ (keys >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        return ((keys >> np.uint64(32)) & np.uint64(ENTRIES - 1)).astype(np.int64)
