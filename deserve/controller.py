@@ -58,13 +58,14 @@ class Controller:
         with self._timeline.span("commit", micro_batch):
             before = self._scheduler.output_tokens
             completions = self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled))
+            kept = self._scheduler.output_tokens - before
             for completion in completions:
                 self._recorder.put(completion)
             finished = [(len(each.request.prompt), len(each.tokens)) for each in completions]
-            if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, sampled, finished):
+            if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, kept, finished):
                 filling = self._tuner.filling
                 self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
-            self._progress.tokens(self._scheduler.output_tokens - before)
+            self._progress.tokens(kept)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

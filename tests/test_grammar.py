@@ -13,6 +13,7 @@ from deserve.errors import RequestError
 from deserve.model.grammar import Grammars, checked_grammar
 
 CPU = torch.device("cpu")
+NOTHING = np.array([-1], np.int32)  # no draft token
 WORDS = ['{"', '":', '": "', '"}', "name", "age", "true", "yes", "no", " ", "12", "é"]
 
 
@@ -93,6 +94,32 @@ def test_a_sequence_goes_on_where_its_output_ends(tokenizer: tuple[LLTokenizer, 
     assert allowed[0] == {"o"} and {"n", "y"} <= allowed[1] and "o" not in allowed[1]
     grammars.admit(0, None, output)
     assert grammars.rows(np.array([0, 1], np.int32)).tolist() == [1]
+
+
+def test_masks_behind_draft_tokens(tokenizer: tuple[LLTokenizer, Tokenizer]) -> None:
+    """Each is the mask of a sequence that has these tokens; only what was right is taken in."""
+    guide, plain = tokenizer
+    vocab, slots = plain.get_vocab_size(), np.array([0, 0, 0, 1], np.int32)
+    grammar = checked_grammar("regex", "(ab|cd){6}")
+    a, b, c, d = (plain.token_to_id(letter) for letter in "abcd")
+    grammars = Grammars(guide, CPU)
+    for slot in (0, 1):
+        grammars.admit(slot, grammar, np.zeros(0, np.int32))
+
+    def allowed(assumed: list[int]) -> list[set[int]]:
+        masks = grammars.masks(slots, np.array(assumed, np.int32), vocab)
+        return [
+            {*row.nonzero()[:, 0].tolist()} & {a, b, c, d}
+            for row in grammars.apply(torch.zeros(4, vocab), masks).isfinite()
+        ]
+
+    assert allowed([a, b, -1, -1]) == [{a, c}, {b}, {a, c}, {a, c}]
+    grammars.record(torch.tensor([a, b, c, c], dtype=torch.int32), slots, np.array([a, b, -1, -1], np.int32))
+    assert allowed([d, d, -1, -1]) == [{d}, {a, c}, set(), {d}]  # the second draft is not allowed
+    grammars.record(torch.tensor([d, a, a, d], dtype=torch.int32), slots, np.array([d, d, -1, -1], np.int32))
+    assert allowed([c, a, -1, -1]) == [{b}, set(), set(), {a, c}]
+    grammars.record(torch.tensor([b, a, a, a], dtype=torch.int32), slots, np.array([c, a, -1, -1], np.int32))
+    assert allowed([c, d, -1, -1]) == [{a, c}, {d}, {a, c}, {b}]
 
 
 @pytest.mark.parametrize(

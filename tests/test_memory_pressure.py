@@ -15,6 +15,7 @@ from deserve.batch import Completion, Request, SamplingParams, VisitResult
 from deserve.config import load_config
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, resolve
+from deserve.scheduler.drafts import Drafts
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
@@ -99,12 +100,14 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
     ]
     gathers = data.draw(st.booleans(), "gathers")
     grouped = data.draw(st.booleans(), "grouped")
+    drafts = data.draw(st.sampled_from([0, 1, 5]), "draft tokens")
     scheduler = Scheduler(
         plan,
         Queue(requests),
         cycle_s=(lambda rounds, rows: rounds) if gathers else None,
         share_prefixes=data.draw(st.booleans(), "share prefixes"),
         grouped=grouped,
+        drafter=Drafts(plan.concurrency, fixed=drafts) if drafts else None,
     )
     pages = scheduler.pages
     stage = load_stage(reference.checkpoint, plan, plan.shard(0, 2), torch.float32, torch.device("cpu"))

@@ -228,6 +228,7 @@ def layouts(ranks: int) -> dict[str, list[str]]:
             f"pipeline.micro_batch_size={SIZES[turn // 4 % 4]}",
             f"network.latency_ms={LATENCIES_MS[turn // 3 % 4]}",
             f"kvcache.buddy_height={(16, 1, 7)[turn // 2 % 3]}",
+            f"speculation.tokens={(4, 'auto', 16, 0)[turn % 4]}",
         ]
     return found
 
