@@ -180,6 +180,11 @@ class VisitPlan:
         """Tokens this visit samples, over all rows."""
         return int(self.samples.sum())
 
+    @property
+    def rows_sampled(self) -> int:
+        """Rows of which this visit samples any."""
+        return int(np.count_nonzero(self.samples))
+
     def sampled_positions(self) -> tuple[Ints, Ints, Ints]:
         """Of each sample, [sampled] each: the row, the token among all of the visit's, and where the sample will stand
         in its sequence."""

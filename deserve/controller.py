@@ -33,12 +33,12 @@ class Controller:
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._recorder, self._progress = requests, recorder, progress
         self._tuner = tuner
-        # Micro-batches whose tokens are to come, how many, and how many prompt tokens the visit computes.
-        self._under_way: deque[tuple[int, int, int]] = deque()
+        # Micro-batches whose tokens are to come: how many, of how many rows, and how many prompt tokens are computed.
+        self._under_way: deque[tuple[int, int, int, int]] = deque()
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        while any(micro_batch == visited for visited, _, _ in self._under_way):
+        while any(micro_batch == visited for visited, *_ in self._under_way):
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if self._stop.reason is not None:
             self._scheduler.admitting = False
@@ -49,11 +49,11 @@ class Controller:
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
-        self._under_way.append((micro_batch, plan.sampled, plan.tokens - plan.sampled))
+        self._under_way.append((micro_batch, plan.sampled, plan.rows_sampled, plan.tokens - plan.sampled))
         return plan, tokens
 
     def _collect(self) -> None:
-        micro_batch, sampled, prompts = self._under_way.popleft()
+        micro_batch, sampled, rows, prompts = self._under_way.popleft()
         words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
         with self._timeline.span("commit", micro_batch):
             before = self._scheduler.output_tokens
@@ -65,7 +65,7 @@ class Controller:
             if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, kept, finished):
                 filling = self._tuner.filling
                 self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
-            self._progress.tokens(kept)
+            self._progress.tokens(kept, rows)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

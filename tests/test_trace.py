@@ -183,7 +183,7 @@ def test_progress_counts(monkeypatch) -> None:
     progress.start()
     for second in range(41):
         now[0] = 100.0 + second
-        progress.tokens(20)
+        progress.tokens(20, 20)
         if second % 10 == 5:
             progress.request(completion(100, 200))
     progress.request(error=("invalid_value", "line 3: wrong"))
@@ -212,7 +212,7 @@ def test_progress_is_one_line_on_a_terminal() -> None:
     progress = Progress(4, warmup_s=0, stream=stream)
     progress.start()
     progress.request(completion(10, 20))
-    progress.tokens(20)
+    progress.tokens(20, 20)
     progress.close()
     assert "requests" in stream.getvalue() and "\n" not in stream.getvalue()
 

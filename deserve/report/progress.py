@@ -43,14 +43,15 @@ class Progress:
             self._bar = tqdm(total=self._total, file=self._stream, dynamic_ncols=True, bar_format=shape, leave=False)
         self._show()
 
-    def tokens(self, count: int) -> None:
-        """`count` tokens were sampled."""
+    def tokens(self, count: int, trips: int) -> None:
+        """`count` tokens were sampled, in so many `trips` of a sequence round the ring."""
         now = time.monotonic()
         if count:
             self._last_token_at = now
             with self._lock:
                 self._sampled[int(now - self._begin)] += count
                 self._counts["sampled"] += count
+                self._counts["trips"] += trips
                 if now - self._begin >= self._warmup_s:
                     self._warm["output_tokens"] += count
         if now - self._shown > (LOG_EVERY_S if self._bar is None else SHOW_EVERY_S):
@@ -132,6 +133,7 @@ class Progress:
             second = int(elapsed)
             recent = sum(self._sampled[s] for s in range(max(0, second - RECENT_S), second))
             done, sampled, hit_rate = self._counts["requests"], self._counts["sampled"], self._hit_rate
+            a_trip = sampled / max(1, self._counts["trips"])
         overall = sampled / max(elapsed, 1e-9)
         now = recent / min(second, RECENT_S) if second else overall
         words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
@@ -139,6 +141,8 @@ class Progress:
             words.append(f"{clock(elapsed * (self._total - done) / done)} left")
         if hit_rate:
             words.append(f"{hit_rate:.0%} of prompt tokens shared")
+        if a_trip >= 1.01:
+            words.append(f"{a_trip:.2f} tokens a trip")
         text = ", ".join(words)
         if self._bar is not None:
             self._bar.n = done
