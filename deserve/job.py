@@ -89,6 +89,7 @@ class Job:
             within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
         )
         self._ahead = ahead = ReadAhead(items, done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        reorders = self._config.workload.order == "auto"
         context = self._lengths.mean_prompt + self._lengths.mean_output
         cycle_s = cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context)
         tokens = self._config.speculation.tokens
@@ -99,7 +100,9 @@ class Job:
             eos_ids=end_ids(self._checkpoint, self._tokenizer),
             find_cuts=StopFinder(Detokenizer(self._tokenizer)),
             share_prefixes=self._config.kvcache.share_prefixes,
-            grouped=self._config.workload.order == "auto",
+            grouped=reorders,
+            # Where every token costs the same, mixing gains little, and uneven visits cost something.
+            mixed=reorders and self._machine.reading_binds(plan.micro_batch_size),
             cycle_s=cycle_s,
             drafter=self._drafts,
         )

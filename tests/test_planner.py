@@ -247,6 +247,22 @@ def test_a_plan_holds_as_many_sequences_as_share_its_pages() -> None:
     assert shared.predicted is not None and made.predicted is not None and shared.predicted > 3 * made.predicted
 
 
+@pytest.mark.parametrize("answers_first", [False, True])
+def test_mixing_prompts_with_answers_fills_visits_while_reading_weights_binds(answers_first: bool) -> None:
+    """Prompts of 200 tokens stand apart from answers of 48. A visit takes 1 ms up to 128 tokens."""
+    sizes = [(200, 4)] * 150 + [(8, 48)] * 150
+    made = plan(2, 3, 16, "decode_first", main_pages=200, host_height=8, max_batch_tokens=128)
+    on = machine(2, 5)
+    seconds = []
+    for mixes in (False, True):
+        run = Simulation(made, sizes[::-1] if answers_first else sizes, on, LAYERS, mixed=mixes)
+        run.run(10**9)
+        assert run.done[-1][0] == 300
+        seconds.append(run.now)
+    assert seconds[1] < 0.92 * seconds[0]
+    assert on.reading_binds(128) and not machine(2, layer_ms=0.01, per_token_ms=1).reading_binds(16)
+
+
 def test_the_tail_begins_when_most_sequences_have_ended() -> None:
     uneven = simulated(plan(1, 1, 4), mixed([(16, 10)] * 3 + [(16, 40)]), machine(1))
     assert uneven.tail == pytest.approx(0.75, abs=0.05)

@@ -80,21 +80,29 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
 
 
 @settings(max_examples=300, deadline=None)
-@given(PROMPTS, st.booleans(), st.integers(1, 12), st.data())
+@given(PROMPTS, st.booleans(), st.booleans(), st.integers(1, 12), st.data())
 def test_every_request_leaves_the_window_once(
-    prompts: list[IntArray], grouped: bool, size: int, data: st.DataObject
+    prompts: list[IntArray], grouped: bool, mixed: bool, size: int, data: st.DataObject
 ) -> None:
     """It knows what each shares with the others; and one that begins like others before it is offered first."""
-    requests = [Request(f"{index}", prompt) for index, prompt in enumerate(prompts)]
-    window = Window(Source(deque(requests)), chain, PAGE, size, grouped)
+    answers = data.draw(st.lists(st.integers(1, 99), min_size=len(prompts), max_size=len(prompts)))
+    requests = [
+        Request(f"{index}", prompt, SamplingParams(answer))
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    window = Window(Source(deque(requests)), chain, PAGE, size, grouped, mixed)
     taken: list[Request] = []
     window.fill()
     while not window.exhausted:
         inside = list(window.candidates())
         assert len(inside) == len(window) <= size
-        if not grouped:
+        if not grouped and not mixed:
             assert [waiting.number for waiting in inside] == sorted(waiting.number for waiting in inside)
-        elif taken and max(shared_tokens(taken[-1].prompt, waiting.request.prompt) for waiting in inside) >= PAGE:
+        elif (
+            grouped
+            and taken
+            and max(shared_tokens(taken[-1].prompt, waiting.request.prompt) for waiting in inside) >= PAGE
+        ):
             assert max(shared_tokens(inside[0].request.prompt, request.prompt) for request in taken) >= PAGE
         waiting = data.draw(st.sampled_from(inside))
         others = [other.request.prompt for other in inside if other is not waiting]
@@ -104,6 +112,34 @@ def test_every_request_leaves_the_window_once(
         taken.append(waiting.request)
         window.fill()
     assert sorted(request.custom_id for request in taken) == sorted(request.custom_id for request in requests)
+
+
+def test_long_prompts_are_mixed_with_long_answers() -> None:
+    """First all with long prompts, then all with long answers, then both in turn: they leave in proportion, the oldest
+    of each kind first; and requests alike keep their order."""
+    kinds = [(90, 10)] * 30 + [(10, 90)] * 30 + [(90, 10), (10, 90)] * 15
+    requests = [
+        Request(f"{index}", np.full(prompt, index, np.int32), SamplingParams(answer))
+        for index, (prompt, answer) in enumerate(kinds)
+    ]
+    window = Window(Source(deque(requests)), chain, PAGE, 100, False, True)
+    window.fill()
+    left = []
+    while len(window):
+        left.append(next(window.candidates()))
+        window.take(left[-1])
+    excess = np.cumsum([waiting.prompt - waiting.answer for waiting in left])
+    assert np.abs(excess).max() <= 4 * 80
+    for kind in ((90, 10), (10, 90)):
+        numbers = [waiting.number for waiting in left if (waiting.prompt, waiting.answer) == kind]
+        assert numbers == sorted(numbers) and len(numbers) == 45
+    alike = [Request(f"{index}", np.full(9, index, np.int32), SamplingParams(9)) for index in range(20)]
+    window = Window(Source(deque(alike)), chain, PAGE, 8, False, True)
+    for index in range(20):
+        window.fill()
+        waiting = next(window.candidates())
+        assert waiting.number == index
+        window.take(waiting)
 
 
 def computed(scheduler: Scheduler, rounds: int) -> tuple[int, list[str]]:

@@ -69,6 +69,7 @@ class Case:
     common: tuple[tuple[int, int], ...] = ()  # of the first prompts: family, and tokens that it shares with that
     share: bool = True
     grouped: bool = True
+    mixed: bool = False
     stop_token: bool = False  # `EOS` is a stop token of each request, instead of the model's end of text
     cut: int = 0  # every answer that gets so far holds a stop string there, which ends with this token
 
@@ -100,6 +101,7 @@ class Case:
             "eos_ids": () if self.stop_token else (EOS,),
             "share_prefixes": self.share,
             "grouped": self.grouped,
+            "mixed": self.mixed,
         } | options
         options["find_cuts"] = find_cuts
         if self.gather:
@@ -378,6 +380,7 @@ def cases(draw: Any) -> Case:
         common=tuple(draw(common)),
         share=draw(st.sampled_from([True, True, True, False])),
         grouped=draw(st.booleans()),
+        mixed=draw(st.booleans()),
         stop_token=draw(st.booleans()),
         cut=draw(st.sampled_from([0, 0, 1, 3, 12])),
     )

@@ -101,8 +101,9 @@ class Simulation:
         layers: int,
         grain: int = 1,
         sharing: Lengths | None = None,
+        mixed: bool = False,
     ) -> None:
-        """`sharing` says what the prompts have in common; without it, nothing."""
+        """`sharing` says what the prompts have in common; without it, nothing. `mixed`: see Scheduler."""
         self.plan, self.machine, self.grain, self.sharing = plan, machine, grain, sharing
         reach = (plan.main_pages + plan.swap_pages) * plan.page_size
         fitting = [size for size in sizes if sum(size) - 1 <= reach]  # a run refuses the others
@@ -115,7 +116,7 @@ class Simulation:
         context = sum(map(sum, fitting)) / max(1, len(fitting))
         layout = replace(plan, page_size=plan.page_size // grain)
         cycle_s = cycle_times(plan, machine, layers, context)
-        self.scheduler = Scheduler(layout, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, grouped=False)
+        self.scheduler = Scheduler(layout, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
         self.visits = self.sampled = 0
         self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
         self.now = self.tail_s = 0.0

@@ -161,6 +161,11 @@ class Machine:
         """One token's hidden state on the link that leaves `rank`."""
         return self.coded_bytes if self.coded and self.links[rank].far else self.hidden_bytes
 
+    def reading_binds(self, rows: int) -> bool:
+        """Whether one row takes at least half as long as `rows`: then further tokens of a visit cost little."""
+        layer = self.stages[0].layer
+        return 2 * layer(VisitLoad(decodes=1)) >= layer(VisitLoad(decodes=rows))
+
     def frame_bytes(self, load: VisitLoad, rank: int) -> float:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""
         if rank == self.ranks - 1:

@@ -69,13 +69,15 @@ class Scheduler:
         cycle_s: Callable[[int, int], float] | None = None,
         drafter: Drafter | None = None,
         share_prefixes: bool = False,
-        grouped: bool = True,
+        grouped: bool = False,
+        mixed: bool = False,
     ):
         """`find_cuts` finds stop strings, in a thread.
 
         `cycle_s` gives the seconds between two visits of a round, where so many rounds share so many sequences. Without
         it no round is closed early. With `share_prefixes`, pages that prompts have in common are computed and kept
-        once; if `grouped`, requests are admitted beside those that they share most with, else as they come.
+        once. If `grouped`, requests are admitted beside those that they share most with; if `mixed`, long prompts are
+        mixed with long answers; else they are admitted as they come.
         """
         self._policy, self._layout = POLICIES[layout.policy], layout
         self._cycle_s, self._drafter = cycle_s, drafter
@@ -90,8 +92,8 @@ class Scheduler:
             layout.concurrency,
             shares=share_prefixes,
         )
-        window = max(SIZE, 2 * layout.concurrency) if share_prefixes else 1
-        self._window = Window(source, self.pages.chain, layout.page_size, window, grouped)
+        window = max(SIZE, 2 * layout.concurrency) if share_prefixes or mixed else 1
+        self._window = Window(source, self.pages.chain, layout.page_size, window, grouped and share_prefixes, mixed)
         self.rounds = Rounds(layout.rounds, layout.micro_batch_size, self.sequences, self.pages)
         self.counters = self.rounds.counters
         self._encoder = Encoder(eos_ids)
