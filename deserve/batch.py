@@ -1,13 +1,18 @@
 """The words everybody speaks: a request, how it is sampled, and the plan and the result of a visit."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
 Ints = NDArray[np.signedinteger[Any]]  # counts and indices, which do not travel
+
+
+def _empty(*shape: int) -> IntArray:
+    return np.zeros(shape, np.int32)
+
 
 NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
 DEAD_END = -2  # sampled where the request's own rules allow no token
@@ -97,6 +102,21 @@ class AnswerForm:
 PLAIN = AnswerForm()
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What earlier starts of the job have sampled of an answer.
+
+    `beside` [tokens, width] as `Completion` has it. `cached_tokens`: of the prompt, when it was first computed.
+    """
+
+    tokens: IntArray = field(default_factory=lambda: _empty(0))
+    beside: IntArray | None = None
+    cached_tokens: int = 0
+
+
+NOT_BEGUN = Begun()
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """One prompt to be answered.
@@ -104,7 +124,8 @@ class Request:
     `prompt` holds token ids. `endpoint` is `/v1/chat/completions` or `/v1/completions`: it decides the shape of
     the result. `line` is the 1-based line of the input file, 0 for a synthetic request. `default_length`: the request
     states no `max_tokens`, and the job's default is what bounds its answer. `form` says what becomes of its text.
-    `choice` counts the `sampling.n` answers to one line, which are requests of their own.
+    `choice` counts the `sampling.n` answers to one line, which are requests of their own. `begun` is the answer so far,
+    with which the sequence starts.
     """
 
     custom_id: str
@@ -115,6 +136,12 @@ class Request:
     default_length: bool = False
     form: AnswerForm = PLAIN
     choice: int = 0
+    begun: Begun = NOT_BEGUN
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt) + len(self.begun.tokens)
 
 
 def shared_tokens(one: IntArray, other: IntArray) -> int:
@@ -141,8 +168,13 @@ class Completion:
     cached_tokens: int = 0  # of the prompt, that others had computed
 
 
-def _empty(*shape: int) -> IntArray:
-    return np.zeros(shape, np.int32)
+class SoFar(NamedTuple):
+    """A sequence in flight: its answer so far. `beside`: blocks [tokens, width] as `Completion` has them, or none."""
+
+    request: Request
+    tokens: IntArray
+    beside: list[IntArray]
+    cached_tokens: int
 
 
 @dataclass

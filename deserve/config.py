@@ -119,6 +119,7 @@ class OutputSection:
     errors: str = "same"  # the file that errors go to: results.jsonl; separate: errors.jsonl
     retry_errors: str = "auto"  # auto: those that another plan, setting or model folder may mend; all; none
     grace_s: float = 20.0  # time for visits in flight after SIGTERM
+    checkpoint_s: float = 10.0  # between two copies of the answers in flight, in unfinished.jsonl
 
 
 @dataclass
@@ -298,6 +299,7 @@ def _check(config: Config) -> None:
     in_range("time_limit_s", config.time_limit_s, 0, exclusive=True)
     in_range("warmup_s", config.warmup_s, 0)
     in_range("output.grace_s", config.output.grace_s, 0)
+    in_range("output.checkpoint_s", config.output.checkpoint_s, 0, exclusive=True)
     partition = config.pipeline.partition
     if partition != "auto" and not (
         isinstance(partition, list) and all(first == "emb" or type(first) is int for first in partition)

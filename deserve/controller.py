@@ -29,10 +29,13 @@ class Controller:
         stop: Stop,
         timeline: Timeline,
         tuner: Tuner,
+        checkpoint_s: float,
     ):
+        """The answers in flight are saved every `checkpoint_s` seconds."""
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._recorder, self._progress = requests, recorder, progress
         self._tuner = tuner
+        self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
         # Micro-batches whose tokens are to come: how many, of how many rows, and how many prompt tokens are computed.
         self._under_way: deque[tuple[int, int, int, int]] = deque()
 
@@ -42,8 +45,11 @@ class Controller:
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if self._stop.reason is not None:
             self._scheduler.admitting = False
-            if self._stop.overdue:
+            if self._stop.overdue and self._scheduler.in_flight:
+                self._save()
                 self._scheduler.abandon()
+        elif time.monotonic() - self._saved >= self._checkpoint_s:
+            self._save()
         if not self._scheduler.in_flight and not self._scheduler.waiting and self._scheduler.admitting:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
         with self._timeline.span("plan", micro_batch):
@@ -51,6 +57,10 @@ class Controller:
         self._tokens_in.expect()
         self._under_way.append((micro_batch, plan.sampled, plan.rows_sampled, plan.tokens - plan.sampled))
         return plan, tokens
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        self._recorder.put(self._scheduler.unfinished())
 
     def _collect(self) -> None:
         micro_batch, sampled, rows, prompts = self._under_way.popleft()

@@ -24,9 +24,10 @@ from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder, remedy
-from deserve.report.results import WAYS_OUT, Manifest, ResultsWriter
+from deserve.report.results import UNFINISHED, WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.summary import closing_table
 from deserve.report.trace import draw_timeline, write_trace
+from deserve.report.unfinished import Unfinished
 from deserve.scheduler.drafts import Drafts
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
@@ -58,6 +59,8 @@ class Job:
             config.output.retry_errors,
             config.output.errors == "separate",
         )
+        model = [self._manifest.model, self._manifest.dtype]
+        self._unfinished = Unfinished(self._folder / UNFINISHED, model, self._writer.done)
         self._tokenizer = load_tokenizer(checkpoint, self._writer.began, config.workload.chat_template)
         self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
@@ -77,7 +80,9 @@ class Job:
 
     def controller(self, plan: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
         """Open the workload and start reading."""
-        self._recorder = Recorder(self._writer, AnswerReader(self._tokenizer), self._progress, self._dtype)
+        self._recorder = Recorder(
+            self._writer, self._unfinished, AnswerReader(self._tokenizer), self._progress, self._dtype
+        )
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
         self._ignored: Counter[str] = Counter()
@@ -88,7 +93,8 @@ class Job:
         items = (
             within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
         )
-        self._ahead = ahead = ReadAhead(items, done, self._recorder.put, ahead=max(1024, 2 * plan.concurrency))
+        continued, record = self._unfinished.continued, self._recorder.put
+        self._ahead = ahead = ReadAhead(items, done, continued, record, ahead=max(1024, 2 * plan.concurrency))
         reorders = self._config.workload.order == "auto"
         context = self._lengths.mean_prompt + self._lengths.mean_output
         cycle_s = cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context)
@@ -110,7 +116,17 @@ class Job:
         self._prefixes = scheduler.pages.prefixes
         ahead.wait(plan.concurrency)
         self._tuner = self._make_tuner(plan)
-        return Controller(scheduler, tokens_in, ahead, self._recorder, self._progress, stop, timeline, self._tuner)
+        return Controller(
+            scheduler,
+            tokens_in,
+            ahead,
+            self._recorder,
+            self._progress,
+            stop,
+            timeline,
+            self._tuner,
+            self._config.output.checkpoint_s,
+        )
 
     def _make_tuner(self, plan: Layout) -> Tuner:
         """The tuner of what `plan` leaves to it: nothing that was set by hand."""
@@ -146,6 +162,8 @@ class Job:
             "ignored_keys": dict(self._ignored),
             "non_finite_logits": {"requests": self._recorder.non_finite, "remedy": remedy(self._dtype)},
             "earlier_starts": {"results": len(self._writer.done), "errors_tried_again": self._writer.retried},
+            "resumed_answers": self._unfinished.resumed,
+            "resumed_tokens": self._unfinished.resumed_tokens,
             "stages": stages,
             "memory_pressure": {
                 **asdict(self._counters),

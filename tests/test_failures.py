@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+def unfinished(output: Path) -> set[str]:
+    """The requests whose answers so far are saved."""
+    with suppress(FileNotFoundError):
+        return {json.loads(line)["custom_id"] for line in (output / "unfinished.jsonl").read_bytes().splitlines()[1:]}
+    return set()
+
+
 def resume(output: Path, truth: dict[str, str]) -> None:
     """Finish the job of `output`, on one rank, and compare."""
     before = answers(output)
@@ -50,9 +58,12 @@ def resume(output: Path, truth: dict[str, str]) -> None:
 def test_a_killed_rank_is_started_again(tmp_path: Path, truth: dict[str, str]) -> None:
     output = tmp_path / "out"
     # Results of an earlier job are set aside once, not at the restart.
-    command = torchrun_command(2, *JOB, *SLOW, f"output.dir={output}", "output.resume=false", restarts=2)
+    more = [f"output.dir={output}", "output.resume=false", "output.checkpoint_s=0.01"]
+    command = torchrun_command(2, *JOB, *SLOW, *more, restarts=2)
     with running(command, output, tmp_path / "log") as job:
         job.until_answers(COUNT // 8)
+        # All that are in flight end at about the same time: the next ones have just begun.
+        job.until(lambda: bool(unfinished(output) - answers(output).keys()))
         job.rank(0).kill()
         assert job.wait() == 0, job.log[-3000:]
         # The other rank says so, unless torchrun, which looks every 100 ms here, was quicker to end it.
@@ -61,7 +72,8 @@ def test_a_killed_rank_is_started_again(tmp_path: Path, truth: dict[str, str]) -
             assert "rank 0" in message and ("has closed its connection" in message or "is lost" in message)
         assert "Traceback" not in job.log
     assert answers(output) == truth
-    assert not list(output.glob("results.jsonl.*"))
+    assert not list(output.glob("results.jsonl.*")) and not (output / "unfinished.jsonl").exists()
+    assert json.loads((output / "metrics.json").read_text())["resumed_tokens"] > 0
 
 
 def test_a_hanging_rank_is_noticed(tmp_path: Path) -> None:

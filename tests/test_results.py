@@ -24,6 +24,7 @@ from deserve.model.tools import Answer
 from deserve.report.progress import Progress
 from deserve.report.recorder import NON_FINITE_LIMIT, Recorder
 from deserve.report.results import Manifest, ResultsWriter, failure
+from deserve.report.unfinished import Unfinished
 
 CHAT = "/v1/chat/completions"
 
@@ -303,7 +304,8 @@ def test_a_job_whose_first_requests_all_lack_finite_logits_ends(healthy: int | N
     """And one in which any of them ends well goes on to its end. `healthy`: the number of that request."""
     with ResultsWriter(tmp_path / "results.jsonl", True, "model") as writer:
         progress = Progress(None, 0, io.StringIO())
-        recorder = Recorder(writer, lambda _: Answer(""), progress, torch.float16)
+        unfinished = Unfinished(tmp_path / "unfinished.jsonl", "model")
+        recorder = Recorder(writer, unfinished, lambda _: Answer(""), progress, torch.float16)
         for number in range(40):
             answered = completion(f"{number}")
             recorder.put(answered if number == healthy else replace(answered, finish_reason="error"))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import NO_TOKEN, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
+from deserve.batch import NO_TOKEN, Begun, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.layout import Layout
 from deserve.scheduler import sequences as sequences_module
@@ -71,6 +71,7 @@ class Case:
     grouped: bool = True
     mixed: bool = False
     stop_token: bool = False  # `EOS` is a stop token of each request, instead of the model's end of text
+    begun: tuple[int, ...] = ()  # of the first requests, tokens of the answer that are known at the start
     cut: int = 0  # every answer that gets so far holds a stop string there, which ends with this token
 
     @property
@@ -223,7 +224,13 @@ def requests_of(case: Case) -> list[Request]:
             stop=("stop",) if case.cut else (),
             stop_token_ids=(1, 2, EOS)[index % 2 :] if case.stop_token else (),
         )
-        requests.append(Request(f"r{index}", np.array(prompt, np.int32), sampling))
+        request = Request(f"r{index}", np.array(prompt, np.int32), sampling)
+        if index < len(case.begun):  # all but the last token, at most; perhaps more than up to a stop string
+            answer = expected_output(request, abs(case.prompts[index][2]))[0][: case.begun[index]]
+            begun = Begun(np.array(answer[: len(answer) - (answer[-1:] == [EOS])], np.int32))
+            if len(begun.tokens) < max_tokens:
+                request = replace(request, begun=begun)
+        requests.append(request)
     return requests
 
 
@@ -289,7 +296,7 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             turn.append(micro_batch)
     assert scheduler.finished and not scheduler.in_flight and scheduler.pages.all_free
     check_answers(requests, ends, completions, case.cut)
-    sampled = sum(len(completion.tokens) for completion in completions)
+    sampled = sum(len(completion.tokens) - len(completion.request.begun.tokens) for completion in completions)
     assert scheduler.output_tokens == sampled
     return scheduler, visits
 
@@ -382,6 +389,7 @@ def cases(draw: Any) -> Case:
         grouped=draw(st.booleans()),
         mixed=draw(st.booleans()),
         stop_token=draw(st.booleans()),
+        begun=tuple(draw(st.lists(st.integers(0, 40), max_size=8))),
         cut=draw(st.sampled_from([0, 0, 1, 3, 12])),
     )
 

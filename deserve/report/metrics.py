@@ -1,10 +1,10 @@
 """`metrics.json`: what a run did, in figures."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+from deserve.report.files import replace_file
 from deserve.stage import Stage
 from deserve.timeline import Timeline
 
@@ -36,12 +36,5 @@ def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics` as JSON in one step: a reader never sees half a file."""
-    scratch = path.with_suffix(".tmp")
-    try:
-        scratch.write_text(json.dumps(metrics, indent=2) + "\n")
-        scratch.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise
+    """Write `metrics` as JSON. Raises OSError."""
+    replace_file(path, json.dumps(metrics, indent=2).encode() + b"\n")

@@ -75,6 +75,7 @@ class Progress:
             for completion in completions:
                 request = completion.request
                 self._counts["output_tokens"] += len(completion.tokens)
+                self._counts["resumed_tokens"] += len(request.begun.tokens)
                 self._counts["max_output_tokens"] += request.sampling.max_tokens
                 cut = completion.finish_reason == "length" and request.default_length
                 self._counts["cut_by_default_max_tokens"] += cut
@@ -160,10 +161,10 @@ def clock(seconds: float) -> str:
 
 
 def _rates(counts: Counter[str], elapsed_s: float) -> dict[str, float]:
-    tokens = counts["input_tokens"] + counts["output_tokens"]
+    output = counts["output_tokens"] - counts["resumed_tokens"]  # the others were sampled by earlier starts
     return {
         **{name: counts[name] for name in ("requests", "errors", "input_tokens", "output_tokens")},
         "elapsed_s": elapsed_s,
-        "output_tokens_per_s": counts["output_tokens"] / elapsed_s,
-        "total_tokens_per_s": tokens / elapsed_s,
+        "output_tokens_per_s": output / elapsed_s,
+        "total_tokens_per_s": (counts["input_tokens"] + output) / elapsed_s,
     }

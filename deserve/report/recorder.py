@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from deserve.batch import Completion
+from deserve.batch import Completion, SoFar
 from deserve.errors import UserError
 from deserve.model.tools import Answer
 from deserve.report.progress import Progress
 from deserve.report.results import ResultsWriter
+from deserve.report.unfinished import Unfinished
 from deserve.workload import Rejected
 
 NON_FINITE_LIMIT = 16  # so many requests, the first of the job, without a finite logit: the others will fare no better
@@ -24,19 +25,28 @@ class Recorder:
     """
 
     def __init__(
-        self, writer: ResultsWriter, read: Callable[[Completion], Answer], progress: Progress, dtype: torch.dtype
+        self,
+        writer: ResultsWriter,
+        unfinished: Unfinished,
+        read: Callable[[Completion], Answer],
+        progress: Progress,
+        dtype: torch.dtype,
     ):
         self._writer, self._read, self._progress, self._dtype = writer, read, progress, dtype
+        self._unfinished = unfinished
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
         self._answers: dict[str, list[Completion]] = {}  # by custom_id, of requests that want several
-        self._queue: queue.Queue[Completion | Rejected | None] = queue.Queue()
+        self._queue: queue.Queue[Completion | Rejected | list[SoFar] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
-    def put(self, outcome: Completion | Rejected) -> None:
-        """Have `outcome` written. Raises the thread's error, if it met one (a full disk, say)."""
+    def put(self, outcome: Completion | Rejected | list[SoFar]) -> None:
+        """Have `outcome` written, or how far the answers in flight have come after all that was put before.
+
+        Raises the thread's error, if it met one (a full disk, say).
+        """
         if self._error is not None:
             raise self._error
         self._queue.put(outcome)
@@ -54,12 +64,18 @@ class Recorder:
             while (outcome := self._queue.get()) is not None:
                 if isinstance(outcome, Rejected):
                     self._refused(outcome.custom_id, outcome.code, outcome.message)
+                elif isinstance(outcome, list):
+                    self._unfinished.note(outcome)
+                    self._unfinished.write()
                 else:
                     answers = [*self._answers.pop(outcome.request.custom_id, []), outcome]
                     if len(answers) < outcome.request.sampling.n:
                         self._answers[outcome.request.custom_id] = answers
+                        self._unfinished.whole(outcome)
                     else:
                         self._request(answers)
+                        self._unfinished.answered(outcome.request)
+            self._unfinished.write()
         except BaseException as error:
             self._error = error
 

@@ -17,11 +17,13 @@ from deserve.batch import Completion
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.tools import Answer
+from deserve.report.files import replace_file
 from deserve.workload import data_paths
 from deserve.workload.dialogues import SOURCES
 
 WAYS_OUT = "Start afresh with output.resume=false (old results are kept aside), or give a new output.dir"
 CHUNK_BYTES = 1 << 20
+UNFINISHED = "unfinished.jsonl"  # answers in flight, as `deserve.report.unfinished` keeps them
 
 # Codes of errors that another plan, setting or model folder may mend; all others are the input's own.
 MENDABLE = {
@@ -157,16 +159,10 @@ class Manifest:
             return False
 
     def write(self, path: Path) -> None:
-        """Replace the file at `path` in one step, so that a crash leaves the old or the new one."""
-        scratch = path.with_suffix(".tmp")
+        """Replace the file at `path`. Raises UserError."""
         try:
-            with scratch.open("w") as file:
-                json.dump(self._as_json(), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
+            replace_file(path, json.dumps(self._as_json(), indent=2).encode())
         except OSError as error:
-            scratch.unlink(missing_ok=True)  # empty or half, where the disk is full
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
     def _as_json(self) -> dict[str, Any]:
@@ -235,12 +231,13 @@ class ResultsWriter:
                 self._lock = os.open(path.parent / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
                 opened.callback(os.close, self._lock)
                 _lock(self._lock, path.parent)
+                unfinished = path.with_name(UNFINISHED)
                 if not resume:
-                    _set_aside(*paths)
+                    _set_aside(*paths, unfinished)
                 sizes = {path: self._read_done(path) for path in paths}
                 self.retried = len(self._to_retry)
                 must_write = manifest is not None and self._must_write(manifest, sizes)
-                if manifest is not None and any(sizes.values()):
+                if manifest is not None and (any(sizes.values()) or unfinished.exists()):
                     manifest = manifest.continuing(path.parent / "manifest.json")
                 self.began = datetime.now() if manifest is None else datetime.fromisoformat(manifest.began)
                 if manifest is not None and must_write:

@@ -51,6 +51,11 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"{earlier['results']:,} requests had results from earlier starts, and "
             f"{earlier['errors_tried_again']:,} errors of earlier starts were tried again"
         )
+    if metrics["resumed_tokens"]:
+        lines.append(
+            f"{metrics['resumed_tokens']:,} tokens of {metrics['resumed_answers']:,} answers that earlier starts had "
+            "begun were kept, not sampled again"
+        )
     lines.append("rank      busy  bubble  of it waiting  planning  sending   visits  swapped in, out")
     stages = metrics["stages"]
     for rank, stage in enumerate(stages):

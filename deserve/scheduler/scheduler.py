@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, VisitPlan, VisitResult
+from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, SoFar, VisitPlan, VisitResult
 from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
 from deserve.scheduler.pages import Pages
@@ -146,6 +146,15 @@ class Scheduler:
         self._beside.clear()
         self._abandoned = True
 
+    def unfinished(self) -> list[SoFar]:
+        """The sequences in flight that have an answer, as far as it has come in."""
+        sequences = self.sequences
+        return [
+            SoFar(sequences.request(slot), output.copy(), list(self._beside.get(slot, ())), int(sequences.cached[slot]))
+            for slot in sequences.slots
+            if len(output := sequences.output(slot))
+        ]
+
     def fill_by(self, policy: str, tokens: int, rows: int) -> None:
         """Fill visits by `policy` from now on, of at most `tokens` tokens, from micro-batches of `rows` sequences.
 
@@ -283,8 +292,7 @@ class Scheduler:
             if prefixes.expects(waiting.chain, len(found)):
                 passed = True
             elif passed and (
-                pages.count(len(waiting.request.prompt)) - len(found)
-                > pages.free_main - prefixes.unread + prefixes.spare
+                pages.count(waiting.request.length) - len(found) > pages.free_main - prefixes.unread + prefixes.spare
             ):
                 return None
             else:
@@ -294,8 +302,8 @@ class Scheduler:
     def _admit_one(self, micro_batch: int, visit: _Filling, waiting: Waiting, found: IntArray) -> bool:
         """Admit `waiting`, if there is room."""
         request = waiting.request
-        length = len(request.prompt)
-        end = length + request.sampling.max_tokens - 1  # the last token is not computed
+        length, begun = request.length, request.begun
+        end = len(request.prompt) + request.sampling.max_tokens - 1  # the last token is not computed
         if not self.sequences.free or not self._has_room(micro_batch, length, end, found):
             return False
         if not self.rounds.may_read(micro_batch, len(found), visit.moves):
@@ -310,13 +318,16 @@ class Scheduler:
         self._window.take(waiting)
         slot = self.sequences.add(request, cached=len(found) * self.pages.page_size)
         self.pages.expect(end)
+        if begun.beside is not None:
+            self._beside[slot] = [begun.beside]
         self.rounds.place(micro_batch, slot, waiting.chain, found, again, visit.moves)
-        visit.admissions.append(self._encoder.words(slot, request.sampling, length, request.prompt))
+        tokens = self.sequences.chunk(slot, 0, length)
+        visit.admissions.append(self._encoder.words(slot, request.sampling, len(request.prompt), tokens))
         self._add_prefill(micro_batch, visit, slot)
         return True
 
     def _has_room(self, micro_batch: int, length: int, end: int, found: IntArray) -> bool:
-        """Whether a prompt of `length` tokens fits now, beside what the others need next, and to its `end` too.
+        """Whether a sequence of `length` tokens fits now, beside what the others need next, and to its `end` too.
 
         Its first pages are `found`; those that somebody reads need no room.
         """

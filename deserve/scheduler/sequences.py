@@ -66,7 +66,7 @@ class Sequences:
         self._tokens = np.zeros((slots, 64), np.int32)
         self.length, self.computed, self.end, self.age = np.zeros((4, slots), np.int64)
         self.prompt_length = np.zeros(slots, np.int64)
-        self.cached = np.zeros(slots, np.int64)  # tokens that others had computed when the sequence was added
+        self.cached = np.zeros(slots, np.int64)  # of the prompt, tokens that others had computed at the first start
         self._checked = np.zeros(slots, bool)  # has stop strings
         self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
         self._ignore_eos = np.zeros(slots, bool)
@@ -83,6 +83,11 @@ class Sequences:
         """Slots for further sequences."""
         return len(self._free)
 
+    @property
+    def slots(self) -> list[int]:
+        """The slots that are taken."""
+        return [slot for slot, request in enumerate(self._requests) if request is not None]
+
     def request(self, slot: int) -> Request:
         """What the sequence in `slot` answers."""
         request = self._requests[slot]
@@ -96,13 +101,14 @@ class Sequences:
     def add(self, request: Request, cached: int = 0) -> int:
         """Give `request` a slot, of which one must be free; of its tokens the first `cached` are computed."""
         slot = int(self._free.take(1)[0])
-        length = len(request.prompt)
+        prompt, begun, length = len(request.prompt), request.begun, request.length
         self._requests[slot] = request
         self._tokens = widen(self._tokens, length + 1)
-        self._tokens[slot, :length] = request.prompt
-        self.length[slot], self.computed[slot], self.cached[slot] = length, cached, cached
-        self.prompt_length[slot] = length
-        self.end[slot] = length + request.sampling.max_tokens
+        self._tokens[slot, :prompt], self._tokens[slot, prompt:length] = request.prompt, begun.tokens
+        self.length[slot], self.computed[slot] = length, cached
+        self.cached[slot] = begun.cached_tokens if len(begun.tokens) else cached
+        self.prompt_length[slot] = prompt
+        self.end[slot] = prompt + request.sampling.max_tokens
         self.age[slot], self._added = self._added, self._added + 1
         self._checked[slot] = bool(request.sampling.stop)
         stop_tokens = request.sampling.stop_token_ids

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from deserve.batch import Request
+from deserve.batch import Completion, Request
 from deserve.workload.item import Answered, Item, Rejected
 from deserve.workload.sampling import choices
 
@@ -12,12 +12,20 @@ from deserve.workload.sampling import choices
 class ReadAhead:
     """Reads the workload ahead in a thread, so that parsing and tokenizing never hold up a visit.
 
-    Items already answered are passed over (`skipped` counts them, `read` all), rejected ones go to `reject`. An error
-    in the thread is raised by `poll`.
+    Items already answered are passed over (`skipped` counts them, `read` all), rejected ones go to `record`. So do
+    completions, which `continued` gives for requests whose answers earlier starts have kept. An error in the thread is
+    raised by `poll`.
     """
 
-    def __init__(self, items: Iterable[Item], done: set[str], reject: Callable[[Rejected], None], ahead: int):
-        self._items, self._done, self._reject = items, done, reject
+    def __init__(
+        self,
+        items: Iterable[Item],
+        done: set[str],
+        continued: Callable[[Request], Request | Completion],
+        record: Callable[[Rejected | Completion], None],
+        ahead: int,
+    ):
+        self._items, self._done, self._continued, self._record = items, done, continued, record
         self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -32,10 +40,13 @@ class ReadAhead:
                 if isinstance(item, Answered) or item.custom_id in self._done:
                     self.skipped += 1
                 elif isinstance(item, Rejected):
-                    self._reject(item)
+                    self._record(item)
                 else:
-                    for request in choices(item):
-                        self._queue.put(request)
+                    for request in map(self._continued, choices(item)):
+                        if isinstance(request, Completion):
+                            self._record(request)
+                        else:
+                            self._queue.put(request)
         except BaseException as error:
             self._error = error
         finally:
