@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake in the configuration, the input or the model folder; the message names the key, file or line."""
 
 
+class LastingError(UserError):
+    """A mistake that no restart of the ranks mends, and that a restart would report in other words."""
+
+
 class RequestError(Exception):
     """A request that cannot be answered; it becomes an `error` line of the results, the rest of the job runs.
 

@@ -13,7 +13,7 @@ from deserve.batch import Request
 from deserve.comm.link import Receiver
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
-from deserve.errors import UserError
+from deserve.errors import LastingError
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, model_dtype
 from deserve.model.tokenizer import end_ids, load_tokenizer
@@ -147,7 +147,7 @@ class Job:
     ) -> None:
         """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
 
-        Raises UserError if not all requests were answered, although nothing stopped the job.
+        Raises LastingError if not all requests were answered, although nothing stopped the job.
         """
         self._progress.close()
         if spans:
@@ -193,18 +193,18 @@ class Job:
         return self._ahead.exhausted and self._ahead.skipped + self._progress.recorded == self._count
 
     def _check_whole(self, recorded: int) -> None:
-        """Raises UserError unless there are results for all that was counted, and it was read as it was counted."""
+        """Raises LastingError unless there are results for all that was counted, and it was read as it was counted."""
         begun = self._ahead.read if self._count is None else self._count
         answered = self._ahead.skipped + recorded
         source = f"workload.source={self._config.workload.source}"
         changed = f"{self._changed} was changed while the job ran" if self._changed else ""
         if answered != begun:
-            raise UserError(
+            raise LastingError(
                 f"{source}: {begun:,} requests were counted, and {answered:,} have results: {begun - answered:,} are "
                 f"missing{changed and f'. {changed}'}. Restore the input and start again. {WAYS_OUT}"
             )
         if changed:
-            raise UserError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
+            raise LastingError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
     def _hindsight(self, plan: Layout) -> float | None:
         """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from deserve import __version__
 from deserve.comm.network import require_far_links, require_one_host
 from deserve.comm.ring import connect
-from deserve.comm.world import World
+from deserve.comm.world import LASTING, World
 from deserve.config import Config, as_dict, load_config
 from deserve.errors import UserError, tell_torchrun
 from deserve.job import Job
@@ -178,6 +178,9 @@ def main() -> int:
     if world.stop_announced:
         world.leave()  # threads that still listen at exit would abort the process
         return STOPPED
+    lasting = world.note(LASTING)
+    if lasting is not None:
+        world.fail(lasting)
     try:
         status = run(config, world)
     except Exception as error:

@@ -302,6 +302,15 @@ def test_a_missing_template_and_a_broken_tokenizer(tmp_path):
     with pytest.raises(RequestError) as caught:
         Tokenizer(folder).render_chat([{"role": "user", "content": "a"}])
     assert caught.value.code == "no_chat_template"
+    wants_system = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    for template, code in {
+        "{{ nothing.of_this() }}": "no_chat_template",
+        "{{ messages[0].content.upper() }}": "invalid_messages",
+        wants_system: "invalid_messages",
+    }.items():
+        with pytest.raises(RequestError, match="the chat template refuses") as caught:
+            Tokenizer(save_tokenizer(tmp_path, template)).render_chat([{"role": "user", "content": 3}])
+        assert caught.value.code == code
     (folder / "tokenizer.json").write_text("broken")
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         Tokenizer(folder)

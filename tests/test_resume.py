@@ -1,9 +1,10 @@
 """Starting again: what was answered is passed over unread, and what was counted is answered or said to be missing."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from results import code, read_results
 import deserve.run
 from deserve.comm.world import World
 from deserve.config import Config, load_config
-from deserve.errors import UserError
+from deserve.errors import LastingError
 from deserve.planner.survey import survey
 from deserve.run import run, seconds_left
 from deserve.workload import Answered, Item, Limits, open_workload
@@ -149,10 +150,28 @@ def test_an_input_that_changes_under_the_job(
         assert start(tmp_path) == 0
         assert sorted(name for name, _ in results(tmp_path)) == list("abcdefghi")
         return
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(LastingError, match=message):
         start(tmp_path)
     assert sorted(name for name, _ in results(tmp_path)) == sorted(now)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["requests"] == len(now)
+
+
+def test_an_error_that_no_restart_mends_is_what_restarts_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what the restarted ranks would say of the input in its new state."""
+    world, said = World(), []
+
+    def fail(message: str) -> NoReturn:
+        said.append(message)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(world, "fail", fail)
+    with pytest.raises(SystemExit):
+        world.end_with(LastingError("six are missing"))
+    monkeypatch.setattr(deserve.run, "World", lambda timeout_s: world)
+    monkeypatch.setattr(sys, "argv", ["deserve.run", "model=tiny"])
+    with pytest.raises(SystemExit):
+        deserve.run.main()
+    assert said == ["six are missing"] * 2
 
 
 def test_a_larger_plan_and_a_longer_input_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -200,7 +200,7 @@ def test_progress_counts(monkeypatch) -> None:
     lines = stream.getvalue().splitlines()
     assert 4 <= len(lines) <= 6  # start, every ten seconds, end
     assert lines[0] == "deserve: 0/4 requests, 0 tok/s now, 0 overall"
-    assert lines[2] == "deserve: 2/4 requests, 20 tok/s now, 21 overall, 0:22 left"
+    assert lines[2] == "deserve: 2/4 requests, 20 tok/s now, 21 overall, 0:16 left"
 
 
 def test_progress_is_one_line_on_a_terminal() -> None:

@@ -158,6 +158,30 @@ def test_the_forms_of_a_line(tmp_path: Path) -> None:
     assert request(items[2]).prompt.tolist() == [1, 2, 255] and request(items[2]).sampling.temperature == 1
 
 
+def test_what_only_python_reads_is_refused_under_the_line_s_own_name(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"custom_id": "nan", "prompt": "a", "temperature": NaN}\n'
+        '{"custom_id": "twice", "prompt": "a", "seed": 1, "seed": 2}\n'
+        '{"custom_id": "inside", "messages": [{"role": "user", "content": "a", "content": "b"}]}\n'
+        '{"custom_id": "none", "url": null, "body": null, "method": true}\n'
+    )
+    items = read(configure(path))
+    assert [(item.custom_id, item.code) for item in items[:3] if isinstance(item, Rejected)] == [
+        (name, "invalid_json") for name in ("nan", "twice", "inside")
+    ]
+    messages = [item.message for item in items if isinstance(item, Rejected)]
+    assert "NaN is not a JSON value" in messages[0] and "key 'seed' twice" in messages[1]
+    assert "key 'content' twice" in messages[2] and "method is true" in messages[3]
+
+
+def test_the_demonstration_s_model_has_its_name_on_the_hub(tmp_path: Path) -> None:
+    config = configure(tmp_path / "in.jsonl")
+    config.model.name = "smollm2-135m"
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a", "model": "HuggingFaceTB/SmolLM2-135M-Instruct"}\n')
+    assert isinstance(read(config)[0], Request)
+
+
 def test_byte_order_mark_and_no_final_newline(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}')
     assert [text(item) for item in read(configure(tmp_path / "in.jsonl"))] == ["a", "b"]
@@ -227,7 +251,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": ["a", "b"]}, "unsupported_parameter", "several"),
         ({"prompt": [1, 256]}, "invalid_value", "256"),
         ({"prompt": [-1]}, "invalid_value", "-1"),
-        ({"prompt": [True]}, "invalid_value", "True"),
+        ({"prompt": [True]}, "invalid_value", "is true"),
         ('{"prompt": "\\ud800"}', "invalid_value", "surrogate"),
         ({"prompt": "a", "max_tokens": -4}, "invalid_value", "max_tokens"),
         ({"prompt": "a", "max_tokens": 0}, "invalid_value", "max_tokens"),
@@ -247,7 +271,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "best_of": 2}, "unsupported_parameter", "best_of=2"),
         ({"prompt": "a", "n": 0}, "invalid_value", "n is 0"),
         ({"prompt": "a", "logprobs": 21}, "invalid_value", "logprobs is 21"),
-        ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs is True"),
+        ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs is true"),
         ({"messages": [{"role": "user", "content": "c"}], "top_logprobs": 2}, "invalid_value", "logprobs: true"),
         ({"prompt": "a", "presence_penalty": 3}, "invalid_value", "presence_penalty is 3"),
         ({"prompt": "a", "logit_bias": {"300": 1}}, "invalid_value", "logit_bias holds '300'"),

@@ -22,11 +22,12 @@ import torch.distributed as dist
 from deserve.comm.gloo import PATIENCE, cause
 from deserve.comm.host import Host, this_host
 from deserve.comm.pulse import Pulse, Word
-from deserve.errors import LinkError, UserError, tell_torchrun
+from deserve.errors import LastingError, LinkError, UserError, tell_torchrun
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
 FAREWELL_S = 10.0  # for the neighbours to say farewell: one that parses a long line answers late
+LASTING = "lasting error"  # the note for later starts that the job cannot go on
 LAST_WORD_S = 3.0  # for the store to answer: it may be out of reach, or have gone with its torchrun
 
 T = TypeVar("T")
@@ -253,6 +254,8 @@ class World:
 
     def end_with(self, error: BaseException) -> NoReturn:
         """End this process, and so the job, with what `error` says. Any thread may call it."""
+        if isinstance(error, LastingError):
+            self.leave_note(LASTING, str(error))
         if isinstance(error, UserError):
             self.fail(str(error))
         if isinstance(error, LinkError):

@@ -20,6 +20,7 @@ from torch import Tensor
 from deserve.errors import UserError
 
 NAME = "smollm2-135m"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER = "smollm2-135m-instruct"
 CONTROL = 3  # GGUF's type of a token that stands for no text
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +17,11 @@ from deserve.model.tools import dialect
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+REASON = 300  # characters of a library's message that are passed on
+SIMPLEST_CHATS = [
+    [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": "a"}, {"role": "user", "content": "a"}],
+]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own, unknown to Jinja
 
@@ -64,7 +70,7 @@ class Tokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # a tokenizer class may raise anything on a bad file
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split())[:REASON] or type(error).__name__
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
         self._tokenizer.model_max_length = sys.maxsize  # whoever takes a prompt checks its length, without a warning
         if chat_template is not None:
@@ -157,7 +163,8 @@ class Tokenizer:
         Raises RequestError when the model has no template or its template refuses the messages.
         """
         dated = self._template(tools is not None)[1]
-        try:
+
+        def render(messages: Sequence[dict[str, Any]]) -> str:
             return str(
                 self._tokenizer.apply_chat_template(
                     list(messages),
@@ -168,8 +175,19 @@ class Tokenizer:
                     **options,
                 )
             )
+
+        def renders(messages: Sequence[dict[str, Any]]) -> bool:
+            with suppress(Exception):
+                render(messages)
+                return True
+            return False
+
+        try:
+            return render(messages)
         except Exception as error:  # a template is the model's program: it may fail in any manner
-            raise RequestError("invalid_messages", f"the chat template refuses the messages: {error}") from error
+            if any(map(renders, SIMPLEST_CHATS)):
+                raise RequestError("invalid_messages", f"the chat template refuses the messages: {error}") from error
+            raise RequestError("no_chat_template", f"the chat template refuses all messages: {error}") from error
 
     def decode(self, ids: Iterable[int], show_special: bool = False) -> str:
         """The text of token ids, special tokens left out unless `show_special`."""

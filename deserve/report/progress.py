@@ -134,12 +134,14 @@ class Progress:
             second = int(elapsed)
             recent = sum(self._sampled[s] for s in range(max(0, second - RECENT_S), second))
             done, sampled, hit_rate = self._counts["requests"], self._counts["sampled"], self._hit_rate
+            answered = self._counts["output_tokens"]
             a_trip = sampled / max(1, self._counts["trips"])
         overall = sampled / max(elapsed, 1e-9)
         now = recent / min(second, RECENT_S) if second else overall
         words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
-        if self._total and done and done < self._total:
-            words.append(f"{clock(elapsed * (self._total - done) / done)} left")
+        if self._total and done and done < self._total and overall:
+            to_come = self._total * answered / done - sampled  # if answers stay as long as they were
+            words.append(f"{clock(max(0, to_come) / overall)} left")
         if hit_rate:
             words.append(f"{hit_rate:.0%} of prompt tokens shared")
         if a_trip >= 1.01:

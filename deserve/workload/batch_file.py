@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from deserve.errors import RequestError, UserError
 from deserve.workload.intake import Intake
@@ -113,8 +113,10 @@ class BatchFile:
                     "line_too_long",
                     f"the line is longer than workload.max_line_mb={self._max_line_mb:g}: shorten it, or raise that",
                 )
-            entry = _parse(raw)
+            entry, problem = _parse(raw)
             custom_id = self._custom_id(entry.pop("custom_id", None), line)
+            if problem is not None:
+                raise RequestError("invalid_json", f"not JSON: {problem}")
             if custom_id in self._done:
                 return Answered(custom_id)
             endpoint, body = _endpoint_and_body(entry, self._intake.ignored)
@@ -157,26 +159,36 @@ class BatchFile:
         return self._line_of.setdefault(int.from_bytes(digest, "little"), line)
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+def _parse(raw: bytes) -> tuple[dict[str, Any], str | None]:
+    """The object that a line holds, and what it holds that is no JSON although Python reads it."""
+    problems = []
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            problems.append(f"an object has the key {brief(twice)} twice")
+        return entry
+
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise RequestError("invalid_utf8", f"not UTF-8 at byte {error.start + 1}") from None
     try:
-        entry = json.loads(text, parse_constant=_refuse_constant)
+        entry = json.loads(
+            text,
+            parse_constant=lambda name: problems.append(f"{name} is not a JSON value"),
+            object_pairs_hook=distinct,
+        )
     except RecursionError:
         raise RequestError("invalid_json", "nested too deeply") from None
     except json.JSONDecodeError as error:
         raise RequestError("invalid_json", f"not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # a number of thousands of digits, or _refuse_constant
+    except ValueError as error:  # a number of thousands of digits
         raise RequestError("invalid_json", f"not JSON: {error}") from None
     if not isinstance(entry, dict):
         raise RequestError("invalid_request", f"the line holds {brief(entry)}, but must hold an object")
-    return entry
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+    return entry, next(iter(problems), None)
 
 
 def _endpoint_and_body(entry: dict[str, Any], ignored: Counter[str] | None) -> tuple[str, dict[str, Any]]:

@@ -97,6 +97,8 @@ def brief(value: Any) -> str:
         return "a list"
     if isinstance(value, dict):
         return "an object"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     text = repr(value[:40] if isinstance(value, str) else value)
     return text if len(text) <= 60 else text[:60] + "..."
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from deserve.batch import IntArray, Request, SamplingParams
 from deserve.config import Config
 from deserve.errors import UserError
+from deserve.model import smollm2
 from deserve.workload import batch_file, dialogues
 from deserve.workload.fixed import Fixed
 from deserve.workload.intake import Intake
@@ -159,6 +160,8 @@ def _model_names(config: Config) -> ModelNames | None:
     if more == "any":
         return None
     names = [model.name, *([] if more == "auto" else more)]
+    if model.path is None and model.name == smollm2.NAME:
+        names.append(smollm2.HUB_ID)
     folder = None
     if model.path is not None:
         path = Path(model.path).expanduser()
