@@ -56,7 +56,7 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 cut nothing off. The same `seed` gives the same tokens
     whatever the request was batched with. `grammar`, in llguidance's notation, is what the answer keeps to. `n` answers
     are wanted, and the log-probabilities of their tokens and of the `logprobs` likeliest ones beside each, unless that
-    is None.
+    is None; `prompt_logprobs` is the same for the tokens of the prompt.
     """
 
     max_tokens: int = 256
@@ -72,11 +72,13 @@ class SamplingParams:
     grammar: str | None = None
     n: int = 1
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the first words of an admission say all there is to say."""
-        return self.rules == NO_RULES and self.grammar is None and self.logprobs is None and not self.min_p
+        said = self.grammar, self.logprobs, self.prompt_logprobs
+        return self.rules == NO_RULES and said == (None, None, None) and not self.min_p
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class AnswerForm:
     `dialect` is that of the tool calls to look for (a key of `deserve.model.tools.MARKS`), of which only the first
     counts without `parallel_calls`. With `split_thoughts`, thoughts become `reasoning_content`; `thinking` says that
     the prompt already opened them. `show_special`: special tokens have text. `include_stop`: so has what ended the
-    answer. `before` is put before the text.
+    answer. `before` is put before the text, and with `echo_logprobs` the prompt's log-probabilities before those of the
+    answer. `prompt_logprobs` is how many the request wants apart from that. `prompt_only`: the answer is dropped.
     """
 
     dialect: str | None = None
@@ -97,6 +100,9 @@ class AnswerForm:
     include_stop: bool = False
     return_token_ids: bool = False
     before: str = ""
+    echo_logprobs: bool = False
+    prompt_logprobs: int | None = None
+    prompt_only: bool = False
 
 
 PLAIN = AnswerForm()
@@ -124,8 +130,9 @@ class Request:
     `prompt` holds token ids. `endpoint` is `/v1/chat/completions` or `/v1/completions`: it decides the shape of
     the result. `line` is the 1-based line of the input file, 0 for a synthetic request. `default_length`: the request
     states no `max_tokens`, and the job's default is what bounds its answer. `form` says what becomes of its text.
-    `choice` counts the `sampling.n` answers to one line, which are requests of their own. `begun` is the answer so far,
-    with which the sequence starts.
+    `others` are those for the further prompts of the line. `choice` counts the `answers` that the line gets,
+    `sampling.n` to each of its prompts; each is a request of its own. `begun` is the answer so far, with which the
+    sequence starts.
     """
 
     custom_id: str
@@ -135,8 +142,15 @@ class Request:
     line: int = 0
     default_length: bool = False
     form: AnswerForm = PLAIN
+    others: tuple["Request", ...] = ()
     choice: int = 0
+    answers: int = 1
     begun: Begun = NOT_BEGUN
+
+    @property
+    def prompt_number(self) -> int:
+        """Which of the line's prompts this is, from 0 on."""
+        return self.choice // self.sampling.n
 
     @property
     def length(self) -> int:
@@ -157,7 +171,8 @@ class Completion:
     """The outcome of a request: its output tokens and the OpenAI `finish_reason`, `stop` or `length`.
 
     `error` is the reason where the logits after `tokens` are NaN or infinite, `dead_end` where the request's own rules
-    allow no further token. `beside` [tokens, width]: log-probabilities, as `VisitResult` has them.
+    allow no further token. `beside` [tokens, width], `prompt_beside` [prompt - 1, width]: log-probabilities, as
+    `VisitResult` has them; the prompt's first token has none.
     """
 
     request: Request
@@ -166,6 +181,7 @@ class Completion:
     text: str | None = None  # set where a stop string cut the text; decoded from `tokens` otherwise
     beside: IntArray | None = None
     cached_tokens: int = 0  # of the prompt, that others had computed
+    prompt_beside: IntArray | None = None
 
 
 class SoFar(NamedTuple):
@@ -193,6 +209,7 @@ class VisitPlan:
     context: IntArray = field(default_factory=lambda: _empty(0))  # [rows] tokens already in the KV cache
     samples: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many last tokens are followed by a sample
     drafts: IntArray = field(default_factory=lambda: _empty(0))  # draft tokens: all but the first of a row's samples
+    scores: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many before those, by a token to score
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
@@ -220,8 +237,21 @@ class VisitPlan:
     def sampled_positions(self) -> tuple[Ints, Ints, Ints]:
         """Of each sample, [sampled] each: the row, the token among all of the visit's, and where the sample will stand
         in its sequence."""
-        row = np.repeat(np.arange(self.rows), self.samples)
-        back = np.cumsum(self.samples)[row] - np.arange(len(row))  # 1 for the last token of a row
+        return self._positions(self.samples, 0 * self.samples)
+
+    @property
+    def scored(self) -> int:
+        """Prompt tokens whose log-probabilities this visit tells, over all rows."""
+        return int(self.scores.sum())
+
+    def scored_positions(self) -> tuple[Ints, Ints, Ints]:
+        """The same of each prompt token to score, [scored] each: the token is the one before it."""
+        return self._positions(self.scores, self.samples)
+
+    def _positions(self, counts: IntArray, behind: IntArray) -> tuple[Ints, Ints, Ints]:
+        """Of the last `counts` [rows] tokens before the last `behind` [rows]."""
+        row = np.repeat(np.arange(self.rows), counts)
+        back = (np.cumsum(counts) + behind)[row] - np.arange(len(row))  # 1 for the last token of a row
         token = np.cumsum(self.new_tokens)[row] - back
         return row, token, (self.context + self.new_tokens)[row] - back + 1
 
@@ -261,9 +291,24 @@ class VisitPlan:
 
         New sequences read as many prefix pages besides, each counted for each of them.
         """
-        return _HEADER_WORDS + rows * (4 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
+        return _HEADER_WORDS + rows * (5 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
 
 
+MOST_LOGPROBS = 20  # likeliest tokens that a request may ask for beside each of its own, as in OpenAI's API
+
+
+def beside_width(logprobs: int | None) -> int:
+    """Words beside a token of a request that asks for so many `logprobs`."""
+    return 0 if logprobs is None else 1 + 2 * logprobs
+
+
+def narrowed(beside: IntArray, logprobs: int) -> IntArray:
+    """A copy of `beside` [tokens, 1 + 2 * top] with the first `logprobs` of the likeliest tokens alone."""
+    top = beside.shape[1] // 2
+    return beside[:, [0, *range(1, 1 + logprobs), *range(1 + top, 1 + top + logprobs)]]
+
+
+SCORE_WIDTH = beside_width(MOST_LOGPROBS) + 1
 ADMISSION_WORDS = 6  # that every admission has
 ADMISSION_ROOM = 1 << 18  # words that the admissions of a visit may have beyond those: rules, a grammar, a prompt
 _SECTIONS = {
@@ -272,6 +317,7 @@ _SECTIONS = {
     "context": 1,
     "samples": 1,
     "drafts": 1,
+    "scores": 1,
     "page_writes": 3,
     "stash": 2,
     "restore": 2,
@@ -286,29 +332,27 @@ class VisitResult:
     `beside` [sampled, width] holds further int32 words of each token: the bits of its log-probability (float32), then
     the ids of the likeliest tokens, then the bits of theirs. The width is what the most
     demanding row asked for. Where it is 0, the words of the result are its tokens.
+
+    `prompt_beside` [scored, SCORE_WIDTH] holds the same of the prompt tokens that were scored, with MOST_LOGPROBS
+    likeliest tokens beside each, and the rank of its own, 1 for the likeliest.
     """
 
     tokens: IntArray  # [sampled]
     beside: IntArray = field(default_factory=lambda: _empty(0, 0))
+    prompt_beside: IntArray = field(default_factory=lambda: _empty(0, SCORE_WIDTH))
 
     def encode(self) -> IntArray:
         """The result as one int32 array [words], as it travels: all tokens, then all that stands beside them."""
-        return np.concatenate([self.tokens, self.beside.reshape(-1)])
+        return np.concatenate([self.tokens, self.beside.reshape(-1), self.prompt_beside.reshape(-1)])
 
     @staticmethod
-    def decode(words: IntArray, sampled: int) -> "VisitResult":
-        """The result that `encode` turned into `words`, of a visit that sampled `sampled` tokens."""
-        return VisitResult(words[:sampled], words[sampled:].reshape(sampled, -1) if sampled else _empty(0, 0))
+    def decode(words: IntArray, sampled: int, scored: int = 0) -> "VisitResult":
+        """The result that `encode` turned into `words`, of a visit that sampled and scored so many tokens."""
+        end = len(words) - scored * SCORE_WIDTH
+        beside = words[sampled:end].reshape(sampled, -1) if sampled else _empty(0, 0)
+        return VisitResult(words[:sampled], beside, words[end:].reshape(scored, SCORE_WIDTH))
 
     @staticmethod
     def max_words(sampled: int, width: int = 0) -> int:
         """Words of the longest result of at most `sampled` tokens with `width` words beside each."""
         return sampled * (1 + width)
-
-
-MOST_LOGPROBS = 20  # likeliest tokens that a request may ask for beside each of its own, as in OpenAI's API
-
-
-def beside_width(logprobs: int | None) -> int:
-    """Words beside a token of a request that asks for so many `logprobs`."""
-    return 0 if logprobs is None else 1 + 2 * logprobs

@@ -36,12 +36,11 @@ class Controller:
         self._requests, self._recorder, self._progress = requests, recorder, progress
         self._tuner = tuner
         self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
-        # Micro-batches whose tokens are to come: how many, of how many rows, and how many prompt tokens are computed.
-        self._under_way: deque[tuple[int, int, int, int]] = deque()
+        self._under_way: deque[tuple[int, VisitPlan]] = deque()  # micro-batches whose tokens are to come
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        while any(micro_batch == visited for visited, *_ in self._under_way):
+        while any(micro_batch == visited for visited, _ in self._under_way):
             self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
         if self._stop.reason is not None:
             self._scheduler.admitting = False
@@ -55,7 +54,7 @@ class Controller:
         with self._timeline.span("plan", micro_batch):
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
-        self._under_way.append((micro_batch, plan.sampled, plan.rows_sampled, plan.tokens - plan.sampled))
+        self._under_way.append((micro_batch, plan))
         return plan, tokens
 
     def _save(self) -> None:
@@ -63,19 +62,21 @@ class Controller:
         self._recorder.put(self._scheduler.unfinished())
 
     def _collect(self) -> None:
-        micro_batch, sampled, rows, prompts = self._under_way.popleft()
+        micro_batch, plan = self._under_way.popleft()
         words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
         with self._timeline.span("commit", micro_batch):
             before = self._scheduler.output_tokens
-            completions = self._scheduler.commit(micro_batch, VisitResult.decode(words, sampled))
+            result = VisitResult.decode(words, plan.sampled, plan.scored)
+            completions = self._scheduler.commit(micro_batch, result)
             kept = self._scheduler.output_tokens - before
             for completion in completions:
                 self._recorder.put(completion)
             finished = [(len(each.request.prompt), len(each.tokens)) for each in completions]
+            prompts = plan.tokens - plan.sampled
             if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, kept, finished):
                 filling = self._tuner.filling
                 self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
-            self._progress.tokens(kept, rows)
+            self._progress.tokens(kept, plan.rows_sampled)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""

@@ -230,14 +230,16 @@ def within_memory(item: Item, pages: int, page_size: int) -> Item:
     """`item`, rejected if it may come to hold more than `pages` pages of KV cache, as then it could never finish."""
     if not isinstance(item, Request):
         return item
-    prompt, answer = len(item.prompt), item.sampling.max_tokens
+    sizes = [(len(one.prompt), one.sampling.max_tokens) for one in (item, *item.others)]
+    prompt, answer = max(sizes, key=sum)
     if prompt + answer - 1 <= pages * page_size:
         return item
+    which = f"prompt[{sizes.index((prompt, answer))}]: " if item.others else ""
     return Rejected(
         item.custom_id,
         item.line,
         "kv_memory_exceeded",
-        f"a prompt of {prompt} tokens and max_tokens={answer} need room for {prompt + answer - 1} tokens (the last one "
-        f"is not computed), but {pages} pages of {page_size} tokens hold {pages * page_size}: ask for fewer tokens, "
-        "or give the job more pages (kvcache.main_pages, kvcache.swap_pages)",
+        f"{which}a prompt of {prompt} tokens and max_tokens={answer} need room for {prompt + answer - 1} tokens (the "
+        f"last one is not computed), but {pages} pages of {page_size} tokens hold {pages * page_size}: ask for fewer "
+        "tokens, or give the job more pages (kvcache.main_pages, kvcache.swap_pages)",
     )

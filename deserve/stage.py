@@ -84,14 +84,25 @@ class Stage:
         x = self._through_layers(rows, x)
         if self._decoder.weights.head is None:
             return x
+        scores = self._score(plan, x, timeline)
         row, token, position = plan.sampled_positions()
         if not len(row):
-            return torch.empty(0, dtype=torch.int32)
+            return scores
         if len(row) < plan.tokens:
             x = x.index_select(0, to_device(token, self._device))
         logits = self._decoder.logits(x)
         with timeline.on_device("sample", plan.micro_batch):
-            return self._sampler.sample(logits, plan.slots[row], position, plan.assumed())
+            words = self._sampler.sample(logits, plan.slots[row], position, plan.assumed())
+        return torch.cat([words, scores]) if len(scores) else words
+
+    def _score(self, plan: VisitPlan, x: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+        """The words of a VisitResult's `prompt_beside`, int32 [words], from hidden states x [T, hidden]."""
+        if not plan.scored:
+            return torch.empty(0, dtype=torch.int32)
+        row, token, position = plan.scored_positions()
+        with timeline.on_device("sample", plan.micro_batch):
+            x = x.index_select(0, to_device(token, self._device))
+            return self._sampler.score(x, self._decoder.logits, plan.slots[row], position).view(-1)
 
     def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""

@@ -11,7 +11,7 @@ import numpy as np
 from deserve.batch import PLAIN, Completion, IntArray, Request
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer
 from deserve.model.tools import MARKS, THOUGHTS, Answer, parse, split_reasoning
-from deserve.report.logprobs import chat_logprobs, completion_logprobs
+from deserve.report.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 from deserve.scheduler.sequences import Cut
 
 BROKEN = "\ufffd"  # stands for bytes that are no character, or not yet one
@@ -75,11 +75,16 @@ class AnswerReader:
 
     def __call__(self, completion: Completion) -> Answer:
         answer = self._answer(completion)
-        if completion.beside is None:
+        request, beside, scores = completion.request, completion.beside, completion.prompt_beside
+        if request.form.prompt_logprobs is not None and scores is not None:
+            of_prompt = prompt_logprobs(request.prompt, scores, request.form.prompt_logprobs, self._token)
+            answer = replace(answer, prompt_logprobs=of_prompt)
+        if beside is None:
             return answer
-        chat = completion.request.endpoint == "/v1/chat/completions"
-        form = chat_logprobs if chat else completion_logprobs
-        return replace(answer, logprobs=form(completion.tokens, completion.beside, self._token))
+        if request.endpoint == "/v1/chat/completions":
+            return replace(answer, logprobs=chat_logprobs(completion.tokens, beside, self._token))
+        echoed = (request.prompt, scores) if request.form.echo_logprobs and scores is not None else None
+        return replace(answer, logprobs=completion_logprobs(completion.tokens, beside, self._token, echoed))
 
     def _token(self, token: int) -> str:
         return self._all.decode([token])
@@ -113,11 +118,13 @@ class AnswerReader:
         by_token = completion.text is None or tokens[-1] in request.sampling.stop_token_ids
         if by_token and completion.finish_reason == "stop" and not request.form.include_stop:
             tokens = tokens[:-1]
-        text = self._all.text(request.prompt, tokens[self._shown(request, tokens, marks)])
+        shown = self._shown(request, tokens, marks)
+        text = self._all.text(request.prompt, tokens[shown])
         if by_token:
             return text
-        cuts = [(at, stop) for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
-        at, stop = min(cuts, default=(len(text), ""))
+        early = tokens[shown[shown < request.sampling.rules.min_tokens]]
+        before = len(self._all.text(request.prompt, early)) if len(early) else 0
+        at, stop = first_stop(text, request.sampling.stop, before) or (len(text), "")
         return text[: at + len(stop) * request.form.include_stop]
 
     def _shown(self, request: Request, tokens: IntArray, marks: Collection[str]) -> IntArray:
@@ -138,7 +145,8 @@ class AnswerReader:
 class StopFinder:
     """Finds stop strings as tokens come, each at the cost of decoding a few tokens (`CutFinder`).
 
-    A stop string that is a special token stands for that token.
+    A stop string that is a special token stands for that token. What ends with the first `min_tokens` tokens, or within
+    them, is no stop string.
     """
 
     def __init__(self, detokenizer: Detokenizer):
@@ -168,9 +176,24 @@ class StopFinder:
 
     def _cut(self, tail: "_Tail", output: IntArray) -> Cut | None:
         """Where the first stop string begins in the text of all tokens seen."""
+        early = output[: tail.request.sampling.rules.min_tokens]
+        if tail.seen <= len(early):
+            return None
         text = self._detokenizer.text(tail.request.prompt, output[: tail.seen])
-        cuts = [at for stop in tail.stops if (at := text.find(stop)) >= 0]
-        return Cut(tail.seen, text[: min(cuts, default=len(text))]) if cuts or tail.ended else None
+        before = len(self._detokenizer.text(tail.request.prompt, early)) if len(early) else 0
+        found = first_stop(text, tail.stops, before)
+        if found is None and not tail.ended:
+            return None
+        return Cut(tail.seen, text if found is None else text[: found[0]])
+
+
+def first_stop(text: str, stops: Sequence[str], early: int) -> tuple[int, str] | None:
+    """Where the first of `stops` stands in `text`, and which it is, if any does.
+
+    One that ends within the first `early` characters does not count: `min_tokens` holds it back, as vLLM does.
+    """
+    found = [(at, stop) for stop in stops if (at := text.find(stop, max(0, early + 1 - len(stop)))) >= 0]
+    return min(found, default=None)
 
 
 @dataclass

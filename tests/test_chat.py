@@ -16,13 +16,14 @@ from openai.types.chat import ChatCompletion
 from results import read_results
 from transformers import AutoTokenizer
 
-from deserve.batch import AnswerForm, Completion, Request, SamplingParams
+from deserve.batch import AnswerForm, Completion, Request, Rules, SamplingParams
 from deserve.config import load_config
 from deserve.errors import RequestError, UserError
 from deserve.model.checkpoint import resolve
 from deserve.model.tokenizer import Tokenizer, load_tokenizer
 from deserve.model.tools import Answer
 from deserve.report.results import ResultsWriter
+from deserve.scheduler.sequences import Cut
 from deserve.text import AnswerReader, Detokenizer, StopFinder
 from deserve.workload import Rejected, open_workload
 from deserve.workload.intake import Intake
@@ -372,6 +373,13 @@ def test_stop_tokens(whole: bool, content: str) -> None:
         assert AnswerReader(tokenizer("plain"))(completion).content == content
     in_ids = Completion(Request("a", np.array([1], np.int32), sampling), np.array(spelt[:3], np.int32), "stop")
     assert AnswerReader(None)(in_ids).content == " ".join(map(str, spelt[:2]))
+    early = SamplingParams(stop=("b",), rules=Rules(min_tokens=2))
+    request = Request("a", np.array([257], np.int32), early, form=AnswerForm(include_stop=whole))
+    finder, twice = StopFinder(Detokenizer(tokenizer("plain"))), tokenizer("plain").encode("abcb", False)
+    found = [finder([request], [np.array(twice[:count], np.int32)]) for count in (1, 2, 3, 4)]
+    assert found == [[None], [None], [None], [Cut(4, "abc")]]
+    completion = Completion(request, np.array(twice, np.int32), "stop", "abc")
+    assert AnswerReader(tokenizer("plain"))(completion).content == "abc" + "b" * whole
     held_back = chat("plain", stop_token_ids=[7], min_tokens=2).sampling
     assert (held_back.stop_token_ids, held_back.rules.ends) == ((7,), (7,))
     assert "stop_token_ids" in refusal("plain", stop_token_ids=[300], min_tokens=2)

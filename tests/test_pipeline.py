@@ -48,8 +48,10 @@ class Truth:
     answers: dict[str, tuple[str, str]] = field(default_factory=dict)  # custom_id: text, finish_reason
     others: dict[str, list[str]] = field(default_factory=dict)  # texts of further choices
     logprobs: dict[str, torch.Tensor] = field(default_factory=dict)  # [tokens, vocab]
+    # The same of each choice's prompt behind its first token, and its token ids
+    prompts: dict[str, list[tuple[list[int], torch.Tensor]]] = field(default_factory=dict)
 
-    def add(self, custom_id: str, prompt: list[int], answer: tuple[str, str], **parameters: Any) -> None:
+    def add(self, custom_id: str, prompt: list[Any], answer: tuple[str, str], **parameters: Any) -> None:
         """One more request."""
         with self.source.open("a") as file:
             file.write(json.dumps({"custom_id": custom_id, "prompt": prompt, **parameters}) + "\n")
@@ -131,6 +133,16 @@ def truth(tmp_path_factory) -> Truth:
     truth = Truth(folder / "model", folder / "in.jsonl")
     for index, (prompt, tokens) in enumerate(zip(prompts, outputs, strict=True)):
         truth.add(f"eos-{len(prompt)}", prompt, until_eos(tokens, eos_ids))
+        if index in (0, 12, 23, 29):
+            name, last = f"scored-{len(prompt)}", prompts[index - 1]
+            several = [prompt, last] if index % 2 else [prompt]
+            answers = [text(greedy(model, each, 4)) for each in several for _ in range(2)]
+            said = {"max_tokens": 4, "n": 2, "ignore_eos": True}
+            truth.add(name, several, (answers[0], "length"), prompt_logprobs=index % 4, **said)
+            truth.others[name] = answers[1:]
+            with torch.no_grad():
+                scores = [(each, model(torch.tensor([each])).logits[0, :-1].log_softmax(-1)) for each in several]
+            truth.prompts[name] = [of for of in scores for _ in range(2)]
         if len(prompt) > 150:
             continue
         if index % 3 == 0:
@@ -241,7 +253,13 @@ def wrong_answers(output: Path, truth: Truth) -> dict[str, Any]:
         if code(entry) is not None:
             given[entry["custom_id"]] = (code(entry), "error")
             continue
-        choice, *others = entry["response"]["body"]["choices"]
+        choices = entry["response"]["body"]["choices"]
+        choice, *others = choices
+        assert [each["index"] for each in choices] == [*range(len(choices))]
+        scores = truth.prompts.get(entry["custom_id"], [])
+        assert sum("prompt_logprobs" in each for each in choices) == len(scores)
+        for each, right in zip(choices, scores, strict=False):
+            check_prompt_logprobs(each["prompt_logprobs"], *right)
         given[entry["custom_id"]] = (choice["text"], choice["finish_reason"])
         assert [other["text"] for other in others] == truth.others.get(entry["custom_id"], [])
         check_logprobs(choice["logprobs"], truth.logprobs.get(entry["custom_id"]))
@@ -283,6 +301,18 @@ def check_coded(folder: Path, truth: Truth) -> None:
             logprobs = response["body"]["choices"][0]["logprobs"]
             uncoded = float(truth.logprobs[key][0, int(logprobs["tokens"][0])])
             assert 0 < abs(logprobs["token_logprobs"][0] - uncoded) < 0.3, key
+
+
+def check_prompt_logprobs(given: list[dict[str, Any] | None], prompt: list[int], right: torch.Tensor) -> None:
+    """What a choice says of its `prompt` is `right` [prompt - 1, vocab], to 1e-4."""
+    first, *rest = given
+    assert first is None
+    for own, entries, of in zip(prompt[1:], rest, right, strict=True):
+        assert entries is not None and str(own) in entries
+        for token, entry in entries.items():
+            assert abs(of[int(token)] - entry["logprob"]) < 1e-4 and entry["decoded_token"] == token
+            near = [int((of > of[int(token)] + slack).sum()) + 1 for slack in (1e-4, -1e-4)]
+            assert near[0] <= entry["rank"] <= near[1]
 
 
 @pytest.mark.parametrize("ranks", RANKS)

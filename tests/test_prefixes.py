@@ -1,6 +1,7 @@
 """Prefix pages, and the order of requests that share some. With all of the scheduler: `test_scheduler.py`."""
 
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,10 @@ PROMPTS = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9).map(np.in
 
 def chain(prompt: IntArray) -> Chain:
     return Chain(prompt, PAGE)
+
+
+def chain_of(request: Request) -> Chain:
+    return chain(request.prompt)
 
 
 @given(PROMPTS)
@@ -52,7 +57,7 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
             pages.computes(0, slot, len(prompt) if finishes else len(prompt) // 2)
             pages.release(0, slot)
             continue
-        links = pages.chain(prompt)
+        links = pages.chain(Request("", prompt))
         found = pages.prefixes.find(links, links.readable)
         if pages.count(len(prompt)) - len(found) + pages.unread(found) > pages.free_main:
             continue
@@ -90,7 +95,7 @@ def test_every_request_leaves_the_window_once(
         Request(f"{index}", prompt, SamplingParams(answer))
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
-    window = Window(Source(deque(requests)), chain, PAGE, size, grouped, mixed)
+    window = Window(Source(deque(requests)), chain_of, PAGE, size, grouped, mixed)
     taken: list[Request] = []
     window.fill()
     while not window.exhausted:
@@ -122,7 +127,7 @@ def test_long_prompts_are_mixed_with_long_answers() -> None:
         Request(f"{index}", np.full(prompt, index, np.int32), SamplingParams(answer))
         for index, (prompt, answer) in enumerate(kinds)
     ]
-    window = Window(Source(deque(requests)), chain, PAGE, 100, False, True)
+    window = Window(Source(deque(requests)), chain_of, PAGE, 100, False, True)
     window.fill()
     left = []
     while len(window):
@@ -134,7 +139,7 @@ def test_long_prompts_are_mixed_with_long_answers() -> None:
         numbers = [waiting.number for waiting in left if (waiting.prompt, waiting.answer) == kind]
         assert numbers == sorted(numbers) and len(numbers) == 45
     alike = [Request(f"{index}", np.full(9, index, np.int32), SamplingParams(9)) for index in range(20)]
-    window = Window(Source(deque(alike)), chain, PAGE, 8, False, True)
+    window = Window(Source(deque(alike)), chain_of, PAGE, 8, False, True)
     for index in range(20):
         window.fill()
         waiting = next(window.candidates())
@@ -252,7 +257,8 @@ def test_what_is_shared_is_counted_once_when_requests_are_admitted() -> None:
             common=((0, 36),) * 8,
             share=share,
         )
-        scheduler = case.scheduler(Source(deque(requests_of(case))))
+        requests = [replace(request, sampling=SamplingParams(8)) for request in requests_of(case)]
+        scheduler = case.scheduler(Source(deque(requests)))
         for _ in range(3):  # a visit takes no more entries of page tables than there are pages
             plan, _ = scheduler.plan(0)
             scheduler.commit(0, VisitResult(np.zeros(plan.sampled, np.int32)))

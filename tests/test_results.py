@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import checked, code, read_results
 
-from deserve.batch import AnswerForm, Completion, Request
+from deserve.batch import AnswerForm, Completion, IntArray, Request, SamplingParams
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.model.tools import Answer
@@ -25,6 +25,8 @@ from deserve.report.progress import Progress
 from deserve.report.recorder import NON_FINITE_LIMIT, Recorder
 from deserve.report.results import Manifest, ResultsWriter, failure
 from deserve.report.unfinished import Unfinished
+from deserve.text import AnswerReader
+from deserve.workload.sampling import choices
 
 CHAT = "/v1/chat/completions"
 
@@ -121,6 +123,76 @@ def test_answers_with_calls_thoughts_and_token_ids(tmp_path: Path) -> None:
     assert (stop["prompt_token_ids"], choice["token_ids"]) == ([0, 1, 2], [0, 1])
     assert (text["choices"][0]["prompt_token_ids"], text["choices"][0]["token_ids"]) == ([0, 1, 2], [0, 1])
     assert "completion_tokens_details" not in text["usage"]
+
+
+def words(*tokens: tuple[float, ...]) -> IntArray:
+    """`beside` of tokens, each with its log-probability, then ids of others, then theirs."""
+    top = len(tokens[0]) // 2
+    values = np.array(tokens, np.float32).view(np.int32)
+    values[:, 1 : 1 + top] = np.array(tokens)[:, 1 : 1 + top]
+    return values
+
+
+def test_two_prompts_and_what_their_tokens_say(tmp_path: Path) -> None:
+    """Two answers to each, the prompts echoed with log-probabilities, in whatever order the answers come."""
+    form = AnswerForm(before="1 2", echo_logprobs=True, prompt_logprobs=1)
+    sampling = SamplingParams(n=2, logprobs=1, prompt_logprobs=1)
+    one = Request("two", np.array([1, 2], np.int32), sampling, form=form)
+    line = replace(one, others=(replace(one, prompt=np.array([5], np.int32)),))
+    asked = list(choices(line))
+    assert [(len(each.prompt), each.choice, each.prompt_number) for each in asked] == [
+        (2, 0, 0),
+        (2, 1, 0),
+        (1, 2, 1),
+        (1, 3, 1),
+    ]
+    assert [each.sampling.prompt_logprobs for each in asked] == [1, None, 1, None]
+    assert len({each.sampling.seed for each in asked}) == 4
+    scores = np.hstack([words((-2.5, 9, -0.25)), np.array([[7]], np.int32)])
+    answers = [
+        Completion(each, np.array([6], np.int32), "length", None, words((-0.5, 6, -0.5)), 0, of_prompt)
+        for each, of_prompt in zip(asked, (scores, None, scores[:0], None), strict=True)
+    ]
+    drop = Completion(
+        replace(
+            one, custom_id="none", answers=1, sampling=SamplingParams(), form=AnswerForm(before="1 2", prompt_only=True)
+        ),
+        np.array([6], np.int32),
+        "stop",
+    )
+    failed = [replace(each, request=replace(each.request, custom_id="failed")) for each in answers]
+    failed[3] = replace(failed[3], finish_reason="dead_end")
+    progress = Progress(1, 0, io.StringIO())
+    writer = ResultsWriter(tmp_path / "results.jsonl", True, "model")
+    unfinished = Unfinished(tmp_path / "unfinished.jsonl", {})
+    recorder = Recorder(writer, unfinished, AnswerReader(None), progress, torch.float32)
+    for each in (*reversed(answers), drop, *failed):
+        recorder.put(each)
+    recorder.close()
+    two, none, error = read_results(tmp_path)
+    body = two["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert body["usage"]["prompt_tokens"] == 3 and body["usage"]["completion_tokens"] == 4
+    for choice in body["choices"][:2]:
+        assert choice["text"] == "1 26"
+        assert choice["logprobs"] == {
+            "tokens": ["1", "2", "6"],
+            "token_logprobs": [None, -2.5, -0.5],
+            "top_logprobs": [None, {"9": -0.25, "2": -2.5}, {"6": -0.5}],
+            "text_offset": [0, 1, 2],
+        }
+        nine, own = (
+            {"logprob": -0.25, "rank": 1, "decoded_token": "9"},
+            {"logprob": -2.5, "rank": 7, "decoded_token": "2"},
+        )
+        assert choice["prompt_logprobs"] == [None, {"9": nine, "2": own}]
+    assert body["choices"][2]["prompt_logprobs"] == [None]
+    assert body["choices"][3]["logprobs"]["token_logprobs"] == [None, -0.5]
+    only = none["response"]["body"]
+    assert (only["choices"][0]["text"], only["choices"][0]["finish_reason"]) == ("1 2", "length")
+    assert only["usage"]["completion_tokens"] == 0
+    assert error["response"]["body"]["error"]["message"].startswith("prompt[1]: after 1 tokens")
+    assert progress.summary()["input_tokens"] == 5
 
 
 def test_errors_in_a_file_of_their_own(tmp_path: Path) -> None:

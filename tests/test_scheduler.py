@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import NO_TOKEN, Begun, Completion, Ints, Request, SamplingParams, VisitPlan, VisitResult
+from deserve.batch import (
+    NO_TOKEN,
+    SCORE_WIDTH,
+    Begun,
+    Completion,
+    Ints,
+    Request,
+    SamplingParams,
+    VisitPlan,
+    VisitResult,
+)
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.layout import Layout
 from deserve.scheduler import sequences as sequences_module
@@ -223,9 +233,12 @@ def requests_of(case: Case) -> list[Request]:
             max_tokens,
             stop=("stop",) if case.cut else (),
             stop_token_ids=(1, 2, EOS)[index % 2 :] if case.stop_token else (),
+            prompt_logprobs=0 if index % 3 == 1 else None,
         )
         request = Request(f"r{index}", np.array(prompt, np.int32), sampling)
-        if index < len(case.begun):  # all but the last token, at most; perhaps more than up to a stop string
+        if (
+            index < len(case.begun) and sampling.prompt_logprobs is None
+        ):  # all but the last token, at most; perhaps more than up to a stop string
             answer = expected_output(request, abs(case.prompts[index][2]))[0][: case.begun[index]]
             begun = Begun(np.array(answer[: len(answer) - (answer[-1:] == [EOS])], np.int32))
             if len(begun.tokens) < max_tokens:
@@ -256,7 +269,7 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
     ends = {request.custom_id: end for request, (_, _, end) in zip(requests, case.prompts, strict=True)}
     scheduler = case.scheduler(Source(deque(requests), case.pause))
     engine, completions = Engine(case), []
-    under_way: dict[int, list[int]] = {}
+    under_way: dict[int, VisitResult] = {}
     turn, visits = deque(range(case.rounds)), 0
     # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
     work = sum(length + max_tokens for length, max_tokens, _ in case.prompts)
@@ -269,7 +282,7 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             under_way.clear()
             engine.lose()
         if micro_batch in under_way:
-            result = VisitResult(np.array(under_way.pop(micro_batch), np.int32))
+            result = under_way.pop(micro_batch)
             assert len(result.tokens) == scheduler.awaited(micro_batch)
             completions += scheduler.commit(micro_batch, result)
         if visits in case.requeued and len(slots := scheduler.micro_batches[micro_batch].slots):
@@ -286,7 +299,12 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             if end := ends[request.custom_id]:
                 length = len(request.prompt) + abs(end) - 1
                 stops[slot] = length if end > 0 else -length
-        under_way[micro_batch] = engine.visit(plan, tokens, stops)
+        sampled = np.array(engine.visit(plan, tokens, stops), np.int32)
+        scores = np.zeros((plan.scored, SCORE_WIDTH), np.int32)
+        if plan.scored:
+            scores[:, 0] = plan.scored_positions()[2]
+        words = VisitResult(sampled, prompt_beside=scores).encode()
+        under_way[micro_batch] = VisitResult.decode(words, plan.sampled, plan.scored)
         kept = prefixes & set(scheduler.pages.prefixes.digests.items())
         assert not engine.written(plan) & {page for page, _ in kept}, "a prefix page is written"
         if plan.retires:
@@ -356,6 +374,10 @@ def check_answers(requests: list[Request], ends: dict[str, int], completions: li
             output, reason = output[:cut], "stop"
         said = completion.tokens.tolist(), completion.finish_reason, completion.text
         assert said == (output, reason, text), request.custom_id
+        scores = completion.prompt_beside
+        assert (scores is None) == (request.sampling.prompt_logprobs is None)
+        if scores is not None:  # each position once, in their order
+            assert scores[:, 0].tolist() == [*range(1, len(request.prompt))]
 
 
 @st.composite

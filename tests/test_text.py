@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from deserve.batch import Completion, Request, SamplingParams
+from deserve.batch import Completion, Request, Rules, SamplingParams
 from deserve.config import load_config
 from deserve.job import Job
 from deserve.model.checkpoint import resolve
@@ -68,9 +68,9 @@ def ids(*tokens: int) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-def found(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str) -> tuple[int, str] | None:
-    """After how many tokens a stop string is found, and the text before it."""
-    request = Request("", prompt, SamplingParams(stop=stops))
+def found(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str, early: int = 0) -> tuple[int, str] | None:
+    """After how many tokens a stop string is found, of which `early` may end none, and the text before it."""
+    request = Request("", prompt, SamplingParams(stop=stops, rules=Rules(min_tokens=early)))
     finder = StopFinder(Detokenizer(tokenizer(kind)))
     for count in range(1, len(tokens) + 1):
         (cut,) = finder([request], [tokens[:count]])
@@ -79,13 +79,18 @@ def found(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str) -> tup
     return None
 
 
-def defined(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str) -> tuple[int, str] | None:
-    """The same by definition: the first stop string in the whole text, as soon as there is one."""
+def defined(kind: str, prompt: np.ndarray, tokens: np.ndarray, *stops: str, early: int = 0) -> tuple[int, str] | None:
+    """The same by definition: the first stop string in the whole text, as soon as there is one.
+
+    As in vLLM, one that ends within the text of the first `early` tokens does not count.
+    """
     detokenizer = Detokenizer(tokenizer(kind))
     stop_ids = [detokenizer.special[stop] for stop in stops if stop in detokenizer.special]
-    for count in range(1, len(tokens) + 1):
+    before = len(detokenizer.text(prompt, tokens[:early])) if early else 0
+    for count in range(early + 1, len(tokens) + 1):
         text = detokenizer.text(prompt, tokens[:count])
-        cuts = [text.find(stop) for stop in stops if stop in text]
+        ends = [(at, at + len(stop)) for stop in stops for at in range(len(text)) if text.startswith(stop, at)]
+        cuts = [at for at, end in ends if end > before]
         if cuts or tokens[count - 1] in stop_ids:
             return count, text[: min(cuts, default=len(text))]
     return None
@@ -119,7 +124,8 @@ def outputs(draw: Any) -> tuple[str, np.ndarray, np.ndarray, tuple[str, ...]]:
 @given(outputs())
 def test_stop_strings_are_found_where_the_text_has_them(case: tuple[Any, ...]) -> None:
     kind, prompt, tokens, stops = case
-    assert found(kind, prompt, tokens, *stops) == defined(kind, prompt, tokens, *stops)
+    for early in (0, len(tokens) // 2):
+        assert found(kind, prompt, tokens, *stops, early=early) == defined(kind, prompt, tokens, *stops, early=early)
 
 
 @settings(max_examples=300, deadline=None)

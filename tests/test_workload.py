@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Request, Rules, SamplingParams
+from deserve.batch import AnswerForm, Request, Rules, SamplingParams
 from deserve.config import Config, SamplingSection
 from deserve.errors import RequestError, UserError
 from deserve.model.grammar import Kind, checked_grammar
@@ -248,7 +248,11 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": ["\\ud800"]}]}', "invalid_value", "content[0].text holds a lone"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "invalid_messages", "user"),
         ({"prompt": 3}, "invalid_value", "prompt"),
-        ({"prompt": ["a", "b"]}, "unsupported_parameter", "several"),
+        ({"prompt": ["a", 3]}, "invalid_value", "prompt[1]: prompt is 3"),
+        ({"prompt": ["a", ""]}, "empty_prompt", "prompt[1]: the prompt is empty"),
+        ({"prompt": ["a", "b" * 100]}, "context_length_exceeded", "prompt[1]: the prompt has 100 tokens"),
+        ({"prompt": [[1], [256]]}, "invalid_value", "prompt[1]: a token id of the prompt is 256"),
+        ({"prompt": "a", "prompt_logprobs": -1}, "invalid_value", "prompt_logprobs is -1"),
         ({"prompt": [1, 256]}, "invalid_value", "256"),
         ({"prompt": [-1]}, "invalid_value", "-1"),
         ({"prompt": [True]}, "invalid_value", "is true"),
@@ -464,9 +468,10 @@ def test_values_of_other_programs_files(tmp_path: Path) -> None:
         {"prompt": [[1, 2]], "custom_id": "line-4"},
         {"messages": turns},
         {"prompt": "a", "top_k": -1},
+        {"prompt": ["ab", "c"], "echo": True, "max_tokens": 0, "logprobs": 2, "prompt_logprobs": 1},
         top_k=3,
     )
-    assert [item.custom_id for item in items] == ["7", "7.5", "line-3", "line-4", "line-5", "line-6", "line-7"]
+    assert [item.custom_id for item in items] == ["7", "7.5", *(f"line-{number}" for number in range(3, 9))]
     sampling = request(items[0]).sampling
     assert (sampling.max_tokens, sampling.top_k, sampling.stop) == (8, 0, ())
     assert sampling.seed == with_derived_seed(SamplingParams(), "7").seed
@@ -475,6 +480,11 @@ def test_values_of_other_programs_files(tmp_path: Path) -> None:
     rejected(items[4], "duplicate_custom_id", "line 4")
     assert text(items[5]) == "a:;a:;u:ab;"
     assert request(items[6]).sampling.top_k == 0
+    first, (second,) = request(items[7]), request(items[7]).others
+    assert (text(first), text(second)) == ("ab", "c") and first.sampling == second.sampling
+    assert (first.sampling.max_tokens, first.sampling.prompt_logprobs) == (1, 2)
+    assert second.form == AnswerForm(before="c", echo_logprobs=True, prompt_logprobs=1, prompt_only=True)
+    assert peek_lengths(configure(tmp_path / "in.jsonl"), Bytes(), LIMITS).answers == 7 / 6
 
 
 @pytest.mark.parametrize(

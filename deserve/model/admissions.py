@@ -1,7 +1,7 @@
 """Admissions: how a new sequence is sampled, in words from rank 0 to the last rank.
 
 Most sequences take six words. Those with rules, a grammar or log-probabilities take more: what they ask for as JSON,
-and their tokens so far where that looks back at them. Each distinct grammar travels once.
+and their tokens so far where the last rank needs them. Each distinct grammar travels once.
 """
 
 import json
@@ -19,12 +19,16 @@ KEPT = 4096  # grammars that both ends remember: the same ones, since both see t
 
 @dataclass(frozen=True)
 class Extras:
-    """What an admission says beyond its first words. `tokens`: prompt and output so far, the prompt `prompt` long."""
+    """What an admission says beyond its first words. `tokens`: prompt and output so far, the prompt `prompt` long.
+
+    `scored`: the log-probabilities of the prompt are wanted.
+    """
 
     min_p: float
     rules: Rules
     grammar: str | None
     logprobs: int | None
+    scored: bool
     prompt: int
     tokens: IntArray
 
@@ -69,7 +73,9 @@ class Encoder:
         first = encode_sampling(slot, sampling)
         if sampling.plain:
             return first
+        scored = sampling.prompt_logprobs is not None
         said: dict[str, Any] = {"min_p": sampling.min_p, "logprobs": sampling.logprobs, "prompt": prompt}
+        said["scored"] = scored
         if sampling.rules != NO_RULES:
             said["rules"] = asdict(replace(sampling.rules, ends=(*self._ends, *sampling.rules.ends)))
         if sampling.grammar is not None:
@@ -79,9 +85,9 @@ class Encoder:
                 self._grammars.add(sampling.grammar)
         text = json.dumps(said).encode()
         text += b" " * (-len(text) % 4)
-        looks_back = sampling.rules.looks_back or sampling.grammar is not None
+        needed = sampling.rules.looks_back or sampling.grammar is not None or scored
         return np.concatenate(
-            [first, [len(text) // 4], np.frombuffer(text, np.int32), tokens if looks_back else tokens[:0]]
+            [first, [len(text) // 4], np.frombuffer(text, np.int32), tokens if needed else tokens[:0]]
         ).astype(np.int32)
 
 
@@ -104,6 +110,7 @@ class Decoder:
             NO_RULES if rules is None else _rules(rules),
             self._grammar(said.get("grammar")),
             said["logprobs"],
+            said["scored"],
             said["prompt"],
             rest[1 + count :],
         )

@@ -163,3 +163,8 @@ def log_probabilities(
     values, ids = logits.topk(top, dim=-1)
     chosen = logits.gather(1, tokens.long()[:, None])
     return (chosen - total)[:, 0], ids, values - total
+
+
+def ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The rank of `tokens` [n], 1 for the likeliest, each by its row of `logits` [n, vocab]: int64 [n]."""
+    return 1 + (logits > logits.gather(1, tokens.long()[:, None])).sum(-1)

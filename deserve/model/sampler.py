@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deserve.batch import ADMISSION_WORDS, DEAD_END, NO_TOKEN, IntArray, Ints, beside_width
+from deserve.batch import ADMISSION_WORDS, DEAD_END, MOST_LOGPROBS, NO_TOKEN, IntArray, Ints, beside_width
 from deserve.model.admissions import Decoder
 from deserve.model.grammar import Grammars
-from deserve.model.processors import Processors, log_probabilities
+from deserve.model.processors import Processors, log_probabilities, ranks
 from deserve.staging import to_device
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+SCORED = 64  # prompt tokens whose logits are held at a time
 DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
 
 _GOLDEN, _MIX1, _MIX2 = (
@@ -55,6 +56,7 @@ class Sampler:
         self._top_k = np.zeros(slots, np.int64)
         self._seed = np.zeros(slots, np.uint64)
         self._logprobs = np.full(slots, -1)  # likeliest tokens wanted beside each, -1: not even its own probability
+        self._prompts: dict[int, IntArray] = {}  # by slot, where their log-probabilities are wanted
         self._admissions = Decoder()
         self._processors = Processors(slots, device)
         self._guide = guide
@@ -76,6 +78,7 @@ class Sampler:
 
     def _admit_extras(self, slot: int, admission: IntArray) -> None:
         extras = self._admissions.extras(admission)
+        self._prompts.pop(slot, None)
         if extras is None:
             self._processors.forget(slot)
             if self._grammars is not None:
@@ -83,6 +86,8 @@ class Sampler:
             return
         self._min_p[slot] = extras.min_p
         self._logprobs[slot] = -1 if extras.logprobs is None else extras.logprobs
+        if extras.scored:
+            self._prompts[slot] = extras.tokens[: extras.prompt].copy()
         self._processors.admit(slot, extras.rules, extras.prompt, extras.tokens)
         if extras.grammar is not None and self._grammars is None:
             assert self._guide is not None
@@ -126,6 +131,22 @@ class Sampler:
             taken = tokens.index_select(0, to_device(masked, self._device))
             self._grammars.record(taken, slots[masked], assumed[masked])
         return self._with_probabilities(tokens, logits, slots)
+
+    def score(
+        self, x: torch.Tensor, logits: Callable[[torch.Tensor], torch.Tensor], slots: IntArray, positions: IntArray
+    ) -> torch.Tensor:
+        """What is wanted beside the prompt tokens at `positions` [n] of `slots` [n]: int32 [n, SCORE_WIDTH].
+
+        `logits` makes those before each of hidden states x [n, hidden], for a few tokens at a time: a prompt has many.
+        """
+        own = [self._prompts[slot][at] for slot, at in zip(slots.tolist(), positions.tolist(), strict=True)]
+        tokens = to_device(np.array(own), self._device)
+        return torch.cat(
+            [
+                _beside(logits(some), of, MOST_LOGPROBS, ranked=True)
+                for some, of in zip(x.split(SCORED), tokens.split(SCORED), strict=True)
+            ]
+        )
 
     def _masked(self, slots: IntArray) -> Ints:
         return self._grammars.rows(slots) if self._grammars is not None else np.zeros(0, np.int64)
@@ -182,10 +203,18 @@ class Sampler:
             return tokens
         top, at = int(self._logprobs[slots].max()), to_device(wanted, self._device)
         chosen = tokens.index_select(0, at).clamp(min=0)
-        own, ids, best = log_probabilities(logits.index_select(0, at), chosen, top)
-        parts = [own[:, None].view(torch.int32), ids.to(torch.int32), best.contiguous().view(torch.int32)]
-        beside = tokens.new_zeros(len(tokens), beside_width(top)).index_copy(0, at, torch.cat(parts, 1))
+        beside = tokens.new_zeros(len(tokens), beside_width(top))
+        beside.index_copy_(0, at, _beside(logits.index_select(0, at), chosen, top))
         return torch.cat([tokens, beside.view(-1)])
+
+
+def _beside(logits: torch.Tensor, tokens: torch.Tensor, top: int, ranked: bool = False) -> torch.Tensor:
+    """The words that stand beside `tokens` [n] by their `logits` [n, vocab], with the token's rank last if `ranked`."""
+    own, ids, best = log_probabilities(logits, tokens, top)
+    parts = [own[:, None].view(torch.int32), ids.to(torch.int32), best.contiguous().view(torch.int32)]
+    if ranked:
+        parts.append(ranks(logits, tokens)[:, None].to(torch.int32))
+    return torch.cat(parts, 1)
 
 
 def argmax(logits: torch.Tensor, block: int = 256) -> torch.Tensor:

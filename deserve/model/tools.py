@@ -28,7 +28,7 @@ class Answer:
     """What a completion says: its text, and the functions that it calls as (name, arguments as JSON text).
 
     `reasoning` holds the thoughts before it, None where they are not told apart; they took `reasoning_tokens`.
-    `logprobs` is the API's object of that name, None where the request asks for none.
+    `logprobs` is the API's object of that name, None where the request asks for none; so is vLLM's `prompt_logprobs`.
     """
 
     content: str | None
@@ -36,6 +36,7 @@ class Answer:
     reasoning: str | None = None
     reasoning_tokens: int = 0
     logprobs: dict[str, Any] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
     def tool_calls(self, name: str, dialect: str | None) -> list[dict[str, Any]]:
         """The calls as OpenAI's API has them, with ids that are the same in every run of the request `name`.

@@ -62,9 +62,10 @@ class Progress:
         """A request was answered, by one or several `completions`, or got an `error`: its code and message."""
         now = time.monotonic()
         counts = Counter(requests=1, errors=int(error is not None))
-        if completions:
-            counts["input_tokens"] = len(completions[0].request.prompt)
-            counts["cached_tokens"] = completions[0].cached_tokens
+        for completion in completions:
+            if completion.request.choice % completion.request.sampling.n == 0:  # of each prompt, once
+                counts["input_tokens"] += len(completion.request.prompt)
+                counts["cached_tokens"] += completion.cached_tokens
         with self._lock:
             self._finished[int(now - self._begin)] += 1
             self._read[int(now - self._begin)] += counts["input_tokens"]

@@ -3,10 +3,11 @@
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from deserve.batch import Completion, SoFar
+from deserve.batch import Completion, IntArray, SoFar
 from deserve.errors import UserError
 from deserve.model.tools import Answer
 from deserve.report.progress import Progress
@@ -69,7 +70,7 @@ class Recorder:
                     self._unfinished.write()
                 else:
                     answers = [*self._answers.pop(outcome.request.custom_id, []), outcome]
-                    if len(answers) < outcome.request.sampling.n:
+                    if len(answers) < outcome.request.answers:
                         self._answers[outcome.request.custom_id] = answers
                         self._unfinished.whole(outcome)
                     else:
@@ -84,7 +85,8 @@ class Recorder:
         failed = next((answer for answer in answers if answer.finish_reason in ("error", "dead_end")), None)
         if failed is None:
             self._finite = True
-            read = [(answer, self._read(answer)) for answer in sorted(answers, key=lambda each: each.request.choice)]
+            answers = _as_wanted(sorted(answers, key=lambda each: each.request.choice))
+            read = [(answer, self._read(answer)) for answer in answers]
             self._writer.completion(*read[0], *read[1:])
             self._progress.request(*answers)
         elif failed.finish_reason == "error":
@@ -93,8 +95,8 @@ class Recorder:
             self._refused(
                 failed.request.custom_id,
                 "no_token_allowed",
-                f"after {len(failed.tokens)} tokens no token is left that the request's grammar, allowed_token_ids, "
-                "bad_words and min_tokens all allow",
+                f"{_prompt(failed)}after {len(failed.tokens)} tokens no token is left that the request's grammar, "
+                "allowed_token_ids, bad_words and min_tokens all allow",
             )
 
     def _refused(self, custom_id: str, code: str, message: str) -> None:
@@ -103,10 +105,30 @@ class Recorder:
 
     def _non_finite_logits(self, completion: Completion) -> None:
         reason = f"NaN or infinite logits after {len(completion.tokens)} tokens in {remedy(self._dtype)}"
-        self._refused(completion.request.custom_id, "non_finite_logits", reason)
+        self._refused(completion.request.custom_id, "non_finite_logits", _prompt(completion) + reason)
         self.non_finite += 1
         if self.non_finite == NON_FINITE_LIMIT and not self._finite:
             raise UserError(f"the first {NON_FINITE_LIMIT} requests all ended with {reason}")
+
+
+def _as_wanted(answers: list[Completion]) -> list[Completion]:
+    """The answers to a line in their order: all have their prompt's log-probabilities, none has tokens to drop."""
+    scores: dict[int, IntArray | None] = {}
+    wanted = []
+    for answer in answers:
+        shared = scores.setdefault(answer.request.prompt_number, answer.prompt_beside)
+        answer = replace(answer, prompt_beside=shared)
+        if answer.request.form.prompt_only:
+            beside = None if answer.beside is None else answer.beside[:0]
+            answer = replace(answer, tokens=answer.tokens[:0], beside=beside, text=None, finish_reason="length")
+        wanted.append(answer)
+    return wanted
+
+
+def _prompt(completion: Completion) -> str:
+    """Names the prompt of a line that has several."""
+    request = completion.request
+    return f"prompt[{request.prompt_number}]: " if request.answers > request.sampling.n else ""
 
 
 def remedy(dtype: torch.dtype) -> str:

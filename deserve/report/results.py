@@ -258,7 +258,9 @@ class ResultsWriter:
         name = _name(request.custom_id)
         chat = request.endpoint == "/v1/chat/completions"
         all_of_them = [(completion, answer), *others]
-        prompt_tokens, completion_tokens = len(request.prompt), sum(len(one.tokens) for one, _ in all_of_them)
+        prompts = [one for one, _ in all_of_them if one.request.choice % request.sampling.n == 0]
+        prompt_tokens = sum(len(one.request.prompt) for one in prompts)
+        completion_tokens = sum(len(one.tokens) for one, _ in all_of_them)
         body: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
             "object": "chat.completion" if chat else "text_completion",
@@ -269,14 +271,17 @@ class ResultsWriter:
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,
                 "total_tokens": prompt_tokens + completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": completion.cached_tokens},
+                "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
             },
         }
         if answer.reasoning is not None:
             thoughts = sum(one.reasoning_tokens for _, one in all_of_them)
             body["usage"]["completion_tokens_details"] = {"reasoning_tokens": thoughts}
-        if request.form.return_token_ids and chat:  # where vLLM has them
-            body["prompt_token_ids"] = request.prompt.tolist()
+        if chat:  # where vLLM has them
+            if request.form.return_token_ids:
+                body["prompt_token_ids"] = request.prompt.tolist()
+            if answer.prompt_logprobs is not None:
+                body["prompt_logprobs"] = answer.prompt_logprobs
         self._append(self._answers, request.custom_id, (200, body), None)
 
     def error(self, custom_id: str, code: str, message: str) -> None:
@@ -381,6 +386,8 @@ def _choice(name: str, chat: bool, completion: Completion, answer: Answer) -> di
         choice["token_ids"] = completion.tokens.tolist()
         if not chat:
             choice["prompt_token_ids"] = request.prompt.tolist()
+    if answer.prompt_logprobs is not None and not chat:
+        choice["prompt_logprobs"] = answer.prompt_logprobs
     return choice
 
 

@@ -38,7 +38,8 @@ class Unfinished:
     """The answers that have no line of results yet, in memory and in the file at `path`.
 
     A file that is torn, or of another model (`model` is what identifies it), is ignored, which is said in one line. So
-    is what it holds for requests in `done`. All but `continued` is for one thread.
+    is what it holds for requests in `done`. Answers that come with the log-probabilities of their prompt are not kept:
+    the prompt would be computed again for these. All but `continued` is for one thread.
     """
 
     def __init__(self, path: Path, model: Any, done: Container[str] = ()):
@@ -67,19 +68,23 @@ class Unfinished:
     def note(self, answers: Iterable[SoFar]) -> None:
         """How far the answers in flight have come."""
         for request, tokens, beside, cached in answers:
+            if request.sampling.prompt_logprobs is not None:
+                continue
             begun = Begun(tokens, np.concatenate(beside)[: len(tokens)] if beside else None, cached)
             self._left[request.custom_id, request.choice] = _Saved(_digest_of(request), begun)
 
     def whole(self, completion: Completion) -> None:
         """One of several answers to a request is whole, and waits for the others."""
         request = completion.request
+        if request.sampling.prompt_logprobs is not None:
+            return
         begun = Begun(completion.tokens, completion.beside, completion.cached_tokens)
         saved = _Saved(_digest_of(request), begun, completion.finish_reason, completion.text)
         self._left[request.custom_id, request.choice] = saved
 
     def answered(self, request: Request) -> None:
         """All answers to the line of `request` are whole and written."""
-        for choice in range(request.sampling.n):
+        for choice in range(request.answers):
             self._left.pop((request.custom_id, choice), None)
 
     def write(self) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deserve.batch import IntArray, Ints
+from deserve.batch import IntArray, Ints, Request
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
@@ -136,9 +136,13 @@ class Pages:
 
     # -- prefix pages
 
-    def chain(self, prompt: IntArray) -> Chain:
-        """The prompt's pages that can be prefix pages."""
-        return Chain(prompt if self._shares else prompt[:0], self.page_size)
+    def chain(self, request: Request) -> Chain:
+        """The pages of the request's prompt that can be prefix pages.
+
+        A request that wants log-probabilities of its prompt reads none: they come from computing it.
+        """
+        prompt = request.prompt if self._shares else request.prompt[:0]
+        return Chain(prompt, self.page_size, reads=request.sampling.prompt_logprobs is None)
 
     def unread(self, pages: IntArray) -> int:
         """How many of `pages` nobody reads."""

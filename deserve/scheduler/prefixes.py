@@ -17,9 +17,10 @@ from deserve.batch import IntArray
 class Chain:
     """The digests of a prompt's full pages, each of the page before it and of its own tokens; made when asked for."""
 
-    def __init__(self, prompt: IntArray, page_size: int):
+    def __init__(self, prompt: IntArray, page_size: int, reads: bool = True):
+        """Unless its sequence `reads`, none of its pages is readable for it."""
         self._words = np.ascontiguousarray(prompt, np.int32)
-        self._page_size = page_size
+        self._page_size, self._reads = page_size, reads
         self._digests: list[bytes] = []
 
     @property
@@ -30,7 +31,7 @@ class Chain:
     @property
     def readable(self) -> int:
         """Pages that the prompt's own sequence may read: its last token is always computed, for the logits."""
-        return max(0, len(self._words) - 1) // self._page_size
+        return max(0, len(self._words) - 1) // self._page_size * self._reads
 
     def __getitem__(self, index: int) -> bytes:
         size, digests = self._page_size, self._digests

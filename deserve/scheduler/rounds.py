@@ -19,6 +19,11 @@ class MicroBatch:
     slots: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
     awaited: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # [rows] slots with samples under way
     samples: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # [rows] how many each
+    scores: IntArray = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [n, 2] slot, prompt tokens scored
+
+    def forget_awaited(self) -> None:
+        """What is under way has come, or will not be taken in."""
+        self.awaited, self.samples, self.scores = self.awaited[:0], self.samples[:0], self.scores[:0]
 
 
 @dataclass
@@ -137,7 +142,7 @@ class Rounds:
     def requeue_all(self) -> None:
         """Requeue every sequence in flight, as if all KV memory were lost. What is awaited will not be taken in."""
         for round_, batch in enumerate(self.batches):
-            batch.awaited, batch.samples = batch.awaited[:0], batch.samples[:0]
+            batch.forget_awaited()
             for slot in batch.slots.tolist():
                 self.requeue(round_, slot)
         for _, slot in self._waiting:
@@ -156,7 +161,7 @@ class Rounds:
         while self._waiting and self.has_place(round_):
             slot = self._waiting[0][1]
             if slot not in self._chains:
-                self._chains[slot] = pages.chain(sequences.request(slot).prompt)
+                self._chains[slot] = pages.chain(sequences.request(slot))
             chain, found = self._chains[slot], self._found(slot)
             read = len(found) - pages.unread(found)
             needed = pages.count(int(sequences.length[slot])) - read + self.growth(round_) + len(batch.slots)
@@ -234,7 +239,7 @@ class Rounds:
     def drop_all(self) -> None:
         """Take every sequence out of flight, unfinished as it is."""
         for round_, batch in enumerate(self.batches):
-            batch.awaited, batch.samples = batch.awaited[:0], batch.samples[:0]
+            batch.forget_awaited()
             for slot in batch.slots.tolist():
                 self._pages.release(round_, slot)
                 self._wait(round_, slot)

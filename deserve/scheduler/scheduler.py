@@ -6,7 +6,17 @@ from typing import Protocol
 
 import numpy as np
 
-from deserve.batch import ADMISSION_ROOM, Completion, IntArray, Ints, SoFar, VisitPlan, VisitResult
+from deserve.batch import (
+    ADMISSION_ROOM,
+    Completion,
+    IntArray,
+    Ints,
+    SoFar,
+    VisitPlan,
+    VisitResult,
+    beside_width,
+    narrowed,
+)
 from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
 from deserve.scheduler.pages import Pages
@@ -98,6 +108,7 @@ class Scheduler:
         self.counters = self.rounds.counters
         self._encoder = Encoder(eos_ids)
         self._beside: dict[int, list[IntArray]] = {}  # by slot: log-probabilities of the output so far
+        self._prompt_beside: dict[int, list[IntArray]] = {}  # the same of prompts, by slot of those that want them
         self.admitting = True
         self._abandoned = False
         self._prompts_a_visit = 0.0  # prompt tokens, of late
@@ -144,6 +155,7 @@ class Scheduler:
         self.admitting = False
         self.rounds.drop_all()
         self._beside.clear()
+        self._prompt_beside.clear()
         self._abandoned = True
 
     def unfinished(self) -> list[SoFar]:
@@ -168,11 +180,15 @@ class Scheduler:
         """Take in what the micro-batch's visit sampled; returns the sequences that it completes."""
         batch = self.micro_batches[micro_batch]
         slots, samples = batch.awaited, batch.samples
-        if self._abandoned or not len(slots):
+        if self._abandoned:
+            return []
+        self._keep_scores(batch.scores, result.prompt_beside)
+        if not len(slots):
+            batch.forget_awaited()
             return []
         sampled = int(samples.sum())
         assert len(result.tokens) == sampled, f"{len(result.tokens)} tokens where {sampled} were sampled"
-        batch.awaited, batch.samples = NONE, NONE
+        batch.forget_awaited()
         completions = []
         before = self.sequences.length[slots] if result.beside.size else None
         endings = self.sequences.append(slots, samples, result.tokens)
@@ -186,7 +202,9 @@ class Scheduler:
             cached = int(self.sequences.cached[ending.slot])
             if self._drafter is not None:
                 self._drafter.ends(self.sequences, ending.slot)
-            completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached))
+            scores = self._prompt_beside.pop(ending.slot, None)
+            of_prompt = None if scores is None else np.concatenate(scores)
+            completions.append(Completion(request, output, ending.reason, ending.text, stacked, cached, of_prompt))
             self.pages.release(micro_batch, ending.slot)
             self.rounds.leave(micro_batch, ending.slot)
             self.sequences.remove(ending.slot)
@@ -194,14 +212,24 @@ class Scheduler:
 
     def _keep_beside(self, slots: IntArray, samples: IntArray, kept: Ints, beside: IntArray) -> None:
         """Note the log-probabilities of the first `kept` [rows] of the `samples` [rows] tokens of `slots` [rows]."""
-        begin, top = np.cumsum(samples) - samples, (beside.shape[1] - 1) // 2
+        begin = np.cumsum(samples) - samples
         wanted = self.sequences.logprobs[slots]
         for logprobs in np.unique(wanted[wanted >= 0]).tolist():
             rows = np.flatnonzero(wanted == logprobs)
-            words = beside[:, [0, *range(1, 1 + logprobs), *range(1 + top, 1 + top + logprobs)]]
+            words = narrowed(beside, logprobs)
             spans = zip(slots[rows].tolist(), begin[rows].tolist(), kept[rows].tolist(), strict=True)
             for slot, at, count in spans:
                 self._beside.setdefault(slot, []).append(words[at : at + count])
+
+    def _keep_scores(self, scores: IntArray, beside: IntArray) -> None:
+        """Note the log-probabilities `beside` [scored, width] of prompts; `scores` [n, 2] as a micro-batch has them."""
+        at = 0
+        for slot, count in scores.tolist():
+            logprobs = self.sequences.request(slot).sampling.prompt_logprobs
+            assert logprobs is not None
+            words = beside[at : at + count]
+            self._prompt_beside[slot].append(np.hstack([narrowed(words[:, :-1], logprobs), words[:, -1:]]))
+            at += count
 
     def plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The next visit of `micro_batch`: what all ranks do, and the token ids that rank 0 embeds."""
@@ -323,6 +351,8 @@ class Scheduler:
         self.rounds.place(micro_batch, slot, waiting.chain, found, again, visit.moves)
         tokens = self.sequences.chunk(slot, 0, length)
         visit.admissions.append(self._encoder.words(slot, request.sampling, len(request.prompt), tokens))
+        if request.sampling.prompt_logprobs is not None:
+            self._prompt_beside[slot] = [np.zeros((0, beside_width(request.sampling.prompt_logprobs) + 1), np.int32)]
         self._add_prefill(micro_batch, visit, slot)
         return True
 
@@ -356,6 +386,9 @@ class Scheduler:
         new_tokens[: len(visit.drafts)] += visit.drafts
         samples[: len(visit.drafts)] += visit.drafts
         batch.awaited, batch.samples = slots[complete], samples[complete]
+        scores = self._scores(slots, context, computed) if self._prompt_beside else NONE
+        scoring = np.flatnonzero(scores)
+        batch.scores = np.stack([slots[scoring], scores[scoring]], 1)
         rows = len(visit.decodes)
         ids = sequences.ids(visit.decodes, context[:rows], new_tokens[:rows])
         chunks = [
@@ -370,12 +403,24 @@ class Scheduler:
             context=context.astype(np.int32),
             samples=samples,
             drafts=sequences.ids(visit.decodes, length[:rows], new_tokens[:rows] - 1),
+            scores=scores if len(scoring) else NONE,
             page_writes=_stacked(visit.moves.page_writes, 3),
             stash=_stacked(visit.moves.stash, 2),
             restore=_stacked(visit.moves.restore, 2),
             admissions=visit.admissions,
         )
         return plan, np.concatenate([ids, *chunks])
+
+    def _scores(self, slots: IntArray, context: Ints, computed: Ints) -> IntArray:
+        """How many prompt tokens are to be scored in a visit that computes `slots` [rows] from `context` [rows] up to
+        `computed` [rows]: [rows]. A token is scored by the one before it; of those computed anew some have been."""
+        scores = np.zeros(len(slots), np.int32)
+        for row, slot in enumerate(slots.tolist()):
+            if slot in self._prompt_beside:
+                had = sum(map(len, self._prompt_beside[slot]))
+                end = min(int(computed[row]), len(self.sequences.request(slot).prompt) - 1)
+                scores[row] = max(0, end - max(int(context[row]), had))
+        return scores
 
     # -- the job's end
 

@@ -10,7 +10,7 @@ from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import Protocol
 
-from deserve.batch import IntArray, Request, shared_tokens
+from deserve.batch import Request, shared_tokens
 from deserve.scheduler.prefixes import Chain
 
 SIZE = 4096  # requests that wait in the window, where as many are ready
@@ -52,13 +52,13 @@ class Window:
     def __init__(
         self,
         source: RequestSource,
-        chain: Callable[[IntArray], Chain],
+        chain: Callable[[Request], Chain],
         page_size: int,
         size: int,
         grouped: bool,
         mixed: bool = False,
     ):
-        """`chain` gives the chain of a prompt."""
+        """`chain` gives the chain of a request's prompt."""
         self._source, self._chain, self._page_size, self._size = source, chain, page_size, size
         self._grouped, self._mixed = grouped, mixed
         # In the source's order: requests with more prompt for their answer than usual, and the others.
@@ -82,7 +82,7 @@ class Window:
         """Take in what is ready."""
         new: list[Waiting] = []
         while len(self._sorted) < self._size and (request := self._source.poll()) is not None:
-            waiting = Waiting(self._numbered, request, self._chain(request.prompt))
+            waiting = Waiting(self._numbered, request, self._chain(request))
             new.append(waiting)
             self._numbered += 1
             self._prompts, self._answers = self._prompts + waiting.prompt, self._answers + waiting.answer

@@ -11,7 +11,18 @@ from deserve.errors import RequestError
 from deserve.model.tokenizer import ChatTemplate
 from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
-from deserve.workload.schema import CHAT, Body, ChatBody, CompletionBody, Message, Part, brief, check_keys, validated
+from deserve.workload.schema import (
+    CHAT,
+    Body,
+    ChatBody,
+    CompletionBody,
+    Message,
+    Part,
+    brief,
+    check_keys,
+    encodable,
+    validated,
+)
 from deserve.workload.shaping import shaped
 
 # A normalizer may shorten a text before it is cut into tokens: NFC makes one syllable of three jamo.
@@ -50,7 +61,22 @@ class Intake:
         check_keys(form, values, form.endpoint, "", self.ignored)
         body = validated(form, values)
         self._check_model(body)
-        ids, form_of_answer = self._chat(body, values) if isinstance(body, ChatBody) else self._completion(body)
+        if isinstance(body, ChatBody):
+            return self._sized(custom_id, line, body, *self._chat(body, values))
+        requests = []
+        for number, prompt in enumerate(body.prompt):
+            try:
+                requests.append(self._sized(custom_id, line, body, *self._completion(body, prompt)))
+            except RequestError as error:
+                if len(body.prompt) == 1:
+                    raise
+                raise RequestError(error.code, f"prompt[{number}]: {error}") from None
+        return replace(requests[0], others=tuple(requests[1:]))
+
+    def _sized(
+        self, custom_id: str, line: int, body: ChatBody | CompletionBody, ids: list[int], form: AnswerForm
+    ) -> Request:
+        """The request of one prompt, whose answer fits behind it."""
         room = self.limits.max_context - len(ids)
         if room < 1:
             raise RequestError(
@@ -62,13 +88,13 @@ class Intake:
         default_length = unstated and sampling.max_tokens < room
         sampling = replace(
             sampling,
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=1 if form.prompt_only else min(sampling.max_tokens, room),
             # No more than the vocabulary to choose from: the same as no cut, and small enough for int32.
             top_k=sampling.top_k if sampling.top_k < self.limits.vocab_size else 0,
         )
         sampling = shaped(sampling, body, len(ids), self.tokenizer, self.limits)
         prompt = np.array(ids, dtype=np.int32)
-        return Request(custom_id, prompt, sampling, endpoint, line, default_length, form_of_answer)
+        return Request(custom_id, prompt, sampling, body.endpoint, line, default_length, form)
 
     def _check_model(self, body: Body) -> None:
         if body.model is not None and self.names is not None and body.model not in self.names:
@@ -187,13 +213,25 @@ class Intake:
         self.ignored[name] += 1
         return False
 
-    def _completion(self, body: CompletionBody) -> tuple[list[int], AnswerForm]:
-        prompt = body.prompt
+    def _completion(self, body: CompletionBody, prompt: Any) -> tuple[list[int], AnswerForm]:
         if isinstance(prompt, list):
             ids = self._in_vocabulary(prompt)
             ids = ids[-(self._at_most(body) or 0) :]
-            return ids, _form(body, self._known_tokenizer.decode(ids) if body.echo else "")
-        return self._in_vocabulary(self._encode(body, prompt, add_special_tokens=True)), _form(body, prompt)
+            form = _form(body, self._known_tokenizer.decode(ids) if body.echo else "")
+        elif isinstance(prompt, str):
+            try:
+                encodable(prompt)
+            except ValueError as error:
+                raise RequestError("invalid_value", f"prompt {error}") from None
+            ids = self._in_vocabulary(self._encode(body, prompt, add_special_tokens=True))
+            form = _form(body, prompt)
+        else:
+            words = f"prompt is {brief(prompt)}, but must be a string, a list of token ids, or a list of these"
+            raise RequestError("invalid_value", words)
+        if body.max_tokens == 0 and not body.echo:
+            raise RequestError("invalid_value", "max_tokens is 0, but must be at least 1, or come with echo: true")
+        scored = bool(body.echo) and body.logprobs not in (None, False)
+        return ids, replace(form, echo_logprobs=scored, prompt_only=body.max_tokens == 0)
 
     @property
     def _known_tokenizer(self) -> Tokenizer:
@@ -241,4 +279,5 @@ def _form(body: Body, before: str) -> AnswerForm:
         include_stop=bool(body.include_stop_str_in_output),
         return_token_ids=bool(body.return_token_ids),
         before=before if body.echo else "",
+        prompt_logprobs=body.prompt_logprobs,
     )

@@ -86,8 +86,8 @@ class Lengths:
     `sizes` holds prompt and `max_tokens` of every sequence, where the sample is the whole. `exact`: no answer can end
     before its `max_tokens`.
 
-    A request asks for `answers` sequences (`n`); all means are over sequences. `shared`: the first tokens of a prompt,
-    in whole pages, that `readers` sequences begin with.
+    A request asks for `answers` sequences (`n` to each of its prompts); all means are over sequences. `shared`: the
+    first tokens of a prompt, in whole pages, that `readers` sequences begin with.
     """
 
     count: int | None

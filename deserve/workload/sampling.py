@@ -80,7 +80,15 @@ def with_derived_seed(defaults: SamplingParams, custom_id: str) -> SamplingParam
 
 
 def choices(request: Request) -> Iterator[Request]:
-    """The `n` answers that `request` asks for, as requests of their own. All but the first derive their seeds."""
-    yield request
-    for choice in range(1, request.sampling.n):
-        yield replace(request, sampling=with_derived_seed(request.sampling, str(choice)), choice=choice)
+    """The answers that the line of `request` asks for, `n` to each of its prompts, as requests of their own.
+
+    All but the first derive their seeds. The first answer to a prompt brings the prompt's log-probabilities.
+    """
+    prompts, n = (request, *request.others), request.sampling.n
+    answers = n * len(prompts)
+    for choice in range(answers):
+        one = prompts[choice // n]
+        sampling = with_derived_seed(one.sampling, str(choice)) if choice else one.sampling
+        if choice % n:
+            sampling = replace(sampling, prompt_logprobs=None)
+        yield replace(one, sampling=sampling, others=(), choice=choice, answers=answers)

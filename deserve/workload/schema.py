@@ -41,7 +41,6 @@ NO_EFFECT = {
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "stream": (False,),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -103,7 +102,7 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Raises ValueError for a lone surrogate, which a JSON escape can hold and UTF-8 cannot."""
     if not text.isascii():
         try:
@@ -125,13 +124,10 @@ def _texts(value: str | list[str]) -> tuple[str, ...]:
     return texts
 
 
-def _one_prompt(value: Any) -> Any:
-    """A list of one prompt as that prompt; RequestError for several, which would need several answers."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise RequestError("unsupported_parameter", "prompt holds several prompts: give each its own line")
-        return value[0]
-    return value
+def _prompts(value: Any) -> Any:
+    """A prompt, or a list of them, as a list of prompts."""
+    several = isinstance(value, list) and value and isinstance(value[0], str | list)
+    return value if several else [value]
 
 
 def _arguments(value: Any) -> Any:
@@ -150,7 +146,7 @@ def _count_or_all(value: int) -> int:
     return value
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[str, AfterValidator(encodable)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
@@ -325,6 +321,9 @@ class Shaping(Keys):
     min_tokens: Annotated[Whole, Field(ge=0)] | None = Field(None, description="a whole number of at least 0")
     bad_words: list[Text] | None = Field(None, description="a list of strings")
     allowed_token_ids: list[TokenId] | None = Field(None, description="a list of token ids")
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+        None, description=f"a whole number from 0 to {MOST_LOGPROBS}"
+    )
     response_format: ResponseFormat | None = Field(
         None, description="an object of type text, json_object or json_schema"
     )
@@ -380,10 +379,11 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
-    """The body of `/v1/completions`; token ids are checked where the vocabulary is known."""
+    """The body of `/v1/completions`, with a list of prompts, which are checked where the vocabulary is known."""
 
-    prompt: Annotated[Text | list[Any], BeforeValidator(_one_prompt)] = Field(
-        description="a string or a list of token ids"
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = Field(
+        None, description="a whole number of at least 1, or 0 with echo"
     )
     logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | Literal[False] | None = Field(
         None, description=f"a whole number from 0 to {MOST_LOGPROBS}"

@@ -49,20 +49,24 @@ def shaped(
         raise RequestError("no_tokenizer", "the model has no tokenizer, so an answer cannot keep to a grammar")
     if grammar is not None and sampling.ignore_eos:
         raise RequestError("invalid_value", "ignore_eos goes on where the grammar ends: leave one of them out")
+    logprobs = _logprobs(body)
+    scores = body.prompt_logprobs, logprobs if body.echo and isinstance(body, CompletionBody) else None
     sampling = replace(
         sampling,
         min_p=body.min_p or 0.0,
         rules=rules,
         grammar=grammar,
         n=body.n or 1,
-        logprobs=_logprobs(body),
+        logprobs=logprobs,
+        prompt_logprobs=max((count for count in scores if count is not None), default=None),
     )
-    words = extra_words(sampling, prompt + sampling.max_tokens if rules.looks_back else 0)
+    needed = rules.looks_back or sampling.prompt_logprobs is not None
+    words = extra_words(sampling, prompt + sampling.max_tokens if needed else 0)
     if words > ADMISSION_ROOM:
         raise RequestError(
             "request_too_large",
             f"grammar, rules and prompt together take {4 * words} bytes on their way to the last rank, more than "
-            f"{4 * ADMISSION_ROOM}: use a smaller grammar, or a shorter prompt with penalties",
+            f"{4 * ADMISSION_ROOM}: use a smaller grammar, or a shorter prompt with penalties or prompt_logprobs",
         )
     return sampling
 
