@@ -1,5 +1,7 @@
-"""PyTorch's attention over pages that several rows share: read once, the same results."""
+"""Attention on CPUs: over pages that several rows share, and in place for rows that decode: the same results."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 
 from deserve.config import load_config
 from deserve.kvcache.pages import KVLayer
+from deserve.model.backend import attend
 from deserve.model.backend import torch as backends
+from deserve.model.backend.attend import decode_attention
 from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import resolve
 from deserve.model.config import ModelConfig
@@ -63,14 +67,83 @@ def test_pages_read_once_give_what_each_row_alone_reads(config: ModelConfig, dra
     )
     outputs = []
     with pytest.MonkeyPatch.context() as patch:
-        for least in (1, 10**9):
+        for least, in_place in ((1, True), (10**9, True), (1, False), (10**9, False)):
             patch.setattr(backends, "SHARED_PAGES", least)
+            if not in_place:
+                patch.setattr(backends, "decode_attention", lambda *_: None)
             backend = backends.TorchBackend(config, torch.float32, torch.device("cpu"), config.max_context)
             layer = KVLayer(memory.clone(), 0)
             backend.begin_visit(rows)
             backend.append(layer, k, v)
             outputs.append(backend.attend(layer, q))
-    torch.testing.assert_close(*outputs, atol=2e-6, rtol=1e-5)
+    for output in outputs[:-1]:
+        torch.testing.assert_close(output, outputs[-1], atol=2e-6, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 200) | st.integers(1, 20), min_size=1, max_size=9),
+    shape=st.sampled_from([(1, 1, 16), (3, 3, 64), (2, 8, 80)]),  # each is compiled
+    page=st.sampled_from([1, 4, 16, 24]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([1.0, 30.0]),
+    threads=st.sampled_from([1, 3]),
+)
+def test_attention_in_place_is_attention(
+    lengths: list[int], shape: tuple[int, int, int], page: int, dtype: torch.dtype, scale: float, threads: int
+) -> None:
+    """Whatever the shape, and whatever lies behind a row's last token; NaN in a row's own keys stays its own."""
+    kv_heads, group, head_dim = shape
+    random = torch.Generator().manual_seed(len(lengths))
+    config = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim)
+    kernel = decode_attention(config, dtype)  # type: ignore[arg-type]
+    assert kernel is not None
+    pages = [-(-length // page) for length in lengths]
+    memory = torch.full((sum(pages), 2, page, kv_heads, head_dim), torch.nan, dtype=dtype)
+    order = torch.randperm(sum(pages), generator=random).to(torch.int32).numpy()
+    table = np.zeros((len(lengths), max(pages)), np.int32)
+    rows = len(lengths)
+    q = (scale * torch.randn(rows, config.num_heads, head_dim, generator=random)).to(dtype)
+    expected, log_sums = torch.empty(rows, config.num_heads, head_dim), torch.empty(rows, config.num_heads)
+    for row, length in enumerate(lengths):
+        own = table[row, : pages[row]] = order[sum(pages[:row]) :][: pages[row]]
+        kv = torch.randn(2, pages[row] * page, kv_heads, head_dim, generator=random).to(dtype)
+        kv[:, length:] = torch.nan
+        if row == 1:
+            kv[0, length // 2] = torch.nan
+        memory[own] = kv.view(2, pages[row], page, kv_heads, head_dim).transpose(0, 1)
+        keys, values = kv[:, :length].float().repeat_interleave(group, 2)
+        scores = torch.einsum("hd,thd->ht", q[row].float(), keys) / head_dim**0.5
+        log_sums[row] = scores.logsumexp(-1)
+        expected[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+    tokens = np.flip(np.arange(rows)).astype(np.int64)  # rows may be anywhere in the visit
+    found, found_sums = torch.empty(rows, config.num_heads * head_dim, dtype=dtype), torch.empty(rows, config.num_heads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    kernel(KVLayer(memory, 0), table, np.array(lengths, np.int32), tokens, q.flip(0).contiguous(), found, found_sums)
+    torch.set_num_threads(before)
+    close = {"equal_nan": True, "atol": 1e-5 * scale, "rtol": 1e-5}
+    torch.testing.assert_close(found_sums.flip(0), log_sums, **close)
+    close |= {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found.flip(0).float(), expected.flatten(1), **close)
+
+
+def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or with one that fails, or without a folder to compile in."""
+    shape = SimpleNamespace(num_heads=2, num_kv_heads=2, head_dim=32)
+
+    def kernel() -> object:
+        attend._library.cache_clear()
+        return decode_attention(shape, torch.float32)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel() is not None and len(list((tmp_path / "deserve").iterdir())) == 1
+    assert decode_attention(shape, torch.float16) is None  # type: ignore[arg-type]
+    for name, value in (("CC", "false"), ("CC", "no-such-compiler"), ("XDG_CACHE_HOME", "/dev/null/cache")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert kernel() is None
+    attend._library.cache_clear()
 
 
 def test_groups_within_groups_save_most() -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deserve.errors import UserError
+from deserve.model.cache import cache_folder
 
 NAME = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -46,8 +47,7 @@ def ensure_smollm2() -> Path:
 
     Raises UserError when the package or the GGUF reader is not installed, or the cache cannot be written.
     """
-    base = os.environ.get("XDG_CACHE_HOME")
-    cache = (Path(base) if base else Path.home() / ".cache") / "deserve"
+    cache = cache_folder()
     folder = cache / FOLDER
     if folder.is_dir():  # renamed into place, so whole
         return folder

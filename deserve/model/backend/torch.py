@@ -1,4 +1,4 @@
-"""Kernels from plain PyTorch, for CPUs and as the reference for others."""
+"""Kernels from plain PyTorch, for CPUs and as the reference for others; one of C for decoding on CPUs."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deserve.batch import IntArray, Ints
 from deserve.kvcache.pages import KVLayer
+from deserve.model.backend.attend import decode_attention
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
@@ -46,6 +48,19 @@ class Shared:
     values: list[torch.Tensor]
 
 
+@dataclass
+class Decoding:
+    """Rows with one new token each, which attend to their pages in place.
+
+    `tokens` [n] of the rows in the visit, int64; `lengths` [n] tokens with the new one; `tables` [n, width] by page
+    table.
+    """
+
+    tokens: Ints
+    lengths: IntArray
+    tables: list[IntArray]
+
+
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
@@ -61,11 +76,14 @@ class TorchBackend(Backend):
 
     On a CPU, pages with which the contexts of several rows begin are attended in one call for all of these, and the
     rest of each row as if it began there. The log-sum-exp of either's scores says how the two are to be merged.
+
+    Rows with one new token are not gathered on a CPU that has a C compiler: they read their pages in place.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
         self._config, self._dtype, self._device = config, dtype, device
         cos, sin = rope_table(config, max_length, device)
+        self._decode = decode_attention(config, dtype) if device.type == "cpu" else None
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
         self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
@@ -117,6 +135,11 @@ class TorchBackend(Backend):
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         merges = bool(self._shared)
         weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0)  # log-sum-exp of each token's scores
+        decoding = self._decoding
+        if self._decode is not None and len(decoding.tokens):
+            log_sums = weight if merges else None
+            table = decoding.tables[layer.table]
+            self._decode(layer, table, decoding.lengths, decoding.tokens, q.contiguous(), out, log_sums)
         for bucket in self._buckets:
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
@@ -191,8 +214,14 @@ class TorchBackend(Backend):
             tables = [np.take_along_axis(table, begin, 1) for table, begin in zip(rows.tables, begins, strict=True)]
             rows = Rows(rows.new_tokens, rows.context - (skipped * page_size).astype(np.int32), tables)
         length = rows.context + rows.new_tokens
-        kind = 64 * _bits(rows.new_tokens) + _bits(length)
-        self._buckets = [self._bucket(rows, np.flatnonzero(kind == k), page_size) for k in np.unique(kind)]
+        alone = rows.new_tokens == 1 if self._decode is not None else np.zeros(len(length), bool)
+        self._decoding = Decoding(
+            self._first[alone].astype(np.int64),
+            length[alone].astype(np.int32),
+            [table[alone].astype(np.int32) for table in rows.tables],
+        )
+        kind = np.where(alone, -1, 64 * _bits(rows.new_tokens) + _bits(length))
+        self._buckets = [self._bucket(rows, np.flatnonzero(kind == k), page_size) for k in np.unique(kind[~alone])]
 
     def _share(self, rows: Rows, page_size: int) -> np.ndarray:
         """Set `_shared`; returns how many pages of each row are in there: [rows]."""

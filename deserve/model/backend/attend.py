@@ -1,0 +1,112 @@
+"""`attend.c`, compiled for one model on the machine that runs it.
+
+The compiler is C's and needs no headers of torch, so this takes half a second, once; OpenMP is the one that torch has
+loaded, so both share their threads.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from deserve.batch import IntArray, Ints
+from deserve.kvcache.pages import KVLayer
+from deserve.model.cache import cache_folder
+from deserve.model.config import ModelConfig
+
+SOURCE = Path(__file__).with_name("attend.c")
+LANES = 16  # floats that the kernel adds up at once
+# Sums may be taken in any order; NaN and infinity keep their meaning.
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fPIC"),
+    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+)
+
+
+class DecodeAttention:
+    """Attention of rows with one new token each over their pages, which are read where they lie."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self._attend = library.attend
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        self._attend.argtypes = [pointer, count, pointer, count, *[pointer] * 2, count, *[pointer] * 3, ctypes.c_int]
+
+    def __call__(
+        self,
+        layer: KVLayer,
+        table: IntArray,
+        lengths: IntArray,
+        tokens: Ints,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        log_sums: torch.Tensor | None,
+    ) -> None:
+        """Attend with the `tokens` [rows] of q [T, heads, head_dim] to `lengths` [rows] tokens on the pages of `table`
+        [rows, width], into their places of `out` [T, heads * head_dim].
+
+        `log_sums` [T, heads], float32, takes the log-sum-exp of their scores. All are contiguous; `tokens` are int64.
+        """
+        failed = self._attend(
+            *(layer.memory.data_ptr(), layer.memory.shape[2], table.ctypes.data, table.shape[1], lengths.ctypes.data),
+            *(tokens.ctypes.data, len(tokens), q.data_ptr(), out.data_ptr()),
+            *(None if log_sums is None else log_sums.data_ptr(), torch.get_num_threads()),
+        )
+        if failed:
+            raise MemoryError("out of memory for the scores of attention")
+
+
+def decode_attention(config: ModelConfig, dtype: torch.dtype) -> DecodeAttention | None:
+    """The kernel for a model, None where it cannot be had: without a C compiler, or for another type or head size."""
+    if dtype not in (torch.bfloat16, torch.float32) or config.head_dim % LANES:
+        return None
+    shape = {"HEADS": config.num_heads, "KV_HEADS": config.num_kv_heads, "HEAD_DIM": config.head_dim}
+    library = _library(tuple(f"-D{name}={value}" for name, value in shape.items()), dtype == torch.bfloat16)
+    return DecodeAttention(library) if library is not None else None
+
+
+@cache
+def _library(shape: tuple[str, ...], bfloat16: bool) -> ctypes.CDLL | None:
+    command = os.environ.get("CC", "cc")
+    compiler = shutil.which(command)
+    if compiler is None:
+        _regret(f"there is no {command}")
+        return None
+    options = (*FLAGS, *shape, *(("-DBFLOAT16",) if bfloat16 else ()))
+    made_of = (SOURCE.read_text(), compiler, platform.machine(), _processor(), *options)
+    name = f"attend-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    try:
+        folder = cache_folder()
+        if not (folder / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="attend.tmp-", dir=folder) as scratch:
+                compiled, linked = Path(scratch) / "attend.o", Path(scratch) / name
+                # Linked without OpenMP's library: the functions are found in the one that is there.
+                for step in ((*options, "-c", SOURCE, "-o", compiled), ("-shared", compiled, "-o", linked, "-lm")):
+                    subprocess.run([compiler, *map(str, step)], check=True, capture_output=True)
+                os.replace(linked, folder / name)
+        return ctypes.CDLL(str(folder / name))
+    except (OSError, subprocess.CalledProcessError) as error:
+        _regret(f"{command} cannot compile it: {error}")
+        return None
+
+
+def _regret(reason: str) -> None:
+    print(
+        f"Attention in place is not usable ({reason}): PyTorch's takes its place, at a third of the speed", flush=True
+    )
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a cache folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(("model", "cpu family", "flags", "Features", "CPU ")))
