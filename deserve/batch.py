@@ -198,8 +198,8 @@ class VisitPlan:
     """What every rank does in one visit of one micro-batch.
 
     A row is one sequence of the visit. All arrays are int32; page ids and slots mean the same on every rank.
-    Decode rows come first, prefill rows after them. The first `ADMISSION_WORDS` words of an admission are the slot and
-    how its sequence is sampled; what follows them is as long as it needs to be.
+    Decode rows come first, prefill rows after them. The first `ADMISSION_WORDS` words of an admission are the slot,
+    how its sequence is sampled and how long its prompt is; what follows them is as long as it needs to be.
     """
 
     micro_batch: int
@@ -309,7 +309,7 @@ def narrowed(beside: IntArray, logprobs: int) -> IntArray:
 
 
 SCORE_WIDTH = beside_width(MOST_LOGPROBS) + 1
-ADMISSION_WORDS = 6  # that every admission has
+ADMISSION_WORDS = 7  # that every admission has
 ADMISSION_ROOM = 1 << 18  # words that the admissions of a visit may have beyond those: rules, a grammar, a prompt
 _SECTIONS = {
     "slots": 1,

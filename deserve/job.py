@@ -86,12 +86,13 @@ class Job:
         # From here, as tokenising the first prompts is work too; it goes on behind the visits.
         self._progress.start()
         self._ignored: Counter[str] = Counter()
-        done = self._writer.done
+        done, switch = self._writer.done, self._checkpoint.config.rope_switch
         requests = open_workload(
             self._config, self._tokenizer, self._limits, self._defaults, done=done, ignored=self._ignored
         )
         items = (
-            within_memory(item, plan.main_pages + plan.swap_pages, plan.page_size) for item in self._counted(requests)
+            within_memory(within_rope(item, switch), plan.main_pages + plan.swap_pages, plan.page_size)
+            for item in self._counted(requests)
         )
         continued, record = self._unfinished.continued, self._recorder.put
         self._ahead = ahead = ReadAhead(items, done, continued, record, ahead=max(1024, 2 * plan.concurrency))
@@ -109,6 +110,7 @@ class Job:
             grouped=reorders,
             # Where every token costs the same, mixing gains little, and uneven visits cost something.
             mixed=reorders and self._machine.reading_binds(plan.micro_batch_size),
+            rope_switch=self._checkpoint.config.rope_switch,
             cycle_s=cycle_s,
             drafter=self._drafts,
         )
@@ -224,6 +226,26 @@ class Job:
             sizes=sizes if len(sizes) == round(count * self._lengths.answers) else (),
         )
         return simulate(plan, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
+
+
+def within_rope(item: Item, switch: int) -> Item:
+    """`item`, rejected if its answer may take it beyond `switch` tokens, where longrope changes its frequencies.
+
+    All keys before would have to be computed again.
+    """
+    if not (isinstance(item, Request) and switch):
+        return item
+    prompt, answer = len(item.prompt), item.sampling.max_tokens
+    if prompt > switch or prompt + answer - 1 <= switch:
+        return item
+    return Rejected(
+        item.custom_id,
+        item.line,
+        "context_length_exceeded",
+        f"a prompt of {prompt} tokens and max_tokens={answer} cross {switch} tokens "
+        "(original_max_position_embeddings), where longrope changes from its short to its long factors: ask for at "
+        f"most {switch - prompt + 1} tokens, or for an answer to a prompt of more than {switch}",
+    )
 
 
 def within_memory(item: Item, pages: int, page_size: int) -> Item:

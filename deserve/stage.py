@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from deserve.batch import VisitPlan
+from deserve.batch import ADMISSION_WORDS, VisitPlan
 from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
 from deserve.kvcache.pages import KVPages
@@ -48,6 +50,8 @@ class Stage:
         self._device = device
         self._graphs = graphs
         self._sampler = Sampler(slots, device, guide)
+        self._switch = decoder.config.rope_switch
+        self._prompts = np.zeros(slots, np.int32)  # tokens of each sequence's prompt
 
     @property
     def swapping(self) -> SwapCounters:
@@ -77,7 +81,7 @@ class Stage:
         self._sampler.admit(plan.admissions)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
-        rows = Rows(plan.new_tokens, plan.context, tables)
+        rows = Rows(plan.new_tokens, plan.context, tables, self._long(plan))
         x = to_device(x, self._device)
         if self._decoder.weights.embedding is not None:
             x = self._decoder.embed(x)
@@ -103,6 +107,14 @@ class Stage:
         with timeline.on_device("sample", plan.micro_batch):
             x = x.index_select(0, to_device(token, self._device))
             return self._sampler.score(x, self._decoder.logits, plan.slots[row], position).view(-1)
+
+    def _long(self, plan: VisitPlan) -> NDArray[np.bool_] | None:
+        """Which rows' sequences are rotated as long ones, if the model tells them apart."""
+        if not self._switch:
+            return None
+        for admission in plan.admissions:
+            self._prompts[admission[0]] = admission[ADMISSION_WORDS - 1]
+        return self._prompts[plan.slots] > self._switch
 
     def _through_layers(self, rows: Rows, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [T, hidden] through the layers, by graphs where there are some for such a visit."""

@@ -19,7 +19,14 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+    "gemma3-images": "Gemma3",
 }
+# The rest of a model that reads images too, as small as can be
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+VISION |= {"image_size": 28, "patch_size": 14}
 SHAPE: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -31,6 +38,7 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 512,
     "eos_token_id": 256,
     "bos_token_id": None,
+    "pad_token_id": None,
 }
 
 
@@ -51,12 +59,16 @@ def make_checkpoint(
     import transformers
 
     options = SHAPE | ({"sliding_window": None} if family == "mistral" else {}) | overrides
-    config = getattr(transformers, f"{FAMILIES[family]}Config")(**options)
-    model = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")(config)
+    name, whole = FAMILIES[family], "ForCausalLM"
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**options)
+    if family == "gemma3-images":
+        config = transformers.Gemma3Config(text_config=config.to_dict(), vision_config=VISION, mm_tokens_per_image=1)
+        whole = "ForConditionalGeneration"
+    model = getattr(transformers, f"{name}{whole}")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if name.endswith("norm.weight") else 0.0
+            mean = 1.0 if name.endswith("norm.weight") and not family.startswith("gemma") else 0.0
             parameter.normal_(mean, std, generator=generator)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder

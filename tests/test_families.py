@@ -31,8 +31,23 @@ ROPES = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     "linear": {"factor": 2.5},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "dynamic": {"factor": 2.0},
 }
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+# Windows that every prompt of LENGTHS but the shortest passes several times over
+GEMMA = {"sliding_window": 12, "query_pre_attn_scalar": 24, "head_dim": 32}
+GEMMA3 = GEMMA | {"sliding_window_pattern": 3, "rope_parameters": GEMMA3_ROPE}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
@@ -56,7 +71,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-some-dense": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
     "olmoe": ("olmoe", {**EXPERTS, "num_key_value_heads": 4, "clip_qkv": 1.5}),
     "olmoe-grouped": ("olmoe", {**EXPERTS, "norm_topk_prob": True}),
+    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    "phi3": ("phi3", {"tie_word_embeddings": True}),
+    "phi3-longrope-window": (
+        "phi3",
+        {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE, "sliding_window": 40},
+    ),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3", GEMMA3),
+    "gemma3-images": ("gemma3-images", GEMMA3),
 }
+# Those that run on one, two and three ranks, with little memory; the others differ in their weights alone.
+WINDOWS = [name for name, (family, options) in FAMILIES.items() if "sliding_window" in options or family == "phi3"]
+LITTLE_MEMORY = [f"kvcache.{key}" for key in ("page_size=8", "main_pages=14", "swap_pages=8", "buddy_height=6")]
 # Schemes of quantised weights, each dequantised while loading or left packed.
 QUANTISED = {"gptq-act-order": "false", "ct-w4a16": "true", "fp8-blocks": "true"}
 SHARDED = {"llama-tied", "llama-biases", "mistral", "qwen2-tied-yarn", "qwen3"}  # several files and an index
@@ -91,13 +119,13 @@ class Whole:
             kv.memory.fill_(100.0)
             self._shards.append((Decoder(config, weights, self._backend), kv))
         self._table = np.random.default_rng(0).permutation(pages).astype(np.int32)[None]
-        self._context = 0
+        self._context, self._switch = 0, config.rope_switch
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> torch.Tensor:
-        """Logits [T, vocab] of the sequence's next T tokens."""
+    def logits(self, tokens: list[int], prompt: int) -> torch.Tensor:
+        """Logits [T, vocab] of the sequence's next T tokens; it has a `prompt` of so many."""
         context, new = np.array([self._context], np.int32), np.array([len(tokens)], np.int32)
-        self._backend.begin_visit(Rows(new, context, [self._table]))
+        self._backend.begin_visit(Rows(new, context, [self._table], np.array([0 < self._switch < prompt])))
         self._context += len(tokens)
         (first, first_kv), (last, last_kv) = self._shards
         x = first.forward(first.embed(torch.tensor(tokens)), first_kv)
@@ -114,7 +142,7 @@ def test_logits_are_those_of_transformers(name: str, folders: dict[str, Path]) -
     assert theirs.std() > 0.5 and len(theirs.argmax(-1).unique()) > 20  # the outputs are no matter of course
     for chunks in ([150], [7, 50, 1, 64, 28], [40] + [1] * 20 + [90]):
         model, bounds = Whole(folders[name], config), np.cumsum([0, *chunks])
-        mine = [model.logits(ids[begin:end]) for begin, end in itertools.pairwise(bounds)]
+        mine = [model.logits(ids[begin:end], 150) for begin, end in itertools.pairwise(bounds)]
         torch.testing.assert_close(torch.cat(mine), theirs, atol=ATOL, rtol=RTOL)
 
 
@@ -128,25 +156,26 @@ def truths(folders: dict[str, Path]) -> dict[str, Truth]:
     for name, folder in (folders | quantised).items():
         found[name] = truth = Truth(folder, base / f"{name}.jsonl")
         model = reference_model(twin(folder) if name in QUANTISED else folder)
-        for length in LENGTHS:
-            prompt = random.integers(320, size=length).tolist()
-            truth.add(f"{name}-{length}", prompt, (text(greedy(model, prompt, MAX_TOKENS)), "length"))
+        prompts = {f"{name}-{length}": random.integers(320, size=length).tolist() for length in LENGTHS}
+        if name in WINDOWS:  # most of whose pages lie outside the windows of its readers
+            prompts[f"{name}-shared"] = [*prompts[f"{name}-130"][:100], 5, 6, 7]
+        for custom_id, prompt in prompts.items():
+            truth.add(custom_id, prompt, (text(greedy(model, prompt, MAX_TOKENS)), "length"))
     return found
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_same_tokens_as_transformers(ranks: int, truths: dict[str, Truth], tmp_path: Path) -> None:
-    """Through the whole program: prompts in chunks, several micro-batches that swap pages, decoding together.
+    """Through the whole program: prompts in chunks, micro-batches that swap pages, suspension, decoding together.
 
     A process alone computes what the test above does: there, some families are enough.
     """
-    if ranks == 1:
-        truths = {name: truths[name] for name in ("llama", "qwen3-moe-some-dense", *QUANTISED)}
+    names = [*truths] if ranks > 1 else ["llama", "qwen3-moe-some-dense", *QUANTISED, *WINDOWS]
     more = ["pipeline.rounds=3", "pipeline.max_batch_tokens=48", f"sampling.max_tokens={MAX_TOKENS}"]
-    more += ["kvcache.main_pages=6", "kvcache.swap_pages=4"]
-    jobs = [truth.overrides(tmp_path / name) + more for name, truth in truths.items()]
-    for job, name in zip(jobs, truths, strict=True):
+    jobs = [truths[name].overrides(tmp_path / name) + more for name in names]
+    for job, name in zip(jobs, names, strict=True):
         job.append(f"model.packed={QUANTISED.get(name, 'false')}")
+        job += LITTLE_MEMORY if name in WINDOWS else ["kvcache.main_pages=6", "kvcache.swap_pages=4"]
     run_jobs(ranks, jobs, tmp_path)
-    wrong = {name: wrong_answers(tmp_path / name, truth) for name, truth in truths.items()}
+    wrong = {name: wrong_answers(tmp_path / name, truths[name]) for name in names}
     assert not {name: answers for name, answers in wrong.items() if answers}

@@ -79,17 +79,18 @@ class RecordedBackend(TorchBackend):
 
     captures = True
     _attended = torch.full((512, 512), torch.nan)
-    rms_norm, add_rms_norm, silu_and_mul, rotate, append = (
-        kernel(getattr(TorchBackend, name)) for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "rotate", "append")
+    rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, rotate, append = (
+        kernel(getattr(TorchBackend, name))
+        for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "rotate", "append")
     )
 
     def begin_graph_visit(self, rows: Rows) -> list[int]:
         self.begin_visit(rows)
         return []
 
-    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
         def attend() -> torch.Tensor:
-            attended = TorchBackend.attend(self, layer, q)
+            attended = TorchBackend.attend(self, layer, q, kind)
             return self._attended.view(-1)[: attended.numel()].view(attended.shape).copy_(attended)
 
         return RECORDER.kernel(attend)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint
@@ -10,8 +11,8 @@ from omegaconf import OmegaConf
 
 from deserve.config import config_dir
 from deserve.errors import UserError
-from deserve.model.config import RopeScaling, parse_config
-from deserve.model.rope import inverse_frequencies, rope_table
+from deserve.model.config import ModelConfig, parse_config
+from deserve.model.rope import rope_table
 
 RAW = {
     "architectures": ["LlamaForCausalLM"],
@@ -27,6 +28,9 @@ RAW = {
 }
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
+PHI = {"architectures": ["Phi3ForCausalLM"]}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "max_window_layers": 2}
+LONGROPE = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 512}
 
 
@@ -35,7 +39,7 @@ def test_sizes_follow_from_the_heads():
     assert (config.head_dim, config.q_size, config.kv_size, config.group) == (16, 64, 32, 2)
     assert config.kv_spec(torch.bfloat16).token_bytes == 2 * 32 * 2
     assert config.dtype == torch.bfloat16
-    assert config.rope_theta == 10000.0
+    assert config.kinds[0].rope.theta == 10000.0
     assert parse_config(RAW | {"head_dim": 32}, "config.json").q_size == 128
     assert parse_config(RAW | {"head_dim": None, "num_key_value_heads": None}, "config.json").kv_size == 64
 
@@ -78,7 +82,8 @@ def test_old_and_new_rope_keys_say_the_same():
     old = RAW | {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}}
     new = RAW | {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 500000}}
     assert parse_config(old, "old") == parse_config(new, "new")
-    assert parse_config(old, "old").rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 256)
+    (kind,) = parse_config(old, "old").kinds
+    assert (kind.rope.kind, kind.rope.parameters) == ("llama3", LLAMA3)
     plain = parse_config(RAW | {"rope_theta": 5e5, "rope_scaling": None}, "plain")
     assert plain == parse_config(RAW | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "new")
 
@@ -113,8 +118,10 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "float8_e4m3fn"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config.bits", "missing"]),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_scaling.type", "dynamic"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type", "longrope"]),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, ["rope_scaling.type", "proportional"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.short_factor", "missing"]),
+        (PHI | {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 7}}, ["rope_scaling.long_factor", "8 positive"]),
+        (PHI | {"partial_rotary_factor": 0.2}, ["partial_rotary_factor", "(0.2) of 16", "at most 16"]),
         ({"rope_scaling": {"type": "linear"}}, ["rope_scaling.factor", "missing"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
@@ -125,19 +132,27 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
             EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 24, "mlp_only_layers": [3]},
             ["mlp_only_layers", "0 to 2"],
         ),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 1024}, ["sliding_window", "1024"]),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, ["sliding_window", "at least 1"]),
         (
-            {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
-            ["sliding_window", "4096"],
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"] * 2},
+            ["layer_types", "4 entries"],
         ),
         (
-            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
-            | {"num_hidden_layers": 3, "max_window_layers": 2},
-            ["use_sliding_window", "from 2 on", "64 tokens"],
+            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["sliding_attention"] * 3},
+            ["layer_types", "use_sliding_window"],
         ),
         (
-            {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention", "sliding_attention"]},
-            ["layer_types", "sliding_attention"],
+            {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["chunked_attention"] * 3},
+            ["layer_types", "chunked_attention"],
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            ["use_bidirectional_attention"],
+        ),
+        ({"architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu"}, ["hidden_activation", "gelu"]),
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"hidden_size": "64"}},
+            ["text_config.hidden_size", "whole number"],
         ),
     ],
 )
@@ -149,25 +164,63 @@ def test_what_cannot_be_run_is_refused_by_name(change, words):
     assert "\n" not in message
 
 
-def test_a_window_that_never_closes_is_accepted():
-    mistral = RAW | {"architectures": ["MistralForCausalLM"], "sliding_window": 2048}
-    assert parse_config(mistral, "config.json").max_context == 2048
-    qwen = RAW | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 64, "use_sliding_window": False}
-    assert parse_config(qwen, "config.json").qkv_bias
-    # From a layer that there is not; no window at all; one as wide as the context
-    for window in ({"max_window_layers": 2}, {"sliding_window": None}, {"sliding_window": 2048}):
-        slides = qwen | {"num_hidden_layers": 2, "max_window_layers": 0, "use_sliding_window": True} | window
-        assert parse_config(slides, "config.json").num_layers == 2
+def windows(config: ModelConfig) -> list[int | None]:
+    return [config.kinds[kind].window for kind in config.layer_kinds]
 
 
-def test_a_window_as_wide_as_the_context_before_it_was_stretched_is_refused():
-    stretched = RAW | {
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": 2048,
-        "rope_scaling": {"type": "yarn", "factor": 4.0},
-    }
-    with pytest.raises(UserError, match=r"sliding_window \(2048\)"):
-        parse_config(stretched, "config.json")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}, [4096] * 3),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, [None] * 3),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 2048}, [None] * 3),  # as wide as the context
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 2048}
+            | {"rope_scaling": {"type": "yarn", "factor": 4.0}},  # as the context was before
+            [2048] * 3,
+        ),
+        (QWEN, [None] * 3),
+        (QWEN | {"use_sliding_window": True}, [None, None, 64]),
+        (QWEN | {"use_sliding_window": True, "max_window_layers": 3}, [None] * 3),
+        (QWEN | {"use_sliding_window": True, "sliding_window": None}, [None] * 3),
+        (
+            QWEN | {"use_sliding_window": True, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+            [64, None, None],
+        ),
+        ({"architectures": ["LlamaForCausalLM"], "sliding_window": 64}, [None] * 3),
+        ({"architectures": ["Phi3ForCausalLM"]}, [None] * 3),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047}, [2047] * 3),
+        ({"architectures": ["Gemma2ForCausalLM"], "sliding_window": 64}, [64, None, 64]),
+        ({"architectures": ["Gemma3ForCausalLM"], "sliding_window": 64, "sliding_window_pattern": 3}, [64, 64, None]),
+    ],
+)
+def test_which_layers_have_a_window(change, expected):
+    assert windows(parse_config(RAW | change, "config.json")) == expected
+
+
+def test_gemma_3_of_the_hub():
+    """Its text_config leaves out what is as in transformers' class; the dtype stands outside."""
+    text = {"hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "torch_dtype": "bfloat16"}
+    config = parse_config(raw, "config.json")
+    assert windows(config) == [None if layer % 6 == 5 else 1024 for layer in range(62)]
+    assert [(kind.rope.kind, kind.rope.theta) for kind in config.kinds] == [("default", 1e4), ("linear", 1e6)]
+    assert (config.vocab_size, config.max_context, config.tied_embeddings) == (262208, 131072, True)
+    assert (config.dtype, config.scale, config.attention_cap, config.logit_cap) == (
+        torch.bfloat16,
+        168**-0.5,
+        None,
+        None,
+    )
+
+
+def test_longrope_has_two_ways_where_the_context_was_stretched():
+    phi = RAW | PHI | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 256}
+    assert parse_config(phi, "config.json").rope_switch == 256
+    for same in ({"original_max_position_embeddings": 2048}, {"rope_scaling": None}):
+        assert parse_config(phi | same, "config.json").rope_switch == 0
 
 
 @pytest.mark.parametrize(
@@ -175,6 +228,7 @@ def test_a_window_as_wide_as_the_context_before_it_was_stretched_is_refused():
     [
         {"rope_type": "default"},
         {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "dynamic", "factor": 2.5},
         {"rope_type": "llama3", **LLAMA3},
         {"rope_type": "yarn", **YARN},
         {"rope_type": "yarn", **YARN, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
@@ -191,16 +245,29 @@ def test_rope_is_that_of_transformers(rope, theta):
 
     raw = RAW | {"head_dim": 64, "rope_parameters": rope | {"rope_theta": theta}}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw))))
-    positions = torch.arange(1500)
-    cos, sin = theirs(torch.zeros(1, dtype=torch.float32), positions[None])
-    config = parse_config(raw, "config.json")
-    frequencies, factor = inverse_frequencies(config)
-    assert torch.equal(frequencies, theirs.inv_freq)
-    assert factor == theirs.attention_scaling
-    mine = rope_table(config, len(positions), "cpu")
+    cos, sin = theirs(torch.zeros(1, dtype=torch.float32), torch.arange(1500)[None])
+    mine = rope_table(parse_config(raw, "config.json").kinds[0].rope, 1500, "cpu")
     assert mine[0].dtype == torch.float32 and mine[0].shape == (1500, 32)
     # their table is that of a whole head, its halves alike
     assert torch.equal(mine[0], cos[0, :, :32]) and torch.equal(mine[1], sin[0, :, :32])
+
+
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.5}])
+def test_longrope_is_that_of_transformers(more):
+    """A table for sequences that stay within the original context, and one for others behind it."""
+    from transformers import Phi3Config
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    factors = {"short_factor": np.linspace(1, 2, 24).tolist(), "long_factor": np.linspace(1, 30, 24).tolist()}
+    raw = RAW | PHI | {"hidden_size": 256, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 256}
+    raw |= {"rope_scaling": {"type": "longrope", **factors, **more}, "pad_token_id": None}
+    theirs = Phi3RotaryEmbedding(Phi3Config(**json.loads(json.dumps(raw))))
+    (kind,) = parse_config(raw, "config.json").kinds
+    mine = rope_table(kind.rope, 1000, "cpu")
+    for begin, length in ((0, 256), (256, 1000)):
+        both = theirs(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None])
+        for ours, expected in zip(mine, both, strict=True):
+            assert torch.equal(ours[begin : begin + length], expected[0, :, :24])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

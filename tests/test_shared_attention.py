@@ -1,5 +1,6 @@
 """Attention on CPUs: over pages that several rows share, and in place for rows that decode: the same results."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +145,49 @@ def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, 
             patch.setenv(name, value)
             assert kernel() is None
     attend._library.cache_clear()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 9), st.integers(1, 9)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, None]),
+    st.sampled_from([None, 2.0]),
+)
+def test_windows_and_soft_caps(config: ModelConfig, drawn: list[Any], window: int | None, cap: float | None) -> None:
+    """Against attention token by token; and no page is read that lies outside of all windows, as there is NaN."""
+    config = replace(config, kinds=(replace(config.kinds[0], window=window),), attention_cap=cap)
+    rows = tables(drawn)
+    (table,) = rows.tables
+    random = torch.Generator().manual_seed(0)
+    memory = torch.full((int(table.max()) + 1, 2, PAGE, config.num_kv_heads, config.head_dim), torch.nan)
+    for row, context, new in zip(table, rows.context, rows.new_tokens, strict=True):
+        reached = row[max(0, context - (window or 10**6) + 1) // PAGE : -(-(context + new) // PAGE)]
+        memory[reached] = torch.randn(len(reached), *memory.shape[1:], generator=random)
+    tokens = int(rows.new_tokens.sum())
+    q, k, v = (
+        torch.randn(tokens, heads, config.head_dim, generator=random)
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    backend = backends.TorchBackend(config, torch.float32, torch.device("cpu"), config.max_context)
+    backend.begin_visit(rows)
+    backend.append(KVLayer(memory, 0), k, v)
+    given = backend.attend(KVLayer(memory, 0), q)
+    token = 0
+    for row, context, new in zip(table, rows.context.tolist(), rows.new_tokens.tolist(), strict=True):
+        keys, values = memory[row].transpose(0, 1).flatten(1, 2)  # [positions, kv_heads, head_dim] each
+        for position in range(context, context + new):
+            seen = slice(max(0, position + 1 - (window or 10**6)), position + 1)
+            key, value = (part[seen].repeat_interleave(config.group, 1) for part in (keys, values))
+            scores = torch.einsum("hd,khd->hk", q[token], key) * config.head_dim**-0.5
+            if cap is not None:
+                scores = cap * torch.tanh(scores / cap)
+            expected = torch.einsum("hk,khd->hd", scores.softmax(-1), value).flatten()
+            torch.testing.assert_close(given[token], expected, atol=2e-6, rtol=1e-5)
+            token += 1
 
 
 def test_groups_within_groups_save_most() -> None:

@@ -1,6 +1,6 @@
 """Admissions: how a new sequence is sampled, in words from rank 0 to the last rank.
 
-Most sequences take six words. Those with rules, a grammar or log-probabilities take more: what they ask for as JSON,
+Most sequences take seven words. Those with rules, a grammar or log-probabilities take more: what they ask for as JSON,
 and their tokens so far where the last rank needs them. Each distinct grammar travels once.
 """
 
@@ -70,7 +70,7 @@ class Encoder:
 
     def words(self, slot: int, sampling: SamplingParams, prompt: int, tokens: IntArray) -> IntArray:
         """The admission of a sequence in `slot` with these `tokens`, of which `prompt` are its prompt."""
-        first = encode_sampling(slot, sampling)
+        first = encode_sampling(slot, sampling, prompt)
         if sampling.plain:
             return first
         scored = sampling.prompt_logprobs is not None
@@ -123,11 +123,11 @@ class Decoder:
         return said
 
 
-def encode_sampling(slot: int, sampling: SamplingParams) -> IntArray:
-    """Slot, temperature and top_p (float bits), top_k, seed (low, high)."""
+def encode_sampling(slot: int, sampling: SamplingParams, prompt: int = 0) -> IntArray:
+    """Slot, temperature and top_p (float bits), top_k, seed (low, high), tokens of the prompt."""
     bits = np.array([min(sampling.temperature, HOTTEST), sampling.top_p], np.float32).view(np.int32).tolist()
     seed = np.array([sampling.seed], np.int64).view(np.int32).tolist()
-    return np.array([slot, *bits, min(sampling.top_k, 2**31 - 1), *seed], np.int32)
+    return np.array([slot, *bits, min(sampling.top_k, 2**31 - 1), *seed, prompt], np.int32)
 
 
 def extra_words(sampling: SamplingParams, tokens: int) -> int:

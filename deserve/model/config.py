@@ -1,7 +1,6 @@
 """The shape of a model, read from a Hugging Face `config.json`."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,26 +11,42 @@ from deserve.model.keys import Keys
 from deserve.model.schemes.base import Quantisation
 from deserve.model.schemes.parse import parse_quantisation
 
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # config.json's name, and the kernels'
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched to a longer context; only the fields of its `kind` count.
+class Rope:
+    """Rotary position embedding of the first `dim` elements of a head.
 
-    `original_context` is the context in tokens before stretching. `attention_factor` multiplies cos and sin.
+    `kind` and `parameters` are those of transformers' `rope_parameters`, whose functions they go to; `context` is
+    `max_position_embeddings`.
     """
 
+    dim: int
+    context: int
+    theta: float = 10000.0
     kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_context: int = 0  # llama3, yarn
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn
-    truncate: bool = True  # yarn: whole dimensions bound the ramp
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def switch(self) -> int:
+        """Longrope: sequences of more tokens take the long factors. 0: all take the same."""
+        original: int = self.parameters["original_max_position_embeddings"] if self.kind == "longrope" else 0
+        return original if original < self.context else 0
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What tells the attention of some layers from that of others.
+
+    A token attends to `window` tokens, itself included; None: to all before it.
+    """
+
+    rope: Rope
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,8 @@ class ModelConfig:
     head_dim: int
     norm_eps: float
     max_context: int
-    rope_theta: float
-    rope_scaling: RopeScaling
+    kinds: tuple[LayerKind, ...]
+    layer_kinds: tuple[int, ...]  # of each layer, its index in `kinds`
     tied_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -90,6 +105,20 @@ class ModelConfig:
     experts: ExpertConfig | None = None
     wide_qk_norm: bool = False  # the norms of queries and keys span all heads
     clip_qkv: float | None = None  # queries, keys and values are clamped to -clip_qkv..clip_qkv
+    fused_projections: bool = False  # a checkpoint holds q, k, v as one tensor, and gate and up as another
+    scale: float = 1.0  # of attention scores
+    attention_cap: float | None = None  # c of the soft cap c * tanh(score / c)
+    logit_cap: float | None = None  # the same for logits
+    activation: str = "silu"  # or gelu_tanh
+    norm_offset: bool = False  # norms multiply by 1 + weight
+    norms_after: bool = False  # attention and MLP have a norm behind them too
+    embedding_scale: float = 1.0
+    multimodal: bool = False  # the checkpoint holds more than the text model
+
+    @property
+    def rope_switch(self) -> int:
+        """Sequences whose prompt is longer are rotated in another way than shorter ones. 0: one way for all."""
+        return max(kind.rope.switch for kind in self.kinds)
 
     @property
     def q_size(self) -> int:
@@ -123,7 +152,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class _Family:
-    """What an architecture's code decides, beyond what its `config.json` says."""
+    """What an architecture's code decides, beyond what its `config.json` says.
+
+    `slides`: which layers have a window. "": none; "all"; "used": all, if `use_sliding_window`; "late": from
+    `max_window_layers` on, if `use_sliding_window`; "most": all but each `sliding_window_pattern`-th. `layer_types`
+    overrides the last two.
+    """
 
     qkv_bias: bool = False  # always there
     attention_bias: bool = False  # `attention_bias` is read: it covers q, k, v and the output
@@ -133,19 +167,68 @@ class _Family:
     experts: ExpertNames | None = None
     dense_layers: bool = False  # some layers may have an MLP, and its size is not that of experts
     normalised: bool = False  # experts' weights add up to 1, whatever `norm_topk_prob` says
-    rope_theta: float = 10000.0  # where config.json has none
+    slides: str = ""
+    phi: bool = False  # fused projections, rotary embedding of a part of the head, longrope by its older names
+    gemma: bool = False  # norms of 1 + weight, before and after attention and MLP; scaled embeddings
+    attention_cap: bool = False  # `attn_logit_softcapping` is read
+    text_config: bool = False  # the decoder's keys stand in `text_config`
+    defaults: dict[str, Any] = field(default_factory=dict)  # for absent keys; null is not absent
 
+
+_GEMMA = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA2 = _GEMMA | {
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "sliding_window_pattern": 2,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA3 = _GEMMA | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+}
+_LATE = {"max_window_layers": 28, "sliding_window": 4096}
 
 FAMILIES = {
     "LlamaForCausalLM": _Family(attention_bias=True, mlp_bias=True),
-    "MistralForCausalLM": _Family(),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True),
-    "Qwen3ForCausalLM": _Family(attention_bias=True, qk_norm=True),
+    "MistralForCausalLM": _Family(slides="all", defaults={"sliding_window": 4096}),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, slides="late", defaults=_LATE),
+    "Qwen3ForCausalLM": _Family(attention_bias=True, qk_norm=True, slides="late", defaults=_LATE),
     "MixtralForCausalLM": _Family(
-        experts=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"), normalised=True, rope_theta=1e6
+        slides="all",
+        experts=ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2"),
+        normalised=True,
+        defaults={"rope_theta": 1e6},
     ),
-    "Qwen3MoeForCausalLM": _Family(attention_bias=True, qk_norm=True, experts=ExpertNames(), dense_layers=True),
+    "Qwen3MoeForCausalLM": _Family(
+        attention_bias=True,
+        qk_norm=True,
+        slides="used",
+        experts=ExpertNames(),
+        dense_layers=True,
+        defaults={"sliding_window": 4096},
+    ),
     "OlmoeForCausalLM": _Family(attention_bias=True, qk_norm=True, wide_qk_norm=True, experts=ExpertNames()),
+    "Phi3ForCausalLM": _Family(
+        slides="all", phi=True, defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    ),
+    "Gemma2ForCausalLM": _Family(attention_bias=True, slides="most", gemma=True, attention_cap=True, defaults=_GEMMA2),
+    "Gemma3ForCausalLM": _Family(attention_bias=True, qk_norm=True, slides="most", gemma=True, defaults=_GEMMA3),
+    "Gemma3ForConditionalGeneration": _Family(
+        attention_bias=True, qk_norm=True, slides="most", gemma=True, text_config=True, defaults=_GEMMA3
+    ),
 }
 
 
@@ -154,58 +237,79 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
 
     Raises UserError, naming the source and the key, for a missing or ill-typed key and for whatever this
     project would not compute as the model was trained: another architecture or activation, an unknown kind of
-    rope, quantised weights, a sliding window shorter than the context.
+    rope, an unknown scheme of quantised weights.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must hold a JSON object, not {type(raw).__name__}")
-    keys = Keys(raw, source)
-    architecture = _architecture(keys)
-    family = FAMILIES[architecture]
+    whole = Keys(raw, source)
+    family = FAMILIES[_architecture(whole)]
+    keys = whole.within("text_config") if family.text_config else whole
+    keys = Keys(family.defaults | keys.raw, source, keys.prefix)
     heads = keys.count("num_attention_heads")
     kv_heads = keys.count("num_key_value_heads", default=heads)
     hidden = keys.count("hidden_size")
     head_dim = keys.count("head_dim", default=max(1, hidden // heads))
     if heads % kv_heads:
         raise keys.fail("num_key_value_heads", f"({kv_heads}) must divide num_attention_heads ({heads})")
-    if raw.get("head_dim") is None and hidden % heads:
+    if keys.raw.get("head_dim") is None and hidden % heads:
         raise keys.fail("hidden_size", f"({hidden}) must be a multiple of num_attention_heads ({heads})")
     if head_dim % 2:
         raise keys.fail("head_dim", f"({head_dim}) must be even")
+    if keys.flag("use_bidirectional_attention"):
+        raise keys.fail("use_bidirectional_attention", "is not supported; only causal attention is")
+    types = _layer_types(keys, family)
+    ropes = {each: _rope(keys, family, head_dim, each) for each in dict.fromkeys(types)}
     max_context = keys.count("max_position_embeddings")
-    theta, scaling = _rope(keys, max_context, family.rope_theta)
     # A checkpoint stretched by hand, as Qwen's cards advise, still states the context before
-    if scaling.kind == "yarn":
-        max_context = max(max_context, int(scaling.original_context * scaling.factor))
-    _refuse_unsupported(keys, architecture, max_context)
+    for rope in ropes.values():
+        if rope.kind == "yarn":
+            stretched = rope.parameters["original_max_position_embeddings"] * rope.parameters["factor"]
+            max_context = max(max_context, int(stretched))
+    by_layer = [LayerKind(ropes[each], _window(keys, each, max_context)) for each in types]
+    kinds = [kind for index, kind in enumerate(by_layer) if kind not in by_layer[:index]]
+    key, only = ("hidden_activation", "gelu_pytorch_tanh") if family.gemma else ("hidden_act", "silu")
+    activation = keys.one_of(key, [only], only)
     attention_bias = family.attention_bias and keys.flag("attention_bias")
     inner = keys.count("intermediate_size")
     config = ModelConfig(
         vocab_size=keys.count("vocab_size"),
         hidden_size=hidden,
         intermediate_size=inner,
-        num_layers=keys.count("num_hidden_layers"),
+        num_layers=len(types),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=keys.number("rms_norm_eps"),
         max_context=max_context,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        kinds=tuple(kinds),
+        layer_kinds=tuple(kinds.index(kind) for kind in by_layer),
         tied_embeddings=keys.flag("tie_word_embeddings"),
         qkv_bias=family.qkv_bias or attention_bias,
         output_bias=attention_bias,
         mlp_bias=family.mlp_bias and keys.flag("mlp_bias"),
         qk_norm=family.qk_norm,
-        dtype=_dtype(keys),
+        dtype=_dtype(keys if {"dtype", "torch_dtype"} & keys.raw.keys() else whole),
         experts=_experts(keys, family),
         wide_qk_norm=family.wide_qk_norm,
         clip_qkv=keys.number("clip_qkv") if keys.raw.get("clip_qkv") is not None else None,
+        fused_projections=family.phi,
+        scale=(keys.number("query_pre_attn_scalar") if family.gemma else head_dim) ** -0.5,
+        attention_cap=_cap(keys, "attn_logit_softcapping") if family.attention_cap else None,
+        logit_cap=_cap(keys, "final_logit_softcapping") if family.gemma else None,
+        activation=ACTIVATIONS[activation],
+        norm_offset=family.gemma,
+        norms_after=family.gemma,
+        embedding_scale=hidden**0.5 if family.gemma else 1.0,
+        multimodal=family.text_config,
     )
     q, kv = config.q_size, config.kv_size
     inners = {each.intermediate_size if each else inner for each in map(config.experts_of, range(config.num_layers))}
-    products = [shape for size in sorted(inners) for shape in ((size, hidden), (hidden, size))]
-    shapes = [(q, hidden), (kv, hidden), (hidden, q), *products]
-    return replace(config, quantisation=parse_quantisation(keys, shapes))
+    shapes = [(hidden, q), *((hidden, size) for size in sorted(inners))]
+    if family.phi:
+        shapes += [(q + 2 * kv, hidden), (2 * inner, hidden)]
+    else:
+        shapes += [(q, hidden), (kv, hidden), *((size, hidden) for size in sorted(inners))]
+    return replace(config, quantisation=parse_quantisation(whole, shapes))
 
 
 def _architecture(keys: Keys) -> str:
@@ -242,81 +346,83 @@ def _dtype(keys: Keys) -> torch.dtype:
     return DTYPES[name]
 
 
-def _refuse_unsupported(keys: Keys, architecture: str, max_context: int) -> None:
-    raw = keys.raw
-    activation = keys.text("hidden_act", default="silu")
-    if activation != "silu":
-        raise keys.fail("hidden_act", f"{activation!r} is not supported; only silu is")
-    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
-        # Absent is not null: without the key, transformers' Mistral slides over 4,096 tokens; its Mixtral does not.
-        full = raw.get("sliding_window", 0 if architecture == "MistralForCausalLM" else None) is None
-        window = max_context if full else keys.count("sliding_window", default=4096)
-        if window < max_context:
-            raise keys.fail("sliding_window", f"({window}) is not supported; only null, full attention, is")
-    elif architecture.startswith("Qwen") and keys.flag("use_sliding_window"):
-        # As in transformers: the layers from max_window_layers on slide, unless layer_types says what each does.
-        first = keys.count("max_window_layers", default=28, least=0) if architecture != "Qwen3MoeForCausalLM" else 0
-        none = raw.get("layer_types") is not None or first >= keys.count("num_hidden_layers")
-        full = "sliding_window" in raw and raw["sliding_window"] is None
-        window = max_context if none or full else keys.count("sliding_window", default=4096)
-        if window < max_context:
-            raise keys.fail(
-                "use_sliding_window",
-                f"is not supported: layers from {first} on (max_window_layers) attend to {window} tokens only",
-            )
-    others = sorted({str(kind) for kind in raw.get("layer_types") or ()} - {"full_attention"})
-    if others and architecture.startswith("Qwen"):
-        raise keys.fail("layer_types", f"{', '.join(others)} is not supported; only full_attention is")
+def _cap(keys: Keys, key: str) -> float | None:
+    return keys.number(key) if keys.raw.get(key) is not None else None
 
 
-def _rope(keys: Keys, max_context: int, default_theta: float) -> tuple[float, RopeScaling]:
-    """The base of the rotary frequencies and their scaling, from the keys of transformers 5 or before."""
+def _layer_types(keys: Keys, family: _Family) -> tuple[str, ...]:
+    """Of each layer, `full_attention` or `sliding_attention`."""
+    layers = keys.count("num_hidden_layers")
+    full, sliding = LAYER_TYPES
+    used = keys.raw.get("sliding_window") is not None
+    if family.slides in ("used", "late"):
+        used = used and keys.flag("use_sliding_window")
+    if family.slides in ("late", "most") and keys.raw.get("layer_types") is not None:
+        types = keys.texts("layer_types")
+        if others := sorted({*types} - {*LAYER_TYPES}):
+            raise keys.fail("layer_types", f"{', '.join(others)} is not supported; supported: {', '.join(LAYER_TYPES)}")
+        if len(types) != layers:
+            raise keys.fail("layer_types", f"has {len(types)} entries, but num_hidden_layers is {layers}")
+        if sliding in types and not used:
+            raise keys.fail("layer_types", f"{sliding} needs a sliding_window, and Qwen use_sliding_window")
+        return types
+    if family.slides == "most":
+        pattern = keys.count("sliding_window_pattern")
+        return tuple(sliding if (layer + 1) % pattern else full for layer in range(layers))
+    if family.slides in ("all", "used"):
+        return (sliding if used else full,) * layers
+    first = keys.count("max_window_layers", least=0) if family.slides == "late" and used else layers
+    return tuple(full if layer < first else sliding for layer in range(layers))
+
+
+def _window(keys: Keys, layer_type: str, max_context: int) -> int | None:
+    """Tokens that a token of such a layer attends to; None: all."""
+    window = keys.count("sliding_window") if layer_type == LAYER_TYPES[1] else max_context
+    return window if window < max_context else None
+
+
+def _rope(keys: Keys, family: _Family, head_dim: int, layer_type: str) -> Rope:
+    """The rotary embedding of such layers, from the keys of transformers 5 or before."""
     name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
-    raw = keys.raw.get(name)
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise keys.fail(name, f"must be an object, not {raw!r}")
-    rope = Keys(raw, keys.source, f"{name}.")
-    theta = rope.number("rope_theta", default=keys.number("rope_theta", default=default_theta))
-    for owner in (keys, rope):
-        if owner.number("partial_rotary_factor", default=1.0) != 1.0:
-            raise owner.fail("partial_rotary_factor", "is not supported; only 1, the whole head, is")
-    kind_key = "rope_type" if raw.get("rope_type") is not None else "type"
+    rope, theta_key = keys.within(name), "rope_theta"
+    if layer_type in rope.raw:
+        rope = rope.within(layer_type)
+    elif "rope_local_base_freq" in family.defaults and layer_type == LAYER_TYPES[1]:
+        rope, theta_key = Keys({}, keys.source), "rope_local_base_freq"
+    theta = rope.number("rope_theta", default=keys.number(theta_key, default=10000.0))
+    partial = rope.number("partial_rotary_factor", default=keys.number("partial_rotary_factor", default=1.0))
+    dim = int(head_dim * partial)
+    if partial != 1 and not family.phi:
+        raise keys.fail("partial_rotary_factor", "is not supported; only 1, the whole head, is")
+    if partial > 1 or dim % 2 or not dim:
+        raise keys.fail(
+            "partial_rotary_factor", f"({partial:g}) of {head_dim} must be an even number, at most {head_dim}"
+        )
+    kind_key = "rope_type" if rope.raw.get("rope_type") is not None else "type"
     kind = rope.text(kind_key, default="default")
+    if family.phi and kind in ("su", "yarn"):  # its names for longrope, before that had one
+        kind = "longrope"
     if kind not in ROPE_KINDS:
         raise rope.fail(kind_key, f"{kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
-    if kind == "default":
-        return theta, RopeScaling()
-    if kind == "linear":
-        return theta, RopeScaling(kind, rope.number("factor"))
-    # as transformers orders them: beside the rope keys, among them, or the whole context
-    original = rope.count("original_max_position_embeddings", default=max_context)
-    original = keys.count("original_max_position_embeddings", default=original)
+    context = keys.count("max_position_embeddings")
+    parameters: dict[str, Any] = {}
+    if kind in ("llama3", "yarn", "longrope"):
+        # as transformers orders them: beside the rope keys, among them, or the whole context
+        original = rope.count("original_max_position_embeddings", default=context)
+        original = keys.count("original_max_position_embeddings", default=original)
+        parameters["original_max_position_embeddings"] = original
+    if kind in ("linear", "dynamic", "llama3"):
+        parameters["factor"] = rope.number("factor")
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:
             raise rope.fail("high_freq_factor", f"({high}) must be more than low_freq_factor ({low})")
-        return theta, RopeScaling(kind, rope.number("factor"), low, high, original)
-    factor = rope.number("factor", default=max_context / original)
-    return theta, RopeScaling(
-        kind,
-        factor,
-        original_context=original,
-        beta_fast=rope.number("beta_fast", default=32.0),
-        beta_slow=rope.number("beta_slow", default=1.0),
-        attention_factor=_yarn_attention_factor(rope, factor),
-        truncate=rope.flag("truncate", default=True),
-    )
-
-
-def _yarn_attention_factor(rope: Keys, factor: float) -> float:
-    """YaRN's sqrt(1/t) = 0.1 ln(s) + 1 (arXiv 2309.00071, section 3.4), or the checkpoint's word."""
-
-    def temper(scale: float) -> float:
-        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    default = temper(1.0)
-    if rope.raw.get("mscale") and rope.raw.get("mscale_all_dim"):
-        default = temper(rope.number("mscale")) / temper(rope.number("mscale_all_dim"))
-    return rope.number("attention_factor", default=default)
+        parameters |= {"low_freq_factor": low, "high_freq_factor": high}
+    if kind in ("yarn", "longrope"):
+        parameters["factor"] = rope.number("factor", default=context / original)
+        optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        parameters |= {key: rope.number(key) for key in optional if rope.raw.get(key)}
+        parameters["truncate"] = rope.flag("truncate", default=True)
+    if kind == "longrope":
+        parameters |= {key: rope.numbers(key, dim // 2) for key in ("short_factor", "long_factor")}
+    return Rope(dim, context, theta, kind, parameters)

@@ -19,11 +19,11 @@ class Attend:
 
     output: torch.Tensor
 
-    def __init__(self, backend: Backend, layer: KVLayer, q: torch.Tensor):
-        self._backend, self._layer, self._q = backend, layer, q
+    def __init__(self, backend: Backend, layer: KVLayer, q: torch.Tensor, kind: int):
+        self._backend, self._layer, self._q, self._kind = backend, layer, q, kind
 
     def __call__(self) -> None:
-        self.output = self._backend.attend(self._layer, self._q)
+        self.output = self._backend.attend(self._layer, self._q, self._kind)
 
 
 class Decoder:
@@ -36,11 +36,15 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.backend = backend
+        # As transformers does, in the dtype of the embedding.
+        embedding = weights.embedding
+        self._scale = 1.0 if embedding is None else float(torch.tensor(config.embedding_scale, dtype=embedding.dtype))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
         assert self.weights.embedding is not None
-        return F.embedding(tokens, self.weights.embedding)
+        embedded = F.embedding(tokens, self.weights.embedding)
+        return embedded if self._scale == 1 else embedded.mul_(self._scale)
 
     def forward(self, x: torch.Tensor, kv: KVPages) -> torch.Tensor:
         """Hidden states x [T, hidden] through the shard's layers, in x's memory."""
@@ -63,12 +67,17 @@ class Decoder:
                 h = backend.add_rms_norm(branch, x, layer.input_norm)
             q, k, v = layer.attention.heads(h, self.config, backend, qkv)
             with kv.layer(index, len(x)) as pages:
-                backend.append(pages, k, v)
-                attend = Attend(backend, pages, q)
+                kind = layer.attention.kind
+                backend.append(pages, k, v, kind)
+                attend = Attend(backend, pages, q, kind)
                 yield attend
             h = layer.attention.output(attend.output)
+            if layer.attention_norm is not None:
+                h = backend.rms_norm(h, layer.attention_norm)
             h = backend.add_rms_norm(h, x, layer.post_norm)
             branch = layer.mlp(h, backend)
+            if layer.mlp_norm is not None:
+                branch = backend.rms_norm(branch, layer.mlp_norm)
             if index + 1 == kv.turn:
                 yield partial(kv.follow, range(kv.turn))
         if branch is not None:
@@ -78,4 +87,6 @@ class Decoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states x [n, hidden] after the last layer to logits [n, vocab]."""
         assert self.weights.final_norm is not None and self.weights.head is not None
-        return self.weights.head(self.backend.rms_norm(x, self.weights.final_norm))
+        logits = self.weights.head(self.backend.rms_norm(x, self.weights.final_norm))
+        cap = self.config.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)

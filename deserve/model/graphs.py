@@ -177,7 +177,8 @@ def padded(rows: Rows, padding: int, kv: KVPages) -> Rows:
         wide = np.full((count + len(new), wider), scratch, np.int32)
         wide[:count, :width] = table
         tables.append(wide)
-    return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), tables)
+    long = None if rows.long is None else np.concatenate([rows.long, new < 0])
+    return Rows(np.concatenate([rows.new_tokens, new]), np.concatenate([rows.context, 0 * new]), tables, long)
 
 
 @dataclass(frozen=True)

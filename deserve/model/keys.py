@@ -64,6 +64,13 @@ class Keys:
             raise self.fail(key, f"must be a list of whole numbers from 0 to {count - 1}, not {value!r}")
         return set(value)
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """A list of `count` positive numbers."""
+        value = self._get(key, (list,), "a list of numbers", None)
+        if len(value) != count or not all(type(item) in (int, float) and 0 < item < math.inf for item in value):
+            raise self.fail(key, f"must be {count} positive numbers, not {value!r:.80}")
+        return [float(item) for item in value]
+
     def sizes(self, key: str) -> tuple[int, int] | None:
         """Two counts, which may be missing or null."""
         value = self.raw.get(key)

@@ -25,6 +25,7 @@ class Attention:
     output: Product
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    kind: int = 0  # index in ModelConfig.kinds
 
     def heads(
         self, h: Tensor, config: ModelConfig, backend: Backend, out: Tensor | None = None
@@ -45,7 +46,7 @@ class Attention:
         if config.clip_qkv is not None:
             for part in (q, k, v):
                 part.clamp_(-config.clip_qkv, config.clip_qkv)
-        q, k = backend.rotate(q, k)
+        q, k = backend.rotate(q, k, self.kind)
         if out is not None and q.data_ptr() != first.data_ptr():
             q = first.copy_(q)
         return q, k, v
@@ -53,14 +54,16 @@ class Attention:
 
 @dataclass
 class MLP:
-    """SwiGLU; `gate_up`: rows gate, up."""
+    """SwiGLU, or the same with GELU; `gate_up`: rows gate, up."""
 
     gate_up: Product
     down: Product
+    gelu: bool = False
 
     def __call__(self, h: Tensor, backend: Backend) -> Tensor:
         """h [T, hidden] to [T, hidden]."""
-        return self.down(backend.silu_and_mul(self.gate_up(h)))
+        activate = backend.gelu_and_mul if self.gelu else backend.silu_and_mul
+        return self.down(activate(self.gate_up(h)))
 
 
 @dataclass
@@ -94,9 +97,14 @@ class Experts:
 
 @dataclass
 class Layer:
-    """input_norm, post_norm: [hidden], before attention and before the MLP."""
+    """input_norm, post_norm: [hidden], before attention and before the MLP.
+
+    attention_norm, mlp_norm: [hidden], behind them; None: the model has none.
+    """
 
     input_norm: Tensor
     attention: Attention
     post_norm: Tensor
     mlp: MLP | Experts
+    attention_norm: Tensor | None = None
+    mlp_norm: Tensor | None = None

@@ -1,71 +1,46 @@
 """Rotary position embedding: the angles by which queries and keys are turned (arXiv 2104.09864).
 
-The halves of a head are paired, element i with element i + head_dim/2, as Hugging Face checkpoints expect.
+The halves of what is rotated are paired, element i with element i + dim/2, as Hugging Face checkpoints expect.
 """
 
-import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from deserve.model.config import ModelConfig, RopeScaling
+from deserve.model.config import Rope
 
 
-def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Radians per position `[head_dim // 2]`, float32 on the CPU, and the factor on cos and sin."""
-    scaling = config.rope_scaling
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    base = 1.0 / (config.rope_theta**exponents)
-    if scaling.kind == "linear":
-        base = base / scaling.factor
-    elif scaling.kind == "llama3":
-        base = _llama3(base, scaling)
-    elif scaling.kind == "yarn":
-        base = _yarn(config.rope_theta**exponents, config, scaling)
-    return base, scaling.attention_factor
+def inverse_frequencies(rope: Rope, length: int | None = None) -> tuple[Tensor, float]:
+    """Radians per position `[dim // 2]`, float32 on the CPU, and the factor on cos and sin; those of longrope for
+    sequences of `length` tokens."""
+    if rope.kind == "default":
+        return 1.0 / rope.theta ** (torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # imported where needed: it takes half a second
+
+    config = SimpleNamespace(
+        rope_parameters=rope.parameters | {"rope_theta": rope.theta},
+        max_position_embeddings=rope.context,
+        head_dim=rope.dim,
+        hidden_size=rope.dim,
+        num_attention_heads=1,
+        standardize_rope_params=lambda: None,
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, seq_len=length)
+    return frequencies, float(factor)
 
 
-def rope_table(config: ModelConfig, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0..length-1, each `[length, head_dim // 2]` float32, times attention factor.
+def rope_table(rope: Rope, length: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0..length-1, each `[length, dim // 2]` float32, times attention factor.
 
-    Made on the CPU, so that every rank turns by the same angles whatever its device.
+    If sequences of more than `rope.switch` tokens are rotated in another way, as many rows for the shorter ones come
+    first: `[switch + length, dim // 2]`. Made on the CPU, so that every rank turns by the same angles whatever its
+    device.
     """
-    frequencies, factor = inverse_frequencies(config)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
-
-
-def _llama3(base: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1: short waves stay, long ones are stretched by `factor`, those between are blended.
-
-    Source: apply_scaling in Meta's llama-models, models/llama3/model.py.
-    """
-    context, low, high = scaling.original_context, scaling.low_freq_factor, scaling.high_freq_factor
-    waves = 2 * math.pi / base
-    stretched = base / scaling.factor
-    blend = (context / waves - low) / (high - low)
-    between = (1 - blend) * stretched + blend * base
-    return torch.where(waves > context / low, stretched, torch.where(waves < context / high, base, between))
-
-
-def _yarn(periods: Tensor, config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """YaRN's "NTK-by-parts" (arXiv 2309.00071, section 3.2): a ramp over dimensions, base to stretched.
-
-    periods: `[head_dim // 2]`, positions per radian.
-    """
-    dim = config.head_dim
-
-    def dimension(rotations: float) -> float:
-        """The dimension that turns `rotations` times over the original context."""
-        turns = scaling.original_context / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(config.rope_theta))
-
-    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low == high:
-        high += 0.001  # a step, without dividing by zero
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    keep = 1 - ramp
-    return (1.0 / (scaling.factor * periods)) * (1 - keep) + (1.0 / periods) * keep
+    parts = []
+    for positions in (rope.switch, length):
+        frequencies, factor = inverse_frequencies(rope, positions)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+        parts.append((angles.cos() * factor, angles.sin() * factor))
+    cos, sin = (torch.cat(both).to(device) for both in zip(*parts, strict=True))
+    return cos, sin

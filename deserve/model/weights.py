@@ -4,6 +4,7 @@ One table, `layer_parts`, says what a layer is made of and how a checkpoint name
 shard all follow it.
 """
 
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Container
@@ -26,6 +27,7 @@ from deserve.model.schemes.base import Scheme
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # of a model that reads images too
 
 
 @dataclass
@@ -50,21 +52,31 @@ def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
     hidden, inner, q, kv = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
     layer = f"model.layers.{index}"
     attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-    qkv = ((f"{attention}.q_proj", q), (f"{attention}.k_proj", kv), (f"{attention}.v_proj", kv))
+    qkv: tuple[tuple[str, int], ...] = (
+        (f"{attention}.q_proj", q),
+        (f"{attention}.k_proj", kv),
+        (f"{attention}.v_proj", kv),
+    )
+    gate_up: tuple[tuple[str, int], ...] = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
+    if config.fused_projections:
+        qkv, gate_up = ((f"{attention}.qkv_proj", q + 2 * kv),), ((f"{mlp}.gate_up_proj", 2 * inner),)
+    post_norm = "pre_feedforward" if config.norms_after else "post_attention"
     table: dict[str, Spec] = {
         "input_norm": TensorSpec(f"{layer}.input_layernorm.weight", (hidden,)),
         "qkv": LinearSpec(qkv, hidden, config.qkv_bias, config.quantisation),
         "output": LinearSpec(((f"{attention}.o_proj", hidden),), q, config.output_bias, config.quantisation),
-        "post_norm": TensorSpec(f"{layer}.post_attention_layernorm.weight", (hidden,)),
+        "post_norm": TensorSpec(f"{layer}.{post_norm}_layernorm.weight", (hidden,)),
     }
     if config.qk_norm:
         for name, size in (("q_norm", q), ("k_norm", kv)):
             shape = (size if config.wide_qk_norm else config.head_dim,)
             table[name] = TensorSpec(f"{attention}.{name}.weight", shape)
+    if config.norms_after:
+        for name, stored in (("attention_norm", "post_attention"), ("mlp_norm", "post_feedforward")):
+            table[name] = TensorSpec(f"{layer}.{stored}_layernorm.weight", (hidden,))
     experts = config.experts_of(index)
     if experts is not None:
         return table | expert_parts(config, experts, layer)
-    gate_up = ((f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner))
     table["gate_up"] = LinearSpec(gate_up, hidden, config.mlp_bias, config.quantisation)
     table["down"] = LinearSpec(((f"{mlp}.down_proj", hidden),), inner, config.mlp_bias, config.quantisation)
     return table
@@ -172,8 +184,13 @@ def fill_dummy(name: str, target: Tensor, seed: int) -> None:
 def stored_name(name: str, weight_map: Container[str], config: ModelConfig) -> str:
     """The name a tensor goes by in the checkpoint: a tied matrix may have been kept as the head's alone.
 
-    A scale of fp8 weights has two names: that of DeepSeek, and that of AutoFP8.
+    The text model of a multimodal one has a prefix, another one since transformers 5. A scale of fp8 weights has two
+    names: that of DeepSeek, and that of AutoFP8.
     """
+    if config.multimodal:
+        for prefixed in (f"language_model.{name}", name.replace("model.", "model.language_model.", 1)):
+            if prefixed in weight_map:
+                return prefixed
     scale = name.removesuffix("_inv")
     if name.endswith(".weight_scale_inv") and name not in weight_map and scale in weight_map:
         return scale
@@ -188,6 +205,8 @@ def _check(stored: SafetensorsFolder, config: ModelConfig, files: set[str]) -> N
     twice = config.tied_embeddings and {EMBEDDING, HEAD} <= stored.weight_map.keys()
     kinds: dict[str, tuple[str, ...]] = {}
     spare = {HEAD} if twice else set()
+    if config.multimodal:
+        spare |= {name for name in stored.weight_map if OTHER_MODES.match(name)}
     for linear in _linears(config, everything):
         kinds |= {stored_name(name, stored.weight_map, config): types for name, types in linear.kinds.items()}
         spare |= linear.spare
@@ -259,10 +278,13 @@ def _build(config: ModelConfig, shard: Shard, source: Source) -> ShardWeights:
     layers = []
     for index in range(shard.first, shard.last):
         made = read(layer_parts(config, index))
-        attention = Attention(made["qkv"], made["output"], made.get("q_norm"), made.get("k_norm"))
+        qk_norms = made.get("q_norm"), made.get("k_norm")
+        attention = Attention(made["qkv"], made["output"], *qk_norms, config.layer_kinds[index])
         experts, products = config.experts_of(index), (made["gate_up"], made["down"])
-        mlp = MLP(*products) if experts is None else Experts(experts, made["router"], *products)
-        layers.append(Layer(made["input_norm"], attention, made["post_norm"], mlp))
+        gelu = config.activation == "gelu_tanh"
+        mlp = MLP(*products, gelu) if experts is None else Experts(experts, made["router"], *products)
+        after = made.get("attention_norm"), made.get("mlp_norm")
+        layers.append(Layer(made["input_norm"], attention, made["post_norm"], mlp, *after))
     embedding, head = rest.get("embedding"), rest.get("head")
     if shard.outputs and embedding is not None and head is None:
         head = Linear(embedding)

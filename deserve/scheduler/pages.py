@@ -22,11 +22,20 @@ class Pages:
     """
 
     def __init__(
-        self, main: int, swap: int, rounds: int, host_height: int, page_size: int, slots: int, *, shares: bool = True
+        self,
+        main: int,
+        swap: int,
+        rounds: int,
+        host_height: int,
+        page_size: int,
+        slots: int,
+        *,
+        shares: bool = True,
+        switch: int = 0,
     ):
-        """Without `shares` there are no prefix pages."""
+        """Without `shares` there are no prefix pages. Prompts of more than `switch` tokens share none with others."""
         self.main, self.swap, self.page_size = main, swap, page_size
-        self._shares = shares
+        self._shares, self._switch = shares, switch
         self.prefixes = Prefixes(main)
         self.host = BuddyAllocator(host_height)
         self.readers = np.zeros(main, np.int32)
@@ -142,7 +151,8 @@ class Pages:
         A request that wants log-probabilities of its prompt reads none: they come from computing it.
         """
         prompt = request.prompt if self._shares else request.prompt[:0]
-        return Chain(prompt, self.page_size, reads=request.sampling.prompt_logprobs is None)
+        root = b"long" if 0 < self._switch < len(prompt) else b""
+        return Chain(prompt, self.page_size, reads=request.sampling.prompt_logprobs is None, root=root)
 
     def unread(self, pages: IntArray) -> int:
         """How many of `pages` nobody reads."""

@@ -15,12 +15,15 @@ from deserve.batch import IntArray
 
 
 class Chain:
-    """The digests of a prompt's full pages, each of the page before it and of its own tokens; made when asked for."""
+    """The digests of a prompt's full pages, each of the page before it and of its own tokens; made when asked for.
 
-    def __init__(self, prompt: IntArray, page_size: int, reads: bool = True):
+    Chains with different roots have no page in common.
+    """
+
+    def __init__(self, prompt: IntArray, page_size: int, reads: bool = True, root: bytes = b""):
         """Unless its sequence `reads`, none of its pages is readable for it."""
         self._words = np.ascontiguousarray(prompt, np.int32)
-        self._page_size, self._reads = page_size, reads
+        self._page_size, self._reads, self._root = page_size, reads, root
         self._digests: list[bytes] = []
 
     @property
@@ -36,7 +39,7 @@ class Chain:
     def __getitem__(self, index: int) -> bytes:
         size, digests = self._page_size, self._digests
         for page in range(len(digests), index + 1):
-            parent = digests[-1] if digests else b""
+            parent = digests[-1] if digests else self._root
             words = self._words[page * size : (page + 1) * size].tobytes()
             digests.append(blake2b(parent + words, digest_size=16).digest())
         return digests[index]

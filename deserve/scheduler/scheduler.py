@@ -81,13 +81,15 @@ class Scheduler:
         share_prefixes: bool = False,
         grouped: bool = False,
         mixed: bool = False,
+        rope_switch: int = 0,
     ):
         """`find_cuts` finds stop strings, in a thread.
 
         `cycle_s` gives the seconds between two visits of a round, where so many rounds share so many sequences. Without
         it no round is closed early. With `share_prefixes`, pages that prompts have in common are computed and kept
         once. If `grouped`, requests are admitted beside those that they share most with; if `mixed`, long prompts are
-        mixed with long answers; else they are admitted as they come.
+        mixed with long answers; else they are admitted as they come. `rope_switch`: keys of prompts of more tokens are
+        rotated in another way, as `ModelConfig` has it.
         """
         self._policy, self._layout = POLICIES[layout.policy], layout
         self._cycle_s, self._drafter = cycle_s, drafter
@@ -101,6 +103,7 @@ class Scheduler:
             layout.page_size,
             layout.concurrency,
             shares=share_prefixes,
+            switch=rope_switch,
         )
         window = max(SIZE, 2 * layout.concurrency) if share_prefixes or mixed else 1
         self._window = Window(source, self.pages.chain, layout.page_size, window, grouped and share_prefixes, mixed)

@@ -3,7 +3,6 @@
 No call here makes the host wait for the device, except to keep it from running more than a few visits ahead.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,15 +53,23 @@ class _Call:
 class _Visit:
     """Where the tokens of the current visit stand, and room for what its layers compute.
 
-    Device arrays in memory that every visit and every layer uses again; the first four are int32.
+    Device arrays in memory that every visit and every layer uses again; the first two are int32.
     """
 
-    positions: torch.Tensor  # [T]
+    rotations: torch.Tensor  # [T] rows of the table of angles
     row_of_token: torch.Tensor  # [T]
+    views: dict[int | None, "_View"]  # by window
+    attended: torch.Tensor  # [T, heads * head_dim]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What layers of one window see of a visit: each row begins with the first page that they read. Int32 arrays."""
+
+    positions: torch.Tensor  # [T], from the row's first page
     pages: Sequence[torch.Tensor]  # those of all rows, by page table
     table: tuple[torch.Tensor, torch.Tensor]  # first of each row's pages, tokens in each row's last
     calls: list[_Call]
-    attended: torch.Tensor  # [T, heads * head_dim]
 
 
 class _Attention:
@@ -74,11 +81,20 @@ class _Attention:
     """
 
     def __init__(
-        self, variant: str, config: ModelConfig, dtype: torch.dtype, workspace: torch.Tensor, page_size: int, pdl: bool
+        self,
+        variant: str,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        workspace: torch.Tensor,
+        page_size: int,
+        pdl: bool,
+        window: int | None,
     ):
+        sizes, cap = (config.head_dim, config.head_dim), config.attention_cap
         self._module = get_batch_prefill_module(
-            variant, dtype, dtype, dtype, torch.int32, config.head_dim, config.head_dim, 0, False, False, False
+            variant, dtype, dtype, dtype, torch.int32, *sizes, 0, window is not None, cap is not None, False
         )
+        self._window_left = -1 if window is None else window - 1  # tokens before the query's own
         self._split_options: tuple[Any, ...] = (-1, False, 0) if variant == "fa2" else ()  # contexts split as it likes
         self._config = config
         self._page_size = page_size
@@ -90,7 +106,7 @@ class _Attention:
             int_workspace_buffer=self._work,
             maybe_lse=None,
             layout=NHD,
-            window_left=-1,  # no sliding window
+            window_left=self._window_left,
             enable_pdl=pdl,
             maybe_custom_mask=None,
             maybe_mask_indptr=None,
@@ -98,8 +114,8 @@ class _Attention:
             maybe_prefix_len_ptr=None,
             maybe_token_pos_in_items_ptr=None,
             maybe_max_item_len_ptr=None,
-            logits_soft_cap=0.0,  # none
-            sm_scale=1 / math.sqrt(config.head_dim),
+            logits_soft_cap=cap or 0.0,
+            sm_scale=config.scale,
             scale_q=None,
             scale_k=None,
             scale_v=None,
@@ -134,7 +150,7 @@ class _Attention:
             config.head_dim,
             config.head_dim,
             causal,
-            -1,  # no sliding window
+            self._window_left,
             *self._split_options,
         )
 
@@ -204,7 +220,10 @@ class FlashInferBackend(Backend):
             raise ValueError(f"the activation moves 16 bytes at a time: intermediate_size={max(inners)}")
         self._eps = config.norm_eps
         self._page_size = page_size
-        self._table = torch.cat(rope_table(config, max_length, device), dim=-1)  # [max_length, head_dim], cos | sin
+        # By kind of layer: cos | sin, [positions, rotated elements]
+        self._tables = [torch.cat(rope_table(kind.rope, max_length, device), dim=-1) for kind in config.kinds]
+        self._switch = config.rope_switch
+        self._windows = [kind.window for kind in config.kinds]
         properties = torch.cuda.get_device_properties(device)
         blocks = 2 * properties.multi_processor_count
         # flashinfer splits contexts among thread blocks only if all of them can run at once, two per processor.
@@ -219,31 +238,40 @@ class FlashInferBackend(Backend):
             # bfloat16 with heads of 128; there is no fa3 but for Hopper.
             measured = dtype == torch.bfloat16 and config.head_dim == 128
             prefill = "fa3" if properties.major == 9 and measured else "fa2"
-        self._decode, self._short_prefill, self._prefill = (
-            _Attention(variant, config, dtype, workspace, page_size, pdl) for variant in ("fa2", "fa2", prefill)
-        )
+        # By window: for decode rows, short prefill rows, and others
+        self._attention = {
+            window: [
+                _Attention(variant, config, dtype, workspace, page_size, pdl, window)
+                for variant in ("fa2", "fa2", prefill)
+            ]
+            for window in self._windows
+        }
         norms = get_norm_module()
         self._norm, self._add_norm = norms.rmsnorm, norms.fused_add_rmsnorm
-        self._activation = get_act_and_mul_module("silu").silu_and_mul
+        if config.norm_offset:
+            self._norm, self._add_norm = norms.gemma_rmsnorm, norms.gemma_fused_add_rmsnorm
+        name = config.activation
+        self._activation = getattr(get_act_and_mul_module(name), f"{name}_and_mul")
         self._rotary = get_rope_module().apply_rope_pos_ids_cos_sin_cache
         self._append = get_page_module().append_paged_kv_cache
 
         self._attended = torch.empty(max_tokens, config.q_size, dtype=dtype, device=device)
         self._activated = torch.empty(max_tokens * config.activated_size, dtype=dtype, device=device)
-        capacity = {
-            "positions": max_tokens,
-            "row_of_token": max_tokens,
-            "indptr": max_tokens + 1,
-            "last_page": max_tokens,
-            "prefill_queries": max_tokens + 1,
-            **{f"pages{table}": max_pages for table in range(tables)},  # last, for only those in use are copied
-        }
+        capacity = {"rotations": max_tokens, "row_of_token": max_tokens, "prefill_queries": max_tokens + 1}
+        for window in self._attention:
+            capacity |= {
+                f"positions {window}": max_tokens,
+                f"indptr {window}": max_tokens + 1,
+                f"last_page {window}": max_tokens,
+            }
+        for window in self._attention:  # last, for only those in use are copied
+            capacity |= {f"pages {window} {table}": max_pages for table in range(tables)}
         ends = np.cumsum(list(capacity.values())).tolist()
         self._offsets = dict(zip(capacity, [0, *ends], strict=False))
         self._words = torch.zeros(ends[-1], dtype=torch.int32, device=device)  # the arrays named in `capacity`
         self._count = np.arange(max_tokens + 1, dtype=np.int32)
         self._device_count = torch.arange(max_tokens + 1, dtype=torch.int32, device=device)
-        self._ring = StagingRing((4 * ends[-1], PLAN_BYTES, PLAN_BYTES))
+        self._ring = StagingRing((4 * ends[-1], *[PLAN_BYTES] * (2 * len(self._attention))))
 
     def begin_visit(self, rows: Rows) -> None:
         self._begin(rows, fixed=False)
@@ -252,73 +280,74 @@ class FlashInferBackend(Backend):
         # Above that number of rows no context is split, and the grid follows from the number of rows anyway. Below it,
         # flashinfer fixes the grid for the price of a second kernel, which adds up the parts.
         self._begin(rows, fixed=len(rows.new_tokens) <= self._most_split_rows)
-        (call,) = self._visit.calls
-        return list(call.plan)
+        return [word for view in self._visit.views.values() for call in view.calls for word in call.plan]
 
     def _begin(self, rows: Rows, fixed: bool) -> None:
         new, count = rows.new_tokens, len(rows.new_tokens)
-        length = np.add(rows.context, new, dtype=np.int32)
-        used = -(-length // self._page_size)
-        indptr = np.zeros(count + 1, np.int32)
-        np.cumsum(used, out=indptr[1:])
         longer = np.flatnonzero(new != 1)
         decodes = int(longer[0]) if len(longer) else count
         queries = np.zeros(count - decodes + 1, np.int32)
-        row_of_token, positions = self._count[:count], rows.context
+        # Of each token: its row, and which of the row's new ones it is
+        row_of_token: IntArray = self._count[:count]
+        nth: IntArray | np.int32 = np.int32(0)
         if decodes < count:
             np.cumsum(new[decodes:], out=queries[1:])
             row_of_token = np.repeat(self._count[:count], new)
-            before = rows.context - np.cumsum(new, dtype=np.int32) + new
-            positions = np.arange(len(row_of_token), dtype=np.int32) + before[row_of_token]
-        values = {
-            "positions": positions,
-            "row_of_token": row_of_token,
-            "indptr": indptr,
-            "last_page": length - (used - 1) * self._page_size,
-            "prefill_queries": queries,
-        }
-        taken = np.flatnonzero(np.arange(rows.tables[0].shape[1]) < used[:, None])
-        pages = [f"pages{number}" for number in range(len(rows.tables))]
-        values |= {name: table.take(taken) for name, table in zip(pages, rows.tables, strict=True)}
+            nth = np.arange(len(row_of_token), dtype=np.int32) - (np.cumsum(new, dtype=np.int32) - new)[row_of_token]
+        rotations = rows.context[row_of_token] + nth
+        if rows.long is not None:
+            rotations = rotations + np.int32(self._switch) * rows.long[row_of_token]
+        values = {"rotations": rotations, "row_of_token": row_of_token, "prefill_queries": queries}
+        lengths = {}
+        for window in self._attention:
+            seen = rows.within(window, self._page_size)
+            lengths[window] = length = np.add(seen.context, new, dtype=np.int32)
+            used = -(-length // self._page_size)
+            indptr = np.zeros(count + 1, np.int32)
+            np.cumsum(used, out=indptr[1:])
+            values |= {
+                f"positions {window}": seen.context[row_of_token] + nth,
+                f"indptr {window}": indptr,
+                f"last_page {window}": length - (used - 1) * self._page_size,
+            }
+            taken = np.flatnonzero(np.arange(seen.tables[0].shape[1]) < used[:, None])
+            values |= {f"pages {window} {number}": table.take(taken) for number, table in enumerate(seen.tables)}
 
         words, *plan_staging = self._ring.next()
         host = words.view(torch.int32)
         host_words = host.numpy()
         fields = {}
+        first_pages = next(name for name in self._offsets if name.startswith("pages"))
         for name, offset in self._offsets.items():
             end = offset + len(values[name])
             host_words[offset:end] = values[name]
             fields[name] = self._words[offset:end]
-            if name in pages:  # the first with all that stands before it
-                begin = 0 if name == pages[0] else offset
+            if name.startswith("pages"):  # the first with all that stands before it
+                begin = 0 if name == first_pages else offset
                 self._words[begin:end].copy_(host[begin:end], non_blocking=True)
-
-        tokens = len(row_of_token)
+        tokens, views = len(row_of_token), {}
         attended = self._attended[:tokens]
-        first_page, last_page = fields["indptr"], fields["last_page"]
-        calls: list[_Call] = []
-        # Both calls can share one list of pages: a row's pages are counted from the visit's first.
-        if decodes:
-            attention, every = self._decode, self._count[: decodes + 1]
-            plan = attention.plan(plan_staging[0], every, indptr[: decodes + 1], length[:decodes], False, fixed)
-            where = (first_page[: decodes + 1], last_page[:decodes])
-            part = slice(0, decodes) if decodes < count else None
-            calls.append(attention.call(plan, self._device_count[: decodes + 1], *where, attended, part, NO_MASK))
-        if decodes < count:
-            attention = self._short_prefill if queries[-1] < SHORT * (count - decodes) else self._prefill
-            plan = attention.plan(plan_staging[1], queries, indptr[decodes:], length[decodes:], True, False)
-            where = (first_page[decodes:], last_page[decodes:])
-            part = slice(decodes, tokens) if decodes else None
-            calls.append(attention.call(plan, fields["prefill_queries"], *where, attended, part, CAUSAL))
+        for number, (window, (decode, short, long)) in enumerate(self._attention.items()):
+            staging, length, indptr = plan_staging[2 * number :], lengths[window], values[f"indptr {window}"]
+            first_page, last_page = fields[f"indptr {window}"], fields[f"last_page {window}"]
+            calls: list[_Call] = []
+            # Both calls can share one list of pages: a row's pages are counted from the visit's first.
+            if decodes:
+                every = self._count[: decodes + 1]
+                plan = decode.plan(staging[0], every, indptr[: decodes + 1], length[:decodes], False, fixed)
+                where = (first_page[: decodes + 1], last_page[:decodes])
+                part = slice(0, decodes) if decodes < count else None
+                calls.append(decode.call(plan, self._device_count[: decodes + 1], *where, attended, part, NO_MASK))
+            if decodes < count:
+                attention = short if queries[-1] < SHORT * (count - decodes) else long
+                plan = attention.plan(staging[1], queries, indptr[decodes:], length[decodes:], True, False)
+                where = (first_page[decodes:], last_page[decodes:])
+                part = slice(decodes, tokens) if decodes else None
+                calls.append(attention.call(plan, fields["prefill_queries"], *where, attended, part, CAUSAL))
+            pages = [fields[f"pages {window} {table}"] for table in range(len(rows.tables))]
+            views[window] = _View(fields[f"positions {window}"], pages, (first_page, last_page), calls)
         self._ring.enqueued()
-        self._visit = _Visit(
-            fields["positions"],
-            fields["row_of_token"],
-            [fields[name] for name in pages],
-            (first_page, last_page),
-            calls,
-            attended,
-        )
+        self._visit = _Visit(fields["rotations"], fields["row_of_token"], views, attended)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -335,18 +364,23 @@ class FlashInferBackend(Backend):
         self._activation(out, gate_up, self._pdl)
         return out
 
-    def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self._rotary(q, k, q, k, self._table, self._visit.positions, False)  # in place; halves, not interleaved pairs
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self.silu_and_mul(gate_up)  # a model has one of both, and `_activation` is it
+
+    def rotate(self, q: torch.Tensor, k: torch.Tensor, kind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        # in place; halves, not interleaved pairs
+        self._rotary(q, k, q, k, self._tables[kind], self._visit.rotations, False)
         return q, k
 
-    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
-        visit, pages = self._visit, self._visit.pages[layer.table]
-        self._append(k, v, visit.row_of_token, visit.positions, *layer.memory.unbind(1), pages, *visit.table, NHD)
+    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor, kind: int = 0) -> None:
+        row_of_token, view = self._visit.row_of_token, self._visit.views[self._windows[kind]]
+        pages = view.pages[layer.table]
+        self._append(k, v, row_of_token, view.positions, *layer.memory.unbind(1), pages, *view.table, NHD)
 
-    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
-        visit, pages = self._visit, self._visit.pages[layer.table]
-        keys, values = layer.memory.unbind(1)
-        for call in visit.calls:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
+        view = self._visit.views[self._windows[kind]]
+        pages, (keys, values) = view.pages[layer.table], layer.memory.unbind(1)
+        for call in view.calls:
             part = q if call.tokens is None else q[call.tokens]
             call.run(q=part, paged_k_cache=keys, paged_v_cache=values, paged_kv_indices=pages)
-        return visit.attended
+        return self._visit.attended

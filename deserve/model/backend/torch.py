@@ -61,6 +61,15 @@ class Decoding:
     tables: list[IntArray]
 
 
+@dataclass
+class Reads:
+    """How layers of one window attend in a visit."""
+
+    decoding: Decoding
+    buckets: list[Bucket]
+    shared: list[Shared]
+
+
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
@@ -74,19 +83,26 @@ class TorchBackend(Backend):
     most twofold in each. The query heads that share a KV head become further queries of it: no key is copied for
     their sake. A large bucket is attended in blocks of rows that fit the cache.
 
-    On a CPU, pages with which the contexts of several rows begin are attended in one call for all of these, and the
-    rest of each row as if it began there. The log-sum-exp of either's scores says how the two are to be merged.
+    A layer with a window gathers only the pages that its rows' windows reach.
 
-    Rows with one new token are not gathered on a CPU that has a C compiler: they read their pages in place.
+    On a CPU, pages with which the contexts of several rows begin are attended in one call for all of these, and the
+    rest of each row as if it began there, in layers without a window. The log-sum-exp of either's scores says how the
+    two are to be merged.
+
+    Rows with one new token are not gathered on a CPU that has a C compiler: in layers without window and soft cap they
+    read their pages in place.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
         self._config, self._dtype, self._device = config, dtype, device
-        cos, sin = rope_table(config, max_length, device)
-        self._decode = decode_attention(config, dtype) if device.type == "cpu" else None
+        self._ropes = []  # by kind: cos and sin, [positions, dim]
+        for kind in config.kinds:
+            cos, sin = rope_table(kind.rope, max_length, device)
+            self._ropes.append((torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)))
+        plain = config.attention_cap is None and config.scale == config.head_dim**-0.5
+        self._decode = decode_attention(config, dtype) if device.type == "cpu" and plain else None
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
-        self._cos, self._sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def begin_visit(self, rows: Rows) -> None:
         self._rows = rows
@@ -94,13 +110,17 @@ class TorchBackend(Backend):
         self._row_of_token = np.repeat(np.arange(len(rows.new_tokens)), rows.new_tokens)
         offsets = np.arange(len(self._row_of_token)) - first[self._row_of_token]
         self._positions = rows.context[self._row_of_token] + offsets
-        positions = self._tensor(self._positions)
-        self._visit_cos = self._cos[positions].unsqueeze(1)  # [T, 1, head_dim]
-        self._visit_sin = self._sin[positions].unsqueeze(1)
+        positions = self._positions
+        if rows.long is not None:
+            positions = positions + self._config.rope_switch * rows.long[self._row_of_token]
+        at = self._tensor(positions)
+        self._angles = [(cos[at].unsqueeze(1), sin[at].unsqueeze(1)) for cos, sin in self._ropes]  # [T, 1, dim]
         self._first = first
         self._page_size = 0
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self._config.norm_offset:
+            return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self._config.norm_eps).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, self._config.norm_eps)
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -110,14 +130,14 @@ class TorchBackend(Backend):
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._rotated(q), self._rotated(k)
+    def gelu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
 
-    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
-        # sin's first half is negated, so rolling by half a head stands for HF's rotate_half.
-        return torch.addcmul(x * self._visit_cos, x.roll(x.shape[-1] // 2, -1), self._visit_sin)
+    def rotate(self, q: torch.Tensor, k: torch.Tensor, kind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        return _rotated(q, *self._angles[kind]), _rotated(k, *self._angles[kind])
 
-    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
+    def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor, kind: int = 0) -> None:
         if not self._page_size:
             self._address(layer.memory.shape[2])
         slots = layer.memory.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
@@ -127,20 +147,22 @@ class TorchBackend(Backend):
         if self._finite:
             self._finite = math.isfinite(float(k.sum(dtype=torch.float32)) + float(v.sum(dtype=torch.float32)))
 
-    def attend(self, layer: KVLayer, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
         pages = layer.memory
         tokens, heads, head_dim = q.shape
         kv_heads = pages.shape[3]
         halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
-        merges = bool(self._shared)
+        scale, cap = self._config.scale, self._config.attention_cap
+        reads = self._reads(self._config.kinds[kind].window)
+        merges = bool(reads.shared)
         weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0)  # log-sum-exp of each token's scores
-        decoding = self._decoding
+        decoding = reads.decoding
         if self._decode is not None and len(decoding.tokens):
             log_sums = weight if merges else None
             table = decoding.tables[layer.table]
             self._decode(layer, table, decoding.lengths, decoding.tokens, q.contiguous(), out, log_sums)
-        for bucket in self._buckets:
+        for bucket in reads.buckets:
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
@@ -149,10 +171,14 @@ class TorchBackend(Backend):
                 keys = self._gather(0, halves, bucket.keys[layer.table][block], past, kv_heads)
                 values = self._gather(1, halves, bucket.values[layer.table][block], past, kv_heads)
                 mask = bucket.mask[block]
-                if scores is None:
-                    attended[block] = F.scaled_dot_product_attention(queries[block], keys, values, attn_mask=mask)
+                if scores is None and cap is None:
+                    attended[block] = F.scaled_dot_product_attention(
+                        queries[block], keys, values, attn_mask=mask, scale=scale
+                    )
                 else:
-                    attended[block], scores[block] = _attend(queries[block], keys, values, mask)
+                    attended[block], sums = _attend(queries[block], keys, values, mask, scale, cap)
+                    if scores is not None:
+                        scores[block] = sums
             attended = attended.view(bucket.rows, kv_heads, bucket.queries, -1, head_dim).transpose(1, 2)
             attended = attended.reshape(bucket.rows * bucket.queries, -1)
             into: torch.Tensor | slice = bucket.tokens
@@ -165,11 +191,11 @@ class TorchBackend(Backend):
                 scores = scores.view(bucket.rows, kv_heads, bucket.queries, -1).transpose(1, 2)
                 weight[into] = scores.reshape(bucket.rows * bucket.queries, kv_heads, -1)[real]
         none = self._tensor(np.zeros(0, np.int64))
-        for shared in self._shared:
+        for shared in reads.shared:
             queries = q[shared.tokens].view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
             keys = self._gather(0, halves, shared.keys[layer.table], none, kv_heads)
             values = self._gather(1, halves, shared.values[layer.table], none, kv_heads)
-            attended, scores = _attend(queries.reshape(1, kv_heads, -1, head_dim), keys, values, None)
+            attended, scores = _attend(queries.reshape(1, kv_heads, -1, head_dim), keys, values, None, scale, cap)
             attended = attended.view(queries.shape).transpose(0, 1).flatten(2)  # [n, kv_heads, group * head_dim]
             scores = scores.view(queries.shape[:3]).transpose(0, 1)
             share = torch.sigmoid(scores - weight[shared.tokens]).unsqueeze(-1)  # of the shared pages
@@ -198,52 +224,59 @@ class TorchBackend(Backend):
         return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
 
     def _address(self, page_size: int) -> None:
-        """Where the visit's keys and values are written, by page table, and the buckets."""
+        """Where the visit's keys and values are written, by page table."""
         self._page_size = page_size
+        self._read: dict[int | None, Reads] = {}  # by window
         rows = self._rows
         self._slots = []
         for table in rows.tables:
             page = table[self._row_of_token, self._positions // page_size].astype(np.int64)
             slot = 2 * page * page_size + self._positions % page_size
             self._slots.append((self._tensor(slot), self._tensor(slot + page_size)))
-        skipped = self._share(rows, page_size)
-        if skipped.any():
-            begins = [
-                np.minimum(np.arange(table.shape[1]) + skipped[:, None], table.shape[1] - 1) for table in rows.tables
-            ]
-            tables = [np.take_along_axis(table, begin, 1) for table, begin in zip(rows.tables, begins, strict=True)]
-            rows = Rows(rows.new_tokens, rows.context - (skipped * page_size).astype(np.int32), tables)
+
+    def _reads(self, window: int | None) -> Reads:
+        """How layers with that window attend in this visit."""
+        if window in self._read:
+            return self._read[window]
+        page_size, rows, shared = self._page_size, self._rows.within(window, self._page_size), list[Shared]()
+        if window is None:
+            shared, skipped = self._share(rows, page_size)
+            rows = rows.behind(skipped, page_size)
         length = rows.context + rows.new_tokens
-        alone = rows.new_tokens == 1 if self._decode is not None else np.zeros(len(length), bool)
-        self._decoding = Decoding(
+        in_place = self._decode is not None and window is None
+        alone = rows.new_tokens == 1 if in_place else np.zeros(len(length), bool)
+        decoding = Decoding(
             self._first[alone].astype(np.int64),
             length[alone].astype(np.int32),
             [table[alone].astype(np.int32) for table in rows.tables],
         )
-        kind = np.where(alone, -1, 64 * _bits(rows.new_tokens) + _bits(length))
-        self._buckets = [self._bucket(rows, np.flatnonzero(kind == k), page_size) for k in np.unique(kind[~alone])]
+        alike = np.where(alone, -1, 64 * _bits(rows.new_tokens) + _bits(length))
+        members = [np.flatnonzero(alike == each) for each in np.unique(alike[~alone])]
+        buckets = [self._bucket(rows, each, page_size, window) for each in members]
+        self._read[window] = Reads(decoding, buckets, shared)
+        return self._read[window]
 
-    def _share(self, rows: Rows, page_size: int) -> np.ndarray:
-        """Set `_shared`; returns how many pages of each row are in there: [rows]."""
-        self._shared: list[Shared] = []
+    def _share(self, rows: Rows, page_size: int) -> tuple[list[Shared], np.ndarray]:
+        """What several rows read at once, and how many pages of each row are in there: [rows]."""
+        shares: list[Shared] = []
         skipped = np.zeros(len(rows.new_tokens), np.int64)
         if self._device.type != "cpu":
-            return skipped
+            return shares, skipped
         for members, width in _shared_groups(rows.tables[0], rows.context // page_size):
             if (len(members) - 1) * width < SHARED_PAGES:
                 continue
             skipped[members] = width
             pages = [table[members[:1], :width].astype(np.int64) for table in rows.tables]
-            self._shared.append(
+            shares.append(
                 Shared(
                     tokens=self._tensor(np.flatnonzero(np.isin(self._row_of_token, members))),
                     keys=[self._tensor(2 * table) for table in pages],
                     values=[self._tensor(2 * table + 1) for table in pages],
                 )
             )
-        return skipped
+        return shares, skipped
 
-    def _bucket(self, rows: Rows, members: np.ndarray, page_size: int) -> Bucket:
+    def _bucket(self, rows: Rows, members: np.ndarray, page_size: int, window: int | None) -> Bucket:
         new, context = rows.new_tokens[members], rows.context[members]
         queries = int(new.max())
         width = int(-(-(context + new).max() // page_size))
@@ -262,7 +295,10 @@ class TorchBackend(Backend):
         step = np.arange(queries)
         tokens = self._first[members, None] + np.minimum(step, new[:, None] - 1)
         positions = context[:, None] + np.minimum(step, new[:, None] - 1)
-        visible = np.arange(width * page_size) <= positions[:, :, None]  # [n, q, keys]
+        keys, queried = np.arange(width * page_size), positions[:, :, None]
+        visible = keys <= queried  # [n, q, keys]
+        if window is not None:
+            visible &= keys > queried - window
         visible = np.repeat(visible, self._config.group, axis=1)
         mask = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None]
         whole = bool((new == queries).all())
@@ -284,12 +320,35 @@ class TorchBackend(Backend):
         return torch.from_numpy(array).to(self._device)
 
 
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    dim = cos.shape[-1]
+    part = x[..., :dim]
+    # sin's first half is negated, so rolling by half the elements stands for HF's rotate_half.
+    turned = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin)
+    return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
+
+
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    cap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention on a CPU [n, heads, q, head_dim], and the log-sum-exp of the scores [n, heads, q], float32."""
-    attended, scores = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask)
-    return attended, scores
+    """Attention [n, heads, q, head_dim], and the log-sum-exp of the scores [n, heads, q], float32.
+
+    Without a soft cap on a CPU alone.
+    """
+    if cap is None:
+        attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=mask, scale=scale
+        )
+        return attended, sums
+    scores = (queries @ keys.transpose(-1, -2)).float().mul_(scale / cap).tanh_().mul_(cap)
+    if mask is not None:
+        scores += mask
+    return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1)
 
 
 def _shared_groups(table: np.ndarray, full: np.ndarray) -> list[tuple[np.ndarray, int]]:
