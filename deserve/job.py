@@ -95,7 +95,10 @@ class Job:
             for item in self._counted(requests)
         )
         continued, record = self._unfinished.continued, self._recorder.put
-        self._ahead = ahead = ReadAhead(items, done, continued, record, ahead=max(1024, 2 * plan.concurrency))
+        # Who is admitted when must not depend on the speed of reading where equal plans are to make equal visits.
+        until = None if self._config.pipeline.tune else lambda: stop.reason is not None
+        size = max(1024, 2 * plan.concurrency)
+        self._ahead = ahead = ReadAhead(items, done, continued, record, size, until)
         reorders = self._config.workload.order == "auto"
         context = self._lengths.mean_prompt + self._lengths.mean_output
         cycle_s = cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context)

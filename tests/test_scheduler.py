@@ -1,6 +1,8 @@
 """The scheduler alone, with a fake engine that does to its pages what a stage would do, and looks at every one."""
 
+import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -29,6 +31,7 @@ from deserve.scheduler import sequences as sequences_module
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.scheduler.sequences import Cut, Sequences
+from deserve.workload.read_ahead import ReadAhead
 
 EOS = 7
 SLOTS = 64
@@ -540,3 +543,30 @@ def test_buddy_allocator(height: int, steps: list[tuple[bool, int]]) -> None:
     buddy.give(np.array(owned, np.int32))
     assert buddy.all_free
     assert buddy.take(buddy.pages).tolist() == list(range(buddy.pages))
+
+
+@pytest.mark.parametrize("case", [Case(prompts=(), policy=policy) for policy in ("prefill_first", "decode_first")])
+def test_visits_do_not_depend_on_the_speed_of_reading(case: Case) -> None:
+    """Where the reader is waited for: two runs make the same plans."""
+
+    def plans(pauses: set[int]) -> list[list[int]]:
+        def items() -> Iterator[Request]:
+            for number in range(40):
+                if number in pauses:
+                    time.sleep(0.01)
+                prompt = np.arange(number, number + 3 + number % 7, dtype=np.int32)
+                yield Request(f"{number}", prompt, SamplingParams(max_tokens=1 + number % 5))
+
+        ahead = ReadAhead(items(), set(), lambda request: request, lambda item: None, 8, until=lambda: False)
+        scheduler, made = case.scheduler(ahead), []
+        turn = deque((index, np.zeros(0, np.int32)) for index in range(case.rounds))
+        while turn:
+            micro_batch, sampled = turn.popleft()
+            scheduler.commit(micro_batch, VisitResult(sampled))
+            plan, _ = scheduler.plan(micro_batch)
+            made.append(plan.encode().tolist())
+            if not plan.retires:
+                turn.append((micro_batch, np.full(plan.sampled, 5, np.int32)))
+        return made
+
+    assert plans(set()) == plans({0, 5, 6, 30}) == plans(set(range(20, 40)))

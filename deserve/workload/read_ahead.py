@@ -24,8 +24,13 @@ class ReadAhead:
         continued: Callable[[Request], Request | Completion],
         record: Callable[[Rejected | Completion], None],
         ahead: int,
+        until: Callable[[], bool] | None = None,
     ):
+        """Up to `ahead` requests are kept ready. With `until`, `poll` waits for the next request or until that is true,
+        so what it gives does not depend on how fast the workload is read.
+        """
         self._items, self._done, self._continued, self._record = items, done, continued, record
+        self._until = until
         self._queue: queue.Queue[Request] = queue.Queue(maxsize=ahead)
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -53,6 +58,8 @@ class ReadAhead:
             self._ended.set()
 
     def poll(self) -> Request | None:
+        if self._until is not None:
+            self.wait(1, self._until)
         try:
             return self._queue.get_nowait()
         except queue.Empty:
