@@ -19,10 +19,12 @@ import deserve.plan
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
-from deserve.layout import Layout
+from deserve.layout import Layout, slab_slots
 from deserve.memory import available_memory, left_by_control_groups
 from deserve.model.checkpoint import resolve
+from deserve.model.config import parse_config
 from deserve.model.graphs import MOST_ROWS, graph_tokens
+from deserve.model.weights import parameter_bytes
 from deserve.planner import survey as surveying
 from deserve.planner.planner import choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
@@ -98,6 +100,31 @@ def test_roofline_of_a_llama_70b_layer() -> None:
     times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512)
     assert times.layer(VisitLoad(decodes=32)) == pytest.approx(0.43 * MS, rel=0.02)  # 1.71 GB at 4 TB/s
     assert times.layer(VisitLoad(decodes=512)) == pytest.approx(1.25 * MS, rel=0.02)  # 876 GFLOP at 700 TFLOP/s
+
+
+def test_roofline_of_a_layer_of_experts() -> None:
+    """Qwen3-30B-A3B: 9.4 MB an expert, 128 of them, 8 for each token, and 38.3 MB beside them; at 4 TB/s."""
+    model = resolve(load_config(["model=qwen3-30b-a3b", "model.weights=dummy"]).model).config
+    layer = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512).layer
+    for tokens, touched in ((1, 8), (2, 15.5), (16, 82.4), (64, 125.9), (128, 128)):
+        assert layer(VisitLoad(decodes=tokens)) == pytest.approx((38.3e6 + touched * 9.44e6) / 4e12, rel=0.01)
+    # 65,536 tokens: arithmetic binds; 19.1 million parameters beside experts, and 8 experts of 4.7
+    assert layer(VisitLoad(prefills=65536)) == pytest.approx(2 * 65536 * (19.1e6 + 8 * 4.72e6) / 700e12, rel=0.01)
+
+
+def test_layers_that_differ_are_split_by_their_bytes() -> None:
+    """The first six of twelve layers have one MLP, the others 16 experts of half its size: 8 MLPs in parameters."""
+    raw: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 12, "vocab_size": 320}
+    raw |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    raw |= {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [*range(6)]}
+    model = parse_config(raw | {"max_position_embeddings": 512, "rms_norm_eps": 1e-6}, "test")
+    on = machine(2, memory=5_000_000)
+    found = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
+    assert found.partition == (0, 8)
+    for rank, layers in enumerate((8, 4)):
+        held = parameter_bytes(model, found.shard(rank, 12), torch.float32)
+        held += (found.main_pages * layers + found.swap_pages * slab_slots(layers, found.rounds)) * on.page_bytes
+        assert held <= 5_000_000
 
 
 # -- the simulation against arithmetic

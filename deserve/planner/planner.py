@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,9 @@ class _Search:
     def __init__(self, config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine):
         self._config, self._model, self._dtype, self._machine = config, model, dtype, machine
         self._lengths = lengths
-        self._layer_bytes = parameter_bytes(model, Shard(0, 1, False, False), dtype)
+        layers = (Shard(layer, layer + 1, False, False) for layer in range(model.num_layers))
+        each = [parameter_bytes(model, layer, dtype) for layer in layers]
+        self._bytes_before = [*accumulate(each, initial=0)]  # of layers before each, and of all
         self._embedding_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
         self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
@@ -345,7 +348,10 @@ class _Search:
         ) or [self._even()]
 
     def _spread(self, cost: Callable[[int, int], float]) -> tuple[int, ...]:
-        """Give out layers one by one, each to the rank that it costs least to have one more."""
+        """Give out layers one by one, each to the rank that it costs least to have one more.
+
+        Where layers differ, what is given out are mean layers, and ranks get as many bytes as these have.
+        """
         shares = [1] * self._machine.ranks
         heap = [(cost(rank, 2), rank) for rank in range(self._machine.ranks)]
         heapq.heapify(heap)
@@ -353,7 +359,12 @@ class _Search:
             rank = heap[0][1]
             shares[rank] += 1
             heapq.heapreplace(heap, (cost(rank, shares[rank] + 1), rank))
-        return tuple(sum(shares[:rank]) for rank in range(len(shares)))
+        firsts, before = [0], self._bytes_before
+        for rank, end in enumerate(accumulate(shares[:-1]), 1):
+            free = range(firsts[-1] + 1, self._model.num_layers - len(shares) + rank + 1)
+            off = [abs(before[layer] - self._weights(end)) for layer in free]
+            firsts.append(free[off.index(min(off))])
+        return tuple(firsts)
 
     def _even(self) -> tuple[int, ...]:
         layers, ranks = self._model.num_layers, self._machine.ranks
@@ -365,27 +376,32 @@ class _Search:
         """Layers of each rank."""
         return [end - first for first, end in zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
 
-    def _kv_bytes(self, rank: int, layers: int, rounds: int, tokens: int) -> float:
+    def _weights(self, layers: int, first: int | None = None) -> float:
+        """Bytes of `layers` layers from `first` on; None: of mean ones."""
+        before = self._bytes_before
+        return layers * before[-1] / self._model.num_layers if first is None else before[first + layers] - before[first]
+
+    def _kv_bytes(self, rank: int, layers: int, rounds: int, tokens: int, first: int | None) -> float:
         """What `rank` has left for pages beside the weights of `layers` layers and the frames of all rounds."""
         ends = (rank == 0) + (rank == self._machine.ranks - 1)
         if self._machine.ranks == 1 and self._model.tied_embeddings:
             ends = 1
-        left = self._machine.memory[rank] - ends * self._embedding_bytes
-        left -= layers * (self._layer_bytes + self._machine.graph_bytes)
+        left = self._machine.memory[rank] - ends * self._embedding_bytes - self._weights(layers, first)
+        left -= layers * self._machine.graph_bytes
         if self._machine.receives_on_device and rank:
             left -= (rounds + 1) * tokens * self._machine.token_bytes(rank - 1)
         cap = self._config.kvcache.gpu_memory_gb
         return left if cap is None else min(left, cap * GB)
 
-    def _pages_of(self, rank: int, layers: int, rounds: int, swap: int, tokens: int) -> int:
-        """Main pages for which `rank` has room beside the slab of `swap` pages."""
-        left = self._kv_bytes(rank, layers, rounds, tokens) / self._machine.page_bytes
+    def _pages_of(self, rank: int, layers: int, rounds: int, swap: int, tokens: int, first: int | None = None) -> int:
+        """Main pages for which `rank` has room beside the slab of `swap` pages. `first`: see `_weights`."""
+        left = self._kv_bytes(rank, layers, rounds, tokens, first) / self._machine.page_bytes
         return int((left - swap * slab_slots(layers, rounds)) // layers)
 
     def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """The same of the rank that can hold the fewest under this split."""
-        shares = self._shares(partition)
-        return min(self._pages_of(rank, layers, rounds, swap, tokens) for rank, layers in enumerate(shares))
+        parts = enumerate(zip(self._shares(partition), partition, strict=True))
+        return min(self._pages_of(rank, layers, rounds, swap, tokens, first) for rank, (layers, first) in parts)
 
     def _main_pages(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """Main pages beside a slab of `swap`: what is left, or what is set by hand."""
@@ -398,9 +414,10 @@ class _Search:
         kv = self._config.kvcache
         shares = self._shares(candidate.partition)
         rounds, tokens = candidate.rounds, candidate.tokens
-        pages = [self._pages_of(rank, layers, rounds, 0, tokens) for rank, layers in enumerate(shares)]
+        parts = enumerate(zip(shares, candidate.partition, strict=True))
+        pages = [self._pages_of(rank, layers, rounds, 0, tokens, first) for rank, (layers, first) in parts]
         rank = min(range(len(pages)), key=pages.__getitem__)
-        free = max(0.0, self._kv_bytes(rank, shares[rank], rounds, tokens))
+        free = max(0.0, self._kv_bytes(rank, shares[rank], rounds, tokens, candidate.partition[rank]))
         has = (
             f"rank {rank} has {free / GB:.3f} GB for the KV cache of its {shares[rank]} layers, "
             f"which is {max(0, pages[rank])} pages of {kv.page_size} tokens"

@@ -39,7 +39,7 @@ from deserve.model.tools import Answer
 from deserve.model.weights import parameter_bytes
 from deserve.pipeline import run_pipeline
 from deserve.planner.simulator import Requests
-from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
+from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import Stage, load_stage
@@ -343,13 +343,17 @@ class Probe:
         self._world, self._config, self._device = world, config, device
         self._gpu = device.type == "cuda"
         model, self._page_size = checkpoint.config, config.kvcache.page_size
-        cold_layers = -(-COLD_BYTES // parameter_bytes(model, Shard(0, 1, False, False), dtype))
-        self._layers = min(model.num_layers, max(3, cold_layers))
+        # Where layers differ, those with experts take longer.
+        first = next((layer for layer in range(model.num_layers) if model.experts_of(layer)), 0)
+        cold_layers = -(-COLD_BYTES // parameter_bytes(model, Shard(first, first + 1, False, False), dtype))
+        self._layers = min(model.num_layers - first, max(3, cold_layers))
         self._max_tokens = max_tokens
         counts = graph_tokens(max_tokens, torch.cuda.get_device_name(device)) if self._gpu else []
         self._steps = [count for count in counts if count > MOST_ROWS]
         # Two rows may cost far more than one: products of matrices, no longer with a vector.
-        self._sizes = sorted({size for size in (1, 2, 16, 64, 256, 512) if size < max_tokens} | {max_tokens})
+        # More and more experts are read, up to all of them.
+        sizes = POWERS if model.experts else (1, 2, 16, 64, 256, 512)
+        self._sizes = sorted({size for size in sizes if size < max_tokens} | {max_tokens})
         self._counts = sorted({*self._sizes, *self._steps})
         near = min(CONTEXT[self._gpu], model.max_context // 4)
         far = min(LONG_CONTEXT[self._gpu], model.max_context // 2)
@@ -369,8 +373,8 @@ class Probe:
         pages = max(self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype).token_bytes) + 1)
         plan = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
         dummy = replace(checkpoint, weights="dummy")
-        self._short = load_stage(dummy, plan, Shard(0, 1, True, True), dtype, device)
-        self._long = load_stage(dummy, plan, Shard(0, self._layers, False, False), dtype, device)
+        self._short = load_stage(dummy, plan, Shard(first, first + 1, True, True), dtype, device)
+        self._long = load_stage(dummy, plan, Shard(first, first + self._layers, False, False), dtype, device)
         self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
         sampling = default_sampling(config.sampling, checkpoint.generation)

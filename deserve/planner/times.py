@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from deserve.layout import BUDGETS, Shard, slab_slots
-from deserve.model.config import ModelConfig
+from deserve.model.config import ExpertConfig, ModelConfig
 from deserve.model.weights import parameter_bytes, unpack_bytes
+
+POWERS = tuple(2**power for power in range(17))  # tokens
 
 
 class VisitLoad(NamedTuple):
@@ -199,11 +201,24 @@ def stated_times(
         fixed = weight_bytes / bytes_per_s
         return Curve((0.0, knee, end), (unpack_s + fixed, unpack_s + fixed, unpack_s + fixed * end / knee))
 
-    layer = Shard(0, 1, False, False)
-    layer_bytes = parameter_bytes(replace(model, quantisation=None), layer, dtype)
-    unpack_s = unpack_bytes(model, layer, dtype) / bytes_per_s
+    def experts_s(experts: ExpertConfig, weight_bytes: int, tokens: float) -> float:
+        """Those of them that `tokens` tokens touch are read."""
+        reading = experts.touched(tokens) / experts.count * weight_bytes / bytes_per_s
+        return max(reading, 2 * tokens * experts.active / experts.count * weight_bytes / dtype.itemsize / flops)
+
+    every = Shard(0, model.num_layers, False, False)
+    weight_bytes = parameter_bytes(replace(model, quantisation=None), every, dtype)
+    layers = [each for each in map(model.experts_of, range(model.num_layers)) if each]
+    expert_bytes = [3 * each.count * each.intermediate_size * model.hidden_size * dtype.itemsize for each in layers]
+    layer_bytes = (weight_bytes - sum(expert_bytes)) // model.num_layers
+    unpack_s = unpack_bytes(model, every, dtype) / bytes_per_s / model.num_layers
     kv_s = model.kv_spec(dtype).token_bytes / bytes_per_s
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
     tokens = product(layer_bytes, unpack_s) if layer_s is None else Curve((0.0,), (layer_s,))
+    if layers and layer_s is None:
+        share, dense = len(layers) / model.num_layers, tokens
+        tokens = Curve.through(
+            (count, dense(count) + share * experts_s(layers[0], expert_bytes[0], count)) for count in (0, *POWERS)
+        )
     head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
     return StageTimes(Cost(tokens, kv_s=kv_s, pair_s=pair_s), head=head, page_s=page_s, ahead=True)
