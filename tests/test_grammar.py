@@ -120,6 +120,9 @@ def test_masks_behind_draft_tokens(tokenizer: tuple[LLTokenizer, Tokenizer]) -> 
     assert allowed([c, a, -1, -1]) == [{b}, set(), set(), {a, c}]
     grammars.record(torch.tensor([b, a, a, a], dtype=torch.int32), slots, np.array([c, a, -1, -1], np.int32))
     assert allowed([c, d, -1, -1]) == [{a, c}, {d}, {a, c}, {b}]
+    plain_slots, both = np.array([1], np.int32), np.array([1, 0, 0], np.int32)
+    assert grammars.masks(plain_slots, NOTHING, vocab).any()
+    assert grammars.masks(both, np.array([-1, c, -1], np.int32), vocab).any(1).all()
 
 
 @pytest.mark.parametrize(

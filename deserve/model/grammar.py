@@ -124,10 +124,12 @@ class Grammars:
                 matcher.consume_tokens(sampled.kept())
             if not matcher.is_error():
                 sound.append((matcher, at.start, assumed[at][:-1].tolist()))
-        if len(sound) == len(slots):
-            fill_next_token_bitmask_par(self._executor, [(matcher, row) for matcher, row, _ in sound], masks)
-        else:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, sound, masks)
+        alone = [(matcher, row) for matcher, row, drafts in sound if not drafts]
+        drafted = [(matcher, row, drafts) for matcher, row, drafts in sound if drafts]
+        if alone:
+            fill_next_token_bitmask_par(self._executor, alone, masks)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
         return np.pad(masks, ((0, 0), (0, max(0, -(-vocab // 32) - masks.shape[1]))))
 
     def apply(self, logits: torch.Tensor, masks: NDArray[np.int32]) -> torch.Tensor:
