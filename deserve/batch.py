@@ -16,6 +16,7 @@ def _empty(*shape: int) -> IntArray:
 
 NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
 DEAD_END = -2  # sampled where the request's own rules allow no token
+UNDECIDED = -3  # sampled where the likeliest tokens did not decide: whoever asks again is given the token
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class VisitPlan:
     samples: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many last tokens are followed by a sample
     drafts: IntArray = field(default_factory=lambda: _empty(0))  # draft tokens: all but the first of a row's samples
     scores: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many before those, by a token to score
+    sorts: IntArray = field(default_factory=lambda: _empty(0))  # slots that are not UNDECIDED again
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
@@ -291,7 +293,7 @@ class VisitPlan:
 
         New sequences read as many prefix pages besides, each counted for each of them.
         """
-        return _HEADER_WORDS + rows * (5 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
+        return _HEADER_WORDS + rows * (6 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
 
 
 MOST_LOGPROBS = 20  # likeliest tokens that a request may ask for beside each of its own, as in OpenAI's API
@@ -318,6 +320,7 @@ _SECTIONS = {
     "samples": 1,
     "drafts": 1,
     "scores": 1,
+    "sorts": 1,
     "page_writes": 3,
     "stash": 2,
     "restore": 2,

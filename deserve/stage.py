@@ -79,6 +79,7 @@ class Stage:
         """
         tables = self._kv.begin_visit(plan, timeline)
         self._sampler.admit(plan.admissions)
+        self._sampler.sort(plan.sorts)
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         rows = Rows(plan.new_tokens, plan.context, tables, self._long(plan))

@@ -1,12 +1,14 @@
 """Sampling against distributions worked out in numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from deserve.batch import DEAD_END, NO_TOKEN, Rules, SamplingParams, VisitResult, beside_width
+from deserve.batch import DEAD_END, NO_TOKEN, UNDECIDED, Rules, SamplingParams, VisitResult, beside_width
 from deserve.model.admissions import Encoder, encode_sampling
-from deserve.model.sampler import Sampler, argmax, draw, draw_uncut, uniforms
+from deserve.model.sampler import LIKELIEST, Sampler, argmax, draw, draw_likeliest, draw_uncut, uniforms
 
 VOCAB = 50
 DRAWS = 40_000
@@ -76,6 +78,46 @@ def test_rows_have_their_own_parameters() -> None:
     for row, token in enumerate(together):
         alone = drawn(logits[row], temperature[row].item(), top_p[row].item(), int(top_k[row]), uniform[row : row + 1])
         assert token == alone[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [250, 3000])
+def test_the_likeliest_tokens_decide_as_all_of_them_do(vocab: int, dtype: torch.dtype) -> None:
+    """Or they do not decide: where the nucleus or equals of its last token reach beyond them."""
+    random = torch.Generator().manual_seed(vocab)
+    n = 600
+    logits = (4 * torch.randn(n, vocab, generator=random)).to(dtype).float()  # in bfloat16 many are equal
+    logits[:50] = logits[:50].round()
+    logits[50:60, 100:] = -torch.inf
+    logits[60] = 0.0
+    settings = [torch.rand(n, generator=random) for _ in range(4)]
+    uniform, temperature, min_p, top_p = settings[0], 0.05 + 2 * settings[1], 0.1 * settings[2], 0.01 + settings[3]
+    min_p[::2], top_p[::3], top_p[1::3] = 0.0, 1.0, top_p[1::3].clamp(max=0.99)
+    top_k = torch.randint(0, LIKELIEST + 1, (n,), generator=random)
+    top_k[1::3] = 0
+    top_p = top_p.clamp(max=1.0)
+    whole = draw(logits, uniform, temperature, min_p, top_p, top_k)
+    few = draw_likeliest(logits, uniform, temperature, min_p, top_p, top_k)
+    decided = few != UNDECIDED
+    assert torch.equal(few[decided], whole[decided])
+    assert decided.all() if vocab <= LIKELIEST else 300 < decided.sum() < n
+    assert decided[50:60].all()
+    assert decided[60] == (vocab <= LIKELIEST)
+
+
+def test_rows_that_are_not_decided_are_sorted_when_asked_again() -> None:
+    logits = torch.zeros(3, 1000)
+    logits[1, 7] = 20.0
+    sampler, slots = Sampler(3, torch.device("cpu")), np.arange(3, dtype=np.int32)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9)
+    sampler.admit([encode_sampling(slot, replace(sampling, top_k=300 * (slot == 2))) for slot in range(3)])
+    first = sampler.sample(logits, slots, slots)
+    assert first[0] == UNDECIDED and first[1] == 7 and first[2] >= 0  # top_k says that more than the likeliest count
+    sampler.sort(slots[:1])
+    again = sampler.sample(logits, slots, slots)
+    assert 0 <= again[0] < 900 and torch.equal(again[1:], first[1:])
+    sampler.admit([encode_sampling(0, sampling)])
+    assert sampler.sample(logits, slots, slots)[0] == UNDECIDED
 
 
 def test_top_k_of_equals_keeps_k() -> None:

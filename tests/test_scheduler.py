@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from deserve.batch import (
     NO_TOKEN,
     SCORE_WIDTH,
+    UNDECIDED,
     Begun,
     Completion,
     Ints,
@@ -77,6 +78,7 @@ class Case:
     gather: bool = False  # close rounds whenever that can be done
     drafts: int = 0  # draft tokens of a row, at most
     losses: tuple[int, ...] = ()  # visits before which all KV memory is lost, and what is under way
+    undecided: int = 0  # of so many tokens, one is to be asked for again; 0: none
     requeued: tuple[int, ...] = ()  # visits before which a sequence of the round is requeued
     latency: int = 0  # a cycle is never shorter than that of so many rounds
     common: tuple[tuple[int, int], ...] = ()  # of the first prompts: family, and tokens that it shares with that
@@ -212,7 +214,12 @@ class Engine:
             ]
             for length in range(context + new - samples + 1, context + new + 1):
                 ends = {length: EOS, -length: NO_TOKEN}
-                sampled.append(ends.get(stops.get(slot, 0), next_token(tuple(content[:length]))))
+                so_far = tuple(content[:length])
+                undecided = self.case.undecided and hash(so_far) % self.case.undecided == 0
+                if undecided and slot not in plan.sorts:
+                    sampled.append(UNDECIDED)
+                else:
+                    sampled.append(ends.get(stops.get(slot, 0), next_token(so_far)))
         assert at == len(tokens) and read <= self.case.layout.visit_pages
         return sampled
 
@@ -275,7 +282,7 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
     under_way: dict[int, VisitResult] = {}
     turn, visits = deque(range(case.rounds)), 0
     # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
-    work = sum(length + max_tokens for length, max_tokens, _ in case.prompts)
+    work = sum(length + max_tokens for length, max_tokens, _ in case.prompts) * (2 if case.undecided else 1)
     most = 50 + case.rounds * (case.pause + 2) * 3 * work * (1 + len(case.losses) + len(case.requeued))
     while turn:
         micro_batch = turn.popleft()
@@ -408,6 +415,7 @@ def cases(draw: Any) -> Case:
         gather=draw(st.booleans()),
         drafts=draw(st.sampled_from([0, 0, 1, 4])),
         losses=tuple(draw(st.lists(st.integers(1, 60), max_size=2))),
+        undecided=draw(st.sampled_from((0, 0, 1, 3))),
         requeued=tuple(draw(st.lists(st.integers(1, 60), max_size=4))),
         common=tuple(draw(common)),
         share=draw(st.sampled_from([True, True, True, False])),

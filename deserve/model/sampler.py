@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from deserve.batch import ADMISSION_WORDS, DEAD_END, MOST_LOGPROBS, NO_TOKEN, IntArray, Ints, beside_width
+from deserve.batch import ADMISSION_WORDS, DEAD_END, MOST_LOGPROBS, NO_TOKEN, UNDECIDED, IntArray, Ints, beside_width
 from deserve.model.admissions import Decoder
 from deserve.model.grammar import Grammars
 from deserve.model.processors import Processors, log_probabilities, ranks
@@ -16,6 +17,7 @@ from deserve.staging import to_device
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+LIKELIEST = 256  # tokens that are sorted first
 SCORED = 64  # prompt tokens whose logits are held at a time
 DRAWN_BYTES = 64 << 20  # of logits at a time: sorting and adding them up takes eight times as much
 
@@ -55,6 +57,7 @@ class Sampler:
         self._min_p = np.zeros(slots, np.float32)
         self._top_k = np.zeros(slots, np.int64)
         self._seed = np.zeros(slots, np.uint64)
+        self._sorts = np.zeros(slots, bool)  # whether all logits are sorted
         self._logprobs = np.full(slots, -1)  # likeliest tokens wanted beside each, -1: not even its own probability
         self._prompts: dict[int, IntArray] = {}  # by slot, where their log-probabilities are wanted
         self._admissions = Decoder()
@@ -73,6 +76,7 @@ class Sampler:
         self._top_k[slots] = admitted[:, 3]
         self._seed[slots] = np.ascontiguousarray(admitted[:, 4:6]).view(np.uint64)[:, 0]
         self._min_p[slots], self._logprobs[slots] = 0, -1
+        self._sorts[slots] = self._top_k[slots] > LIKELIEST
         for slot, admission in zip(slots.tolist(), admissions, strict=True):
             self._admit_extras(slot, admission)
 
@@ -95,6 +99,10 @@ class Sampler:
         if self._grammars is not None:
             self._grammars.admit(slot, extras.grammar, extras.tokens[extras.prompt :])
 
+    def sort(self, slots: IntArray) -> None:
+        """Sort all logits of the sequences in `slots` [n] from now on: the likeliest have been too few."""
+        self._sorts[slots] = True
+
     def sample(
         self, logits: torch.Tensor, slots: IntArray, positions: IntArray, assumed: IntArray | None = None
     ) -> torch.Tensor:
@@ -104,6 +112,9 @@ class Sampler:
         the same slot goes on, NO_TOKEN where there is none. NO_TOKEN for a row with NaN or infinity in it, DEAD_END for
         one whose own rules leave no token. A logit of minus infinity beside finite ones is allowed: that token has
         probability 0.
+
+        UNDECIDED where top_p or equal logits reach beyond the likeliest tokens. The host cannot know without waiting
+        for the device, so it is rank 0 that asks again, after a `sort`.
         """
         greedy = argmax(logits)
         # NaN counts as the largest, so the largest logit alone tells, and the host does not wait for the answer.
@@ -168,7 +179,10 @@ class Sampler:
         """`tokens` [n], those of greedy rows, with the others' drawn from `logits` [n, vocab] instead."""
         chance = self._temperature[slots] > 0
         cut = (self._top_k[slots] > 0) | (self._top_p[slots] < 1)
-        for rows, choose in ((np.flatnonzero(chance & ~cut), draw_uncut), (np.flatnonzero(chance & cut), draw)):
+        whole = self._sorts[slots]
+        ways = (chance & ~cut, draw_uncut), (chance & cut & whole, draw), (chance & cut & ~whole, draw_likeliest)
+        for asked, choose in ways:
+            rows = np.flatnonzero(asked)
             if len(rows):
                 tokens = self._drawn(tokens, logits, slots, positions, rows, choose)
         return tokens
@@ -184,7 +198,7 @@ class Sampler:
     ) -> torch.Tensor:
         slots, positions = slots[rows], positions[rows]
         settings: list[NDArray[Any]] = [self._temperature[slots], self._min_p[slots]]
-        if choose is draw:
+        if choose is not draw_uncut:
             settings += [self._top_p[slots], self._top_k[slots]]
         at, uniform, *values = (
             to_device(v, self._device) for v in (rows, uniforms(self._seed[slots], positions), *settings)
@@ -256,14 +270,52 @@ def draw(
 ) -> torch.Tensor:
     """The same cut to the `top_k` [n] most likely tokens (0: all), then to the fewest of them that hold `top_p` [n] of
     the probability. The most likely token is always kept."""
-    values, tokens = _likely(logits / temperature[:, None], min_p).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(values.shape[1], device=values.device)
-    beyond_k = (top_k[:, None] > 0) & (rank >= top_k[:, None])
-    probabilities = values.masked_fill(beyond_k, -torch.inf).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
+    scaled = _likely(logits / temperature[:, None], min_p)
+    tokens = scaled.sort(dim=-1, descending=True, stable=True).indices
+    return _drawn(scaled.softmax(-1).gather(1, tokens), tokens, uniform, top_p, top_k)[0]
+
+
+def draw_likeliest(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: torch.Tensor,
+    min_p: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+) -> torch.Tensor:
+    """The tokens that `draw` gives, without sorting more than the LIKELIEST ones; UNDECIDED where these are too few."""
+    scaled = _likely(logits / temperature[:, None], min_p)
+    # Among equals topk takes and gives any: those with the lowest ids come first, as in a stable sort.
+    tokens = scaled.topk(min(LIKELIEST, scaled.shape[1]), dim=-1).indices.sort(dim=-1).values
+    values, order = scaled.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+    tokens = tokens.gather(1, order)
+    drawn, kept = _drawn(scaled.softmax(-1).gather(1, tokens), tokens, uniform, top_p, top_k)
+    if values.shape[1] == scaled.shape[1]:
+        return drawn
+    # What equals the last may stand for others; nothing is beyond a last one that is ruled out.
+    last = values[:, -1:]
+    decided = (values.gather(1, kept[:, None] - 1) > last) | last.isneginf()
+    return drawn.where(decided.squeeze(1), UNDECIDED)
+
+
+def _drawn(
+    probabilities: torch.Tensor,
+    tokens: torch.Tensor,
+    uniform: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token drawn from the first of `tokens` [n, m], in falling order of their `probabilities` [n, m], that `top_k`
+    and `top_p` [n] keep, and how many these are: [n] both."""
+    rank = torch.arange(tokens.shape[1], device=tokens.device)
+    limited = top_k[:, None] > 0
+    upto = probabilities.cumsum(-1)
+    before = F.pad(upto[:, :-1], (1, 0))
+    held = torch.where(limited, upto.gather(1, top_k[:, None].clamp(1, tokens.shape[1]) - 1), 1.0)
     # A full top_p keeps everything: rounding in the sum must not cut off the tail.
-    beyond_p = (before >= top_p[:, None]) & (top_p[:, None] < 1) & (rank > 0)
-    kept = probabilities.masked_fill(beyond_p, 0.0).cumsum(-1)
+    beyond = (limited & (rank >= top_k[:, None])) | ((before >= top_p[:, None] * held) & (top_p[:, None] < 1))
+    beyond[:, 0] = False
+    kept = probabilities.masked_fill(beyond, 0.0).cumsum(-1)
     choice = torch.searchsorted(kept, uniform[:, None] * kept[:, -1:], right=True)
     last = (kept < kept[:, -1:]).sum(-1, keepdim=True)
-    return tokens.gather(1, torch.minimum(choice, last)).squeeze(1)
+    return tokens.gather(1, torch.minimum(choice, last)).squeeze(1), (~beyond).sum(-1)

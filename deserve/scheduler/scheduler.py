@@ -407,11 +407,13 @@ class Scheduler:
             samples=samples,
             drafts=sequences.ids(visit.decodes, length[:rows], new_tokens[:rows] - 1),
             scores=scores if len(scoring) else NONE,
+            sorts=slots[sequences.undecided[slots]],
             page_writes=_stacked(visit.moves.page_writes, 3),
             stash=_stacked(visit.moves.stash, 2),
             restore=_stacked(visit.moves.restore, 2),
             admissions=visit.admissions,
         )
+        sequences.undecided[slots] = False
         return plan, np.concatenate([ids, *chunks])
 
     def _scores(self, slots: IntArray, context: Ints, computed: Ints) -> IntArray:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deserve.batch import NO_TOKEN, IntArray, Ints, Request
+from deserve.batch import NO_TOKEN, UNDECIDED, IntArray, Ints, Request
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack
 
@@ -70,6 +70,7 @@ class Sequences:
         self._checked = np.zeros(slots, bool)  # has stop strings
         self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
         self._ignore_eos = np.zeros(slots, bool)
+        self.undecided = np.zeros(slots, bool)  # the last token asks again, and that is yet to be planned
         self.logprobs = np.full(slots, -1)  # how many are wanted beside each token's own, -1: not even that
         self._added = 0
 
@@ -118,6 +119,7 @@ class Sequences:
         self._stop_tokens[slot] = NO_STOP
         self._stop_tokens[slot, : len(stop_tokens)] = stop_tokens
         self._ignore_eos[slot] = request.sampling.ignore_eos
+        self.undecided[slot] = False
         self.logprobs[slot] = -1 if request.sampling.logprobs is None else request.sampling.logprobs
         return slot
 
@@ -163,6 +165,7 @@ class Sequences:
         token and one behind each of its draft tokens; `tokens` holds all of them. Returns the sequences that end.
 
         A sample behind a draft token counts if that token is what was sampled in its place. All the others are dropped.
+        Where UNDECIDED was sampled, the token before it is computed again, to ask again.
         """
         length = self.length[slots]
         if len(tokens) == len(slots):
@@ -171,8 +174,11 @@ class Sequences:
             ended = self._ends(slots, tokens[:, None])[:, 0]
             failed = np.minimum(tokens, 0)
             kept = 1 - (failed < 0)  # and they are computed as far as they were: all but the new token
+            self.computed[slots[tokens == UNDECIDED]] -= 1
         else:
             kept, ended, failed = self._verify(slots, samples, tokens)
+        undecided = failed == UNDECIDED
+        self.undecided[slots[undecided]], failed[undecided] = True, 0
         self.length[slots] = length + kept
         done = ended | (failed < 0) | (self.length[slots] >= self.end[slots])
         checked = self._checked[slots]
@@ -234,8 +240,8 @@ class Sequences:
     def _verify(self, slots: IntArray, samples: IntArray, tokens: IntArray) -> tuple[Ints, Bools, IntArray]:
         """Put what was sampled for `slots` [rows] in place.
 
-        Returns of each row how many count, whether the last of these ends the answer, and NO_TOKEN or DEAD_END if that
-        follows it, else 0.
+        Returns of each row how many count, whether the last of these ends the answer, and NO_TOKEN, DEAD_END or
+        UNDECIDED if that follows it, else 0.
         """
         length, width = self.length[slots, None], int(samples.max())
         nth = np.arange(width)
