@@ -77,16 +77,17 @@ def random_weights(config: ModelConfig, dtype: torch.dtype) -> ShardWeights:
         attention, mlp = layer.attention, layer.mlp
         for linear, gain in ((attention.qkv, 1.0), (mlp.gate_up, 1.0), (attention.output, 0.5), (mlp.down, 0.5)):
             linear.weight.mul_(50 * gain / linear.weight.shape[1] ** 0.5)
-        for norm in (layer.input_norm, layer.post_norm, attention.q_norm, attention.k_norm):
+        norms = layer.input_norm, layer.post_norm, layer.attention_norm, layer.mlp_norm
+        for norm in (*norms, attention.q_norm, attention.k_norm):
             if norm is not None:
-                norm.normal_(1.0, 0.2, generator=generator)
+                norm.normal_(0.0 if config.norm_offset else 1.0, 0.2, generator=generator)
     return weights
 
 
 def in_float32(weights: ShardWeights) -> ShardWeights:
     def up(part: Any) -> Any:
-        if part is None:
-            return None
+        if part is None or isinstance(part, int):
+            return part
         if isinstance(part, torch.Tensor):
             return part.float()
         if isinstance(part, list):
@@ -281,6 +282,20 @@ def test_norms_of_queries_and_keys_biases_and_scaled_rope():
         "original_max_position_embeddings": 256,
     }
     check(model_config(32, 8, 128, rope_scaling=scaling, attention_bias=True), torch.bfloat16, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 50},
+        {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75, "sliding_window": 1000},
+        {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 64, "query_pre_attn_scalar": 128},
+        {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 33, "sliding_window_pattern": 2},
+    ],
+    ids=lambda options: options["architectures"][0],
+)
+def test_windows_soft_caps_and_two_ropes(options):
+    check(model_config(32, 8, 128, **options), torch.bfloat16, 16)
 
 
 def fill(runner: Runner, sequences: list[int]) -> None:
