@@ -9,6 +9,7 @@ import torch
 from llguidance import LLTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from bench.schemas import problem, schemas
 from deserve.errors import RequestError
 from deserve.model.grammar import Grammars, checked_grammar
 
@@ -132,3 +133,16 @@ def test_masks_behind_draft_tokens(tokenizer: tuple[LLTokenizer, Tokenizer]) -> 
 def test_what_cannot_be_compiled_is_refused(kind: str, text: str) -> None:
     with pytest.raises(RequestError, match=f"the {kind} cannot be compiled"):
         checked_grammar(kind, text)
+
+
+def test_answers_to_varied_schemas_validate(tokenizer: tuple[LLTokenizer, Tokenizer]) -> None:
+    """Random text within each; `python -m bench.schemas` asks a model for 200."""
+    ended = 0
+    for of in schemas(40):
+        text = completed(checked_grammar("json_schema", json.dumps(of), tokenizer[0]), tokenizer, 1, most=100)
+        if text is not None:
+            ended += 1
+            assert problem(text, of) is None, (text, of)
+    assert ended > 20
+    with pytest.raises(RequestError, match=r"json_schema cannot be compiled.*uniqueItems"):
+        checked_grammar("json_schema", '{"type": "array", "uniqueItems": true}', tokenizer[0])

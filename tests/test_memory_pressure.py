@@ -2,22 +2,26 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint, reference_model, reference_tokens
+from checkpoints import make_checkpoint, reference_model, reference_tokens, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Completion, Request, SamplingParams, VisitResult
+from deserve.batch import Completion, Request, Rules, SamplingParams, VisitPlan, VisitResult
 from deserve.config import load_config
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, resolve
+from deserve.model.grammar import checked_grammar
 from deserve.scheduler.drafts import Drafts
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
+from deserve.scheduler.rounds import Counters
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import load_stage
 
@@ -70,7 +74,7 @@ def shared_pages_are_read_once() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Reference) -> None:
     page_size = data.draw(st.sampled_from([1, 2, 4, 16]), "page size")
@@ -109,14 +113,34 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
         grouped=grouped,
         drafter=Drafts(plan.concurrency, fixed=drafts) if drafts else None,
     )
+    completions = completed(scheduler, plan, reference.checkpoint)
+    assert len(completions) == len(requests)
+    for completion in completions:
+        expected = reference.outputs[int(completion.request.custom_id)][: completion.request.sampling.max_tokens]
+        assert completion.tokens.tolist() == expected
+
+
+def completed(scheduler: Scheduler, plan: Layout, checkpoint: Checkpoint, requeues: int = 0) -> list[Completion]:
+    """Run all that `scheduler` has on one rank, and check its pages after each visit.
+
+    Before one in `requeues` visits, a sequence of the round is requeued; 0: never.
+    """
+    visits = 0
     pages = scheduler.pages
-    stage = load_stage(reference.checkpoint, plan, plan.shard(0, 2), torch.float32, torch.device("cpu"))
+    stage = load_stage(checkpoint, plan, plan.shard(0, 2), torch.float32, torch.device("cpu"))
     completions: list[Completion] = []
+    under_way: dict[int, VisitPlan] = {}
     turn = deque((index, np.zeros(0, np.int32)) for index in range(plan.rounds))
     while turn:
         micro_batch, tokens = turn.popleft()
-        completions += scheduler.commit(micro_batch, VisitResult(tokens))
+        if micro_batch in under_way:
+            last = under_way[micro_batch]
+            completions += scheduler.commit(micro_batch, VisitResult.decode(tokens, last.sampled, last.scored))
+        visits += 1
+        if requeues and visits % requeues == 0 and len(slots := scheduler.micro_batches[micro_batch].slots):
+            scheduler.rounds.requeue(micro_batch, int(slots[visits % len(slots)]))
         step, ids = scheduler.plan(micro_batch)
+        under_way[micro_batch] = step
         sampled = stage.forward(step, torch.from_numpy(ids)).numpy()
         check_ownership(scheduler, pages)
         if not step.retires:
@@ -125,10 +149,71 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
     assert pages.all_free
     counters = scheduler.counters  # whose prefix is evicted meanwhile is computed again
     assert counters.resumptions == counters.suspensions or (pages.prefixes.evicted and counters.recomputed_tokens)
-    assert len(completions) == len(requests)
-    for completion in completions:
-        expected = reference.outputs[int(completion.request.custom_id)][: completion.request.sampling.max_tokens]
-        assert completion.tokens.tolist() == expected
+    return completions
+
+
+def wanted(prompts: list[list[int]]) -> list[Request]:
+    """A grammar in every request, and one thing each besides that its last rank must remember."""
+    grammars = [
+        checked_grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}'),
+        checked_grammar("regex", "([a-z]{2},)+"),
+    ]
+    extras: list[dict[str, Any]] = [
+        {"rules": Rules(repetition_penalty=1.7, frequency_penalty=0.5)},
+        {"logprobs": 2, "temperature": 1.4, "seed": 5},
+        {"prompt_logprobs": 1, "rules": Rules(banned=((97, 98),), min_tokens=3, ends=(256,))},
+        {"temperature": 1.5, "top_p": 0.95, "seed": 6},
+    ]
+    return [
+        Request(
+            f"{index}",
+            np.array(prompt, np.int32),
+            SamplingParams(max_tokens=OUTPUT // 2, grammar=grammars[index % 2], **extras[index % 4]),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def test_grammars_and_penalties_survive_short_memory(tmp_path: Path) -> None:
+    """As do log-probabilities and draws: suspended, swapped and computed anew, answers are what they are with room."""
+    folder = save_tokenizer(make_checkpoint(tmp_path, "llama", num_hidden_layers=2))
+    checkpoint = resolve(load_config([f"model.path={folder}"]).model)
+    chance = np.random.default_rng(0)
+    requests = wanted([chance.integers(0, 256, length).tolist() for length in LENGTHS[6::2]])
+    room = Layout((0,), 1, 20, 20, 512, "prefill_first", 16, main_pages=200, swap_pages=0, host_height=1)
+    least = Counters()
+    answers: list[dict[str, Completion]] = []
+    plans = [room]
+    for main, swap, height in ((38, 0, 11), (24, 14, 11)):
+        few = replace(room, rounds=3, page_size=2, main_pages=main, swap_pages=swap, micro_batch_size=4)
+        plans.append(replace(few, host_height=height, max_batch_tokens=16, concurrency=18, policy="decode_first"))
+    for nth, plan in enumerate(plans):
+        scheduler = Scheduler(
+            plan,
+            Queue(requests),
+            eos_ids=(256,),
+            share_prefixes=True,
+            drafter=Drafts(plan.concurrency, fixed=3) if nth == 2 else None,
+        )
+        answers.append(
+            {each.request.custom_id: each for each in completed(scheduler, plan, checkpoint, 7 * (nth == 2))}
+        )
+        if nth:
+            least.suspensions += scheduler.counters.suspensions
+            least.recomputed_tokens += scheduler.counters.recomputed_tokens
+    assert least.suspensions > 1 and least.recomputed_tokens > 50
+    roomy, *pressed = answers
+    assert len(roomy) == len(requests) and len({each.finish_reason for each in roomy.values()}) == 2
+    for short in pressed:
+        for name, right in roomy.items():
+            found = short[name]
+            assert (found.tokens.tolist(), found.finish_reason) == (right.tokens.tolist(), right.finish_reason), name
+            for its, of in ((found.beside, right.beside), (found.prompt_beside, right.prompt_beside)):
+                assert (its is None) == (of is None)
+                if its is not None and of is not None:
+                    assert its.shape == of.shape
+                    mine, theirs = (np.ascontiguousarray(each[:, 0]).view(np.float32) for each in (its, of))
+                    np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
 def check_ownership(scheduler: Scheduler, pages: Pages) -> None:
