@@ -240,10 +240,13 @@ def line(name: str, **body: Any) -> dict[str, Any]:
 
 
 TWO_TURNS = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello world!"}]
+UNHELPFUL = [{"role": "system", "content": "You are an unhelpful assistant."}, TWO_TURNS[1]]
 # As the documents of OpenAI's and vLLM's batches have them, or those of what their lines may hold
 EXAMPLES = [
     line("openai", model="gpt-3.5-turbo-0125", messages=TWO_TURNS, max_tokens=1000),
-    line("vllm", model="meta-llama/Meta-Llama-3-8B-Instruct", messages=TWO_TURNS, max_completion_tokens=1000),
+    # Both lines of vLLM's openai_example_batch.jsonl
+    line("request-1", model="meta-llama/Meta-Llama-3-8B-Instruct", messages=TWO_TURNS, max_completion_tokens=1000),
+    line("request-2", model="meta-llama/Meta-Llama-3-8B-Instruct", messages=UNHELPFUL, max_completion_tokens=1000),
     line("tools", model="gpt-4.1", messages=[USER], tools=[tool_of_the_client()], tool_choice="auto"),
     line("answers", model="gpt-4.1", messages=CONVERSATION, tools=[WEATHER], parallel_tool_calls=False, store=True),
     line("thinking", model="Qwen/Qwen3-8B", messages=[USER], chat_template_kwargs={"enable_thinking": False}),
@@ -252,7 +255,7 @@ EXAMPLES = [
         "custom_id": "text",
         "method": "POST",
         "url": COMPLETIONS,
-        "body": {"model": "any", "prompt": "Once", "echo": True},
+        "body": {"model": "any", "prompt": ["Once", "Twice"], "echo": True, "logprobs": 5, "max_tokens": 0},
     },
 ]
 ELSEWHERE = [
