@@ -203,7 +203,8 @@ def make_backend(
 
     `tables`: how many page tables a visit has.
     """
-    if device.type == "cuda" and dtype != torch.float32 and config.head_dim in (64, 128, 256):
+    done = config.head_dim in (64, 128, 256) and not config.attention_sinks
+    if device.type == "cuda" and dtype != torch.float32 and done:
         try:
             from deserve.model.backend.flashinfer import FlashInferBackend
         except ImportError as error:

@@ -19,6 +19,7 @@ FAMILIES = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "olmoe": "Olmoe",
+    "gpt_oss": "GptOss",
     "phi3": "Phi3",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",

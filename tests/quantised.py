@@ -17,6 +17,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
+from deserve.model.packed import Form
+
 Tensors = dict[str, torch.Tensor]
 Module = Callable[[np.random.Generator, torch.Tensor], tuple[Tensors, torch.Tensor]]  # a weight: as stored, dequantised
 GROUP = 32
@@ -211,6 +213,33 @@ def make_quantised(
     folder.mkdir(parents=True)
     save_file(stored, folder / "model.safetensors")
     raw = json.loads((plain / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
+    return folder
+
+
+def make_mxfp4(folder: Path, **overrides: Any) -> Path:
+    """Write a gpt-oss whose experts are in MXFP4, and its twin, dequantised by transformers."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    plain = make_checkpoint(twin(folder), "gpt_oss", **overrides)
+    stored = load_file(plain / "model.safetensors")
+    dequantised = dict(stored)
+    for name in [name for name in stored if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        weight = stored.pop(name).transpose(1, 2).contiguous()  # [experts, out, in]
+        packed = Form("fp4", columns=32).quantise(weight.flatten(0, 1))
+        stored[f"{name}_blocks"] = packed.codes.view(*weight.shape[:2], -1, 16)
+        stored[f"{name}_scales"] = packed.scale.view(torch.uint8).view(*weight.shape[:2], -1)
+        blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+        dequantised[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(dequantised, plain / "model.safetensors", metadata={"format": "pt"})
+    folder.mkdir(parents=True)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((plain / "config.json").read_text())
+    config = {
+        "quant_method": "mxfp4",
+        "dequantize": True,
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
     (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
     return folder
 

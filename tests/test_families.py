@@ -34,6 +34,9 @@ ROPES = {
     "dynamic": {"factor": 2.0},
 }
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 48}
+# Scales so that its clamp is at work
+GPT_OSS = {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 12, "swiglu_limit": 0.5}
+GPT_OSS |= {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.5e5, "truncate": False, **ROPES["yarn"]}}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -71,6 +74,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe-some-dense": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
     "olmoe": ("olmoe", {**EXPERTS, "num_key_value_heads": 4, "clip_qkv": 1.5}),
     "olmoe-grouped": ("olmoe", {**EXPERTS, "norm_topk_prob": True}),
+    "gpt-oss": ("gpt_oss", {**GPT_OSS, "num_hidden_layers": 4}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
     "phi3": ("phi3", {"tie_word_embeddings": True}),
@@ -123,7 +127,7 @@ class Whole:
         self._context, self._switch = 0, config.rope_switch
 
     @torch.inference_mode()
-    def logits(self, tokens: list[int], prompt: int) -> torch.Tensor:
+    def logits(self, tokens: list[int], prompt: int = 0) -> torch.Tensor:
         """Logits [T, vocab] of the sequence's next T tokens; it has a `prompt` of so many."""
         context, new = np.array([self._context], np.int32), np.array([len(tokens)], np.int32)
         self._backend.begin_visit(Rows(new, context, [self._table], np.array([0 < self._switch < prompt])))

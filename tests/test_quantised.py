@@ -12,7 +12,7 @@ import torch
 from checkpoints import make_checkpoint, reference_model
 from hypothesis import given
 from hypothesis import strategies as st
-from quantised import CASES, amend, make_quantised, twin
+from quantised import CASES, amend, make_mxfp4, make_quantised, twin
 from safetensors.torch import load_file, save_file
 from test_families import ATOL, RTOL, Whole
 from test_weights import CPU, FLOAT, WHOLE, config_of, tensors_of
@@ -109,6 +109,39 @@ def test_bytes_are_those_of_the_tensors_in_memory(case, folders):
     assert parameter_bytes(config, layer, torch.bfloat16) < 0.6 * parameter_bytes(
         config_of(folder), layer, torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("case", ["gptq-act-order", "awq", "fp8-blocks", "ct-w4a16", "ct-mxfp4"])
+def test_experts_are_those_of_the_dequantised_twin(case, tmp_path):
+    """All of a layer in one stacked weight; the router stays as it is."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2}
+    folder = make_quantised(tmp_path / case, case, "qwen3_moe", **sizes)
+    check_weights(folder, config_of(folder))
+    mine, theirs = (
+        load_shard(each, config_of(each), Shard(0, 2, True, True), CPU, FLOAT) for each in (folder, twin(folder))
+    )
+    for layer, other in zip(mine.layers, theirs.layers, strict=True):
+        assert layer.mlp.gate_up.weight.shape == (4, 64, 64)
+        torch.testing.assert_close(layer.mlp.gate_up.weight, other.mlp.gate_up.weight, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(layer.mlp.down.weight, other.mlp.down.weight, atol=1e-7, rtol=1e-6)
+        assert torch.equal(layer.mlp.router.weight, other.mlp.router.weight)
+
+
+def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12, "num_hidden_layers": 2}
+    folder = make_mxfp4(tmp_path / "mxfp4", **sizes)
+    check_weights(folder, config_of(folder))
+    ids = np.random.default_rng(1).integers(320, size=60).tolist()
+    for theirs in (twin(folder), folder):
+        with torch.inference_mode():
+            logits = reference_model(theirs).float()(torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(Whole(folder, config_of(folder)).logits(ids), logits, atol=ATOL, rtol=RTOL)
+    config = config_of(folder)
+    half = [dummy_shard(config, Shard(first, 2, False, False), CPU, FLOAT).layers[-1].mlp for first in (0, 1)]
+    assert torch.equal(half[0].down.weight, half[1].down.weight)
+    assert len(half[0].down.weight.abs().unique()) < 100  # random weights that MXFP4 can hold
+    with pytest.raises(UserError, match=r"model\.packed=true: experts"):
+        resolve(ModelSection("own", str(folder), packed=True))
 
 
 @pytest.mark.parametrize("in_memory", [False, True])

@@ -81,6 +81,8 @@ def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> Model
     if quantise is not None:
         if quantisation is not None:
             raise UserError(f"model.quantise={quantise}: the checkpoint is quantised already; leave it out")
+        if config.experts is not None and config.experts.names.fused:
+            raise UserError(f"model.quantise={quantise}: not done for experts that lie in one tensor; leave it out")
         quantisation = rounded(quantise)
     if packed and quantisation is not None and config.experts is not None:
         raise UserError("model.packed=true: experts cannot be multiplied while packed; leave it out")

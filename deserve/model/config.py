@@ -51,13 +51,18 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """What a checkpoint calls the parts of a mixture of experts. `module`: within a layer; the rest: within that."""
+    """What a checkpoint calls the parts of a mixture of experts. `module`: within a layer; the rest: within that.
+
+    `fused`: gpt-oss's way. All experts lie in two tensors, `gate_up_proj` with gates and ups in turns and `down_proj`,
+    and these and the router have biases.
+    """
 
     module: str = "mlp"
     router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class ExpertConfig:
     normalised: bool
     dense_layers: tuple[int, ...]
     names: ExpertNames
+    clamp: tuple[float, float] | None = None  # alpha and limit of a clamped SwiGLU; None: the usual one
 
     def touched(self, tokens: float) -> float:
         """Experts that `tokens` tokens need among them, if their router picks evenly."""
@@ -113,6 +119,7 @@ class ModelConfig:
     norm_offset: bool = False  # norms multiply by 1 + weight
     norms_after: bool = False  # attention and MLP have a norm behind them too
     embedding_scale: float = 1.0
+    attention_sinks: bool = False  # each head has a score that takes its share of the softmax and has no value
     multimodal: bool = False  # the checkpoint holds more than the text model
 
     @property
@@ -171,6 +178,7 @@ class _Family:
     phi: bool = False  # fused projections, rotary embedding of a part of the head, longrope by its older names
     gemma: bool = False  # norms of 1 + weight, before and after attention and MLP; scaled embeddings
     attention_cap: bool = False  # `attn_logit_softcapping` is read
+    attention_sinks: bool = False
     text_config: bool = False  # the decoder's keys stand in `text_config`
     defaults: dict[str, Any] = field(default_factory=dict)  # for absent keys; null is not absent
 
@@ -200,6 +208,14 @@ _GEMMA3 = _GEMMA | {
     "rope_local_base_freq": 10000.0,
 }
 _LATE = {"max_window_layers": 28, "sliding_window": 4096}
+_GPT_OSS = {
+    "rope_theta": 150000.0,
+    "sliding_window": 128,
+    "sliding_window_pattern": 2,
+    "attention_bias": True,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+}
 
 FAMILIES = {
     "LlamaForCausalLM": _Family(attention_bias=True, mlp_bias=True),
@@ -221,6 +237,14 @@ FAMILIES = {
         defaults={"sliding_window": 4096},
     ),
     "OlmoeForCausalLM": _Family(attention_bias=True, qk_norm=True, wide_qk_norm=True, experts=ExpertNames()),
+    "GptOssForCausalLM": _Family(
+        attention_bias=True,
+        slides="most",
+        attention_sinks=True,
+        experts=ExpertNames(router="router", fused=True),
+        normalised=True,
+        defaults=_GPT_OSS,
+    ),
     "Phi3ForCausalLM": _Family(
         slides="all", phi=True, defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
     ),
@@ -300,6 +324,7 @@ def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
         norm_offset=family.gemma,
         norms_after=family.gemma,
         embedding_scale=hidden**0.5 if family.gemma else 1.0,
+        attention_sinks=family.attention_sinks,
         multimodal=family.text_config,
     )
     q, kv = config.q_size, config.kv_size
@@ -335,7 +360,8 @@ def _experts(keys: Keys, family: _Family) -> ExpertConfig | None:
         layers, step = keys.count("num_hidden_layers"), keys.count("decoder_sparse_step", default=1)
         dense = keys.indices("mlp_only_layers", layers) | {layer for layer in range(layers) if (layer + 1) % step}
     normalised = family.normalised or keys.flag("norm_topk_prob")
-    return ExpertConfig(count, active, inner, normalised, tuple(sorted(dense)), family.experts)
+    clamp = (keys.number("swiglu_alpha"), keys.number("swiglu_limit")) if family.experts.fused else None
+    return ExpertConfig(count, active, inner, normalised, tuple(sorted(dense)), family.experts, clamp)
 
 
 def _dtype(keys: Keys) -> torch.dtype:

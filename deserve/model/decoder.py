@@ -19,11 +19,11 @@ class Attend:
 
     output: torch.Tensor
 
-    def __init__(self, backend: Backend, layer: KVLayer, q: torch.Tensor, kind: int):
-        self._backend, self._layer, self._q, self._kind = backend, layer, q, kind
+    def __init__(self, backend: Backend, layer: KVLayer, q: torch.Tensor, kind: int, sinks: torch.Tensor | None):
+        self._backend, self._layer, self._q, self._how = backend, layer, q, (kind, sinks)
 
     def __call__(self) -> None:
-        self.output = self._backend.attend(self._layer, self._q, self._kind)
+        self.output = self._backend.attend(self._layer, self._q, *self._how)
 
 
 class Decoder:
@@ -69,7 +69,7 @@ class Decoder:
             with kv.layer(index, len(x)) as pages:
                 kind = layer.attention.kind
                 backend.append(pages, k, v, kind)
-                attend = Attend(backend, pages, q, kind)
+                attend = Attend(backend, pages, q, kind, layer.attention.sinks)
                 yield attend
             h = layer.attention.output(attend.output)
             if layer.attention_norm is not None:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from deserve.model.backend.base import Backend
@@ -26,6 +25,7 @@ class Attention:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     kind: int = 0  # index in ModelConfig.kinds
+    sinks: Tensor | None = None  # [heads], see Backend.attend
 
     def heads(
         self, h: Tensor, config: ModelConfig, backend: Backend, out: Tensor | None = None
@@ -68,10 +68,10 @@ class MLP:
 
 @dataclass
 class Experts:
-    """SwiGLU by the experts that a router picks for each token. `router`: [experts, hidden]; gate_up: rows gate, up."""
+    """SwiGLU by the experts that a router picks for each token. gate_up: rows gate, up; by turns if it is clamped."""
 
     config: ExpertConfig
-    router: Tensor
+    router: Linear
     gate_up: ExpertLinear
     down: ExpertLinear
 
@@ -82,17 +82,25 @@ class Experts:
         numbers = torch.arange(self.config.count, device=h.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         rows = self.gate_up(h[order // self.config.active], experts, ends)
-        rows = self.down(backend.silu_and_mul(rows), experts, ends)
+        clamp = self.config.clamp
+        rows = backend.silu_and_mul(rows) if clamp is None else clamped_swiglu(rows, *clamp)
+        rows = self.down(rows, experts, ends)
         by_token = torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, picked.shape)
         # Atomic additions to the tokens would round differently from run to run.
         return by_token.mul_(weights.unsqueeze(-1)).sum(1)
 
     def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of each token's experts, [T, active] both."""
-        logits = F.linear(h, self.router).float()
+        logits = self.router(h).float()
         top, picked = logits.topk(self.config.active, dim=-1)
         whole = top if self.config.normalised else logits
         return (top - whole.logsumexp(-1, keepdim=True)).exp().to(h.dtype), picked
+
+
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gpt-oss's activation of gate_up [n, 2 * m], in which gates and ups alternate: [n, m]."""
+    gate, up = gate_up[:, ::2].clamp(max=limit), gate_up[:, 1::2].clamp(-limit, limit)
+    return (up + 1).mul_(gate).mul_((gate * alpha).sigmoid_())
 
 
 @dataclass

@@ -52,7 +52,7 @@ class LinearSpec:
     """A linear layer as a checkpoint holds it: `modules`, by name and output size, in one product over `inputs`.
 
     `quantisation` says which of the modules are quantised. `experts`: into how many experts the modules, in their
-    order, are divided; None: all are one product.
+    order, are divided, without bias; None: all are one product.
     """
 
     modules: tuple[tuple[str, int], ...]
@@ -115,8 +115,7 @@ class LinearSpec:
     def read(self, source: Source) -> "Linear | PackedLinear | ExpertLinear":
         bias = source.stack(self.parts["bias"]) if self.bias else None
         if self.experts is not None:
-            weight = self._dequantised(source).unflatten(0, (self.experts, -1))
-            return ExpertLinear(weight, None if bias is None else bias.view(self.experts, -1))
+            return ExpertLinear(self._dequantised(source).unflatten(0, (self.experts, -1)))
         if any(self.schemes) and self.quantisation and self.quantisation.packed:
             return PackedLinear([self._weight(index, source) for index in range(len(self.modules))], bias)
         return Linear(self._dequantised(source), bias)

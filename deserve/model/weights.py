@@ -19,10 +19,11 @@ from deserve.errors import UserError
 from deserve.layout import Shard
 from deserve.model.config import ExpertConfig, ModelConfig
 from deserve.model.layer import MLP, Attention, Experts, Layer
-from deserve.model.linear import Linear, LinearSpec, Parts, Source, TensorSpec
+from deserve.model.linear import ExpertLinear, Linear, LinearSpec, Parts, Source, TensorSpec
 from deserve.model.packed import Packed, PackedLinear
 from deserve.model.safetensors_folder import SafetensorsFolder, Shape
-from deserve.model.schemes.base import Scheme
+from deserve.model.schemes.base import Quantisation, Scheme
+from deserve.model.schemes.mxfp4 import MXFP4
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -71,6 +72,8 @@ def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
         for name, size in (("q_norm", q), ("k_norm", kv)):
             shape = (size if config.wide_qk_norm else config.head_dim,)
             table[name] = TensorSpec(f"{attention}.{name}.weight", shape)
+    if config.attention_sinks:
+        table["sinks"] = TensorSpec(f"{attention}.sinks", (config.num_heads,))
     if config.norms_after:
         for name, stored in (("attention_norm", "post_attention"), ("mlp_norm", "post_feedforward")):
             table[name] = TensorSpec(f"{layer}.{stored}_layernorm.weight", (hidden,))
@@ -83,17 +86,34 @@ def layer_parts(config: ModelConfig, index: int) -> dict[str, Spec]:
 
 
 def expert_parts(config: ModelConfig, experts: ExpertConfig, layer: str) -> dict[str, Spec]:
-    """What takes the place of an MLP in `layer`. Routers are never quantised."""
+    """What takes the place of an MLP in `layer`. Routers are not quantised, whatever a checkpoint says."""
     names, hidden, inner = experts.names, config.hidden_size, experts.intermediate_size
-    block = f"{layer}.{names.module}"
-    each = [f"{block}.experts.{number}" for number in range(experts.count)]
+    block, count = f"{layer}.{names.module}", experts.count
+    router = LinearSpec(((f"{block}.{names.router}", count),), hidden, names.fused)
+    if names.fused:
+        return {
+            "router": router,
+            **_fused_parts(config, f"{block}.experts", "gate_up", count, 2 * inner, hidden),
+            **_fused_parts(config, f"{block}.experts", "down", count, hidden, inner),
+        }
+    each = [f"{block}.experts.{number}" for number in range(count)]
     gate_up = tuple((f"{expert}.{name}", inner) for expert in each for name in (names.gate, names.up))
     down = tuple((f"{expert}.{names.down}", hidden) for expert in each)
     return {
-        "router": TensorSpec(f"{block}.{names.router}.weight", (experts.count, hidden)),
-        "gate_up": LinearSpec(gate_up, hidden, False, config.quantisation, experts.count),
-        "down": LinearSpec(down, inner, False, config.quantisation, experts.count),
+        "router": router,
+        "gate_up": LinearSpec(gate_up, hidden, False, config.quantisation, count),
+        "down": LinearSpec(down, inner, False, config.quantisation, count),
     }
+
+
+def _fused_parts(config: ModelConfig, module: str, part: str, count: int, size: int, inputs: int) -> dict[str, Spec]:
+    """The weights [count, size, inputs] of all experts of `module` and their biases."""
+    name = f"{part}_proj"
+    weight: Spec = TensorSpec(f"{module}.{name}", (count, inputs, size))  # as it is stored, unless it is quantised
+    if config.quantisation is not None and config.quantisation.scheme(module) is not None:
+        quantisation = Quantisation(((re.escape(module), MXFP4(name, count)),))
+        weight = LinearSpec(((module, count * size),), inputs, False, quantisation, count)
+    return {part: weight, f"{part}_bias": TensorSpec(f"{module}.{name}_bias", (count, size))}
 
 
 def shard_parts(config: ModelConfig, shard: Shard) -> dict[str, Spec]:
@@ -279,13 +299,24 @@ def _build(config: ModelConfig, shard: Shard, source: Source) -> ShardWeights:
     for index in range(shard.first, shard.last):
         made = read(layer_parts(config, index))
         qk_norms = made.get("q_norm"), made.get("k_norm")
-        attention = Attention(made["qkv"], made["output"], *qk_norms, config.layer_kinds[index])
-        experts, products = config.experts_of(index), (made["gate_up"], made["down"])
-        gelu = config.activation == "gelu_tanh"
-        mlp = MLP(*products, gelu) if experts is None else Experts(experts, made["router"], *products)
+        kind, sinks = config.layer_kinds[index], made.get("sinks")
+        attention = Attention(made["qkv"], made["output"], *qk_norms, kind, sinks)
+        experts = config.experts_of(index)
+        mlp: MLP | Experts
+        if experts is None:
+            mlp = MLP(made["gate_up"], made["down"], config.activation == "gelu_tanh")
+        else:
+            products = (_expert_linear(made[part], made.get(f"{part}_bias")) for part in ("gate_up", "down"))
+            mlp = Experts(experts, made["router"], *products)
         after = made.get("attention_norm"), made.get("mlp_norm")
         layers.append(Layer(made["input_norm"], attention, made["post_norm"], mlp, *after))
     embedding, head = rest.get("embedding"), rest.get("head")
     if shard.outputs and embedding is not None and head is None:
         head = Linear(embedding)
     return ShardWeights(layers, embedding, rest.get("final_norm"), head)
+
+
+def _expert_linear(weight: Tensor | ExpertLinear, bias: Tensor | None) -> ExpertLinear:
+    """`weight`, or one [experts, in, out], with a bias [experts, out]."""
+    stacked = weight.transpose(1, 2) if isinstance(weight, Tensor) else weight.weight
+    return ExpertLinear(stacked, bias)

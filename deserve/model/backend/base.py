@@ -86,9 +86,11 @@ class Backend(ABC):
         """Write k and v [T, kv_heads, head_dim] to the pages of `layer`."""
 
     @abstractmethod
-    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Causal attention of q [T, heads, head_dim] over the pages of `layer`, with the visit's tokens appended,
         of as many tokens as the kind's window holds.
+
+        sinks: [heads], a score of each head that takes its share of the softmax and has no value.
 
         Returns [T, heads * head_dim], maybe in memory that the next call overwrites; where the backend `captures`, in
         the same memory every time.

@@ -377,7 +377,8 @@ class FlashInferBackend(Backend):
         pages = view.pages[layer.table]
         self._append(k, v, row_of_token, view.positions, *layer.memory.unbind(1), pages, *view.table, NHD)
 
-    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        assert sinks is None  # of a model that has them, PyTorch's backend takes care
         view = self._visit.views[self._windows[kind]]
         pages, (keys, values) = view.pages[layer.table], layer.memory.unbind(1)
         for call in view.calls:

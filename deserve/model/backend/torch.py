@@ -147,7 +147,7 @@ class TorchBackend(Backend):
         if self._finite:
             self._finite = math.isfinite(float(k.sum(dtype=torch.float32)) + float(v.sum(dtype=torch.float32)))
 
-    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         pages = layer.memory
         tokens, heads, head_dim = q.shape
         kv_heads = pages.shape[3]
@@ -155,8 +155,9 @@ class TorchBackend(Backend):
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         scale, cap = self._config.scale, self._config.attention_cap
         reads = self._reads(self._config.kinds[kind].window)
-        merges = bool(reads.shared)
-        weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0)  # log-sum-exp of each token's scores
+        merges = bool(reads.shared) or sinks is not None
+        # log-sum-exp of each token's scores
+        weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0, device=q.device)
         decoding = reads.decoding
         if self._decode is not None and len(decoding.tokens):
             log_sums = weight if merges else None
@@ -166,7 +167,7 @@ class TorchBackend(Backend):
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
-            scores = torch.empty(queries.shape[:3]) if merges else None
+            scores = torch.empty(queries.shape[:3], device=q.device) if merges else None
             for block, past in zip(bucket.blocks, bucket.past, strict=True):
                 keys = self._gather(0, halves, bucket.keys[layer.table][block], past, kv_heads)
                 values = self._gather(1, halves, bucket.values[layer.table][block], past, kv_heads)
@@ -202,6 +203,10 @@ class TorchBackend(Backend):
             own = out[shared.tokens].view(*share.shape[:3], head_dim)
             merged = torch.lerp(own.float(), attended.reshape(own.shape).float(), share)
             out[shared.tokens] = merged.to(out.dtype).flatten(1)
+            weight[shared.tokens] = torch.logaddexp(scores, weight[shared.tokens])
+        if sinks is not None:
+            share = torch.sigmoid(weight - sinks.float().view(kv_heads, -1)).unsqueeze(-1)  # of all but the sink
+            out.view(*share.shape[:3], head_dim).mul_(share.to(out.dtype))
         return out
 
     def _gather(
@@ -338,14 +343,16 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention [n, heads, q, head_dim], and the log-sum-exp of the scores [n, heads, q], float32.
 
-    Without a soft cap on a CPU alone.
+    PyTorch's kernel that says both has no soft cap, and is for CPUs.
     """
-    if cap is None:
+    if cap is None and queries.device.type == "cpu":
         attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=mask, scale=scale
         )
         return attended, sums
-    scores = (queries @ keys.transpose(-1, -2)).float().mul_(scale / cap).tanh_().mul_(cap)
+    scores = (queries @ keys.transpose(-1, -2)).float().mul_(scale)
+    if cap is not None:
+        scores.div_(cap).tanh_().mul_(cap)
     if mask is not None:
         scores += mask
     return scores.softmax(-1).to(values.dtype) @ values, scores.logsumexp(-1)

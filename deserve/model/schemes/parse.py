@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 
 from deserve.model.keys import Keys
-from deserve.model.schemes import awq, compressed_tensors, fp8, gptq
+from deserve.model.schemes import awq, compressed_tensors, fp8, gptq, mxfp4
 from deserve.model.schemes.base import Quantisation
 
 PARSERS: dict[str, Callable[[Keys], Quantisation]] = {
     "gptq": gptq.parse,
     "awq": awq.parse,
     "fp8": fp8.parse,
+    "mxfp4": mxfp4.parse,
     "compressed-tensors": compressed_tensors.parse,
 }
 
