@@ -127,6 +127,9 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": [1]}, ["rope_scaling", "object"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"architectures": ["Glm4MoeForCausalLM"]}, ["Glm4MoeForCausalLM", "shared experts", "GptOssForCausalLM"]),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, ["Qwen3NextForCausalLM", "gated delta"]),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, ["DeepseekV3ForCausalLM", "latent attention"]),
         ({"architectures": ["OlmoeForCausalLM"]}, ["num_local_experts", "missing"]),
         (EXPERTS | {"architectures": ["OlmoeForCausalLM"], "num_experts": 1}, ["num_experts_per_tok", "(2)", "(1)"]),
         (
@@ -295,4 +298,4 @@ def test_every_model_of_the_group_is_sound(path: Path):
     size = re.search(r"-(\d+(\.\d+)?)b", path.stem)
     others = {"mixtral-8x7b": 46.7, "phi-4": 14.7}  # experts share their attention; no size in the name
     stated = others[path.stem] if size is None else float(size[1])
-    assert stated * 0.98 <= billions <= stated * 1.25
+    assert stated * 0.97 <= billions <= stated * 1.25

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model, save_dummy
@@ -12,9 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from deserve.errors import UserError
+from deserve.kvcache.pages import KVPages
 from deserve.layout import Shard
 from deserve.model import safetensors_folder
+from deserve.model.backend.base import Rows
+from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
+from deserve.model.decoder import Decoder
+from deserve.model.layer import Experts
 from deserve.model.linear import Linear
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.weights import (
@@ -401,3 +407,29 @@ def test_missing_folder_and_ambiguous_files(tmp_path):
         save_file({name: torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match=f"2 safetensors files, but no {INDEX}"):
         load_shard(tmp_path, config, WHOLE, CPU, FLOAT)
+
+
+def test_random_routers_pick_evenly(monkeypatch):
+    """Tokens of one prompt too, in every layer: a plan made with random weights counts on it."""
+    raw = {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 500, "hidden_size": 256, "num_hidden_layers": 8}
+    raw |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64}
+    raw |= {"num_experts": 32, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "rms_norm_eps": 1e-6}
+    config = parse_config(raw | {"max_position_embeddings": 512}, "test")
+    weights, backend = dummy_shard(config, Shard(0, 8, True, True), CPU, FLOAT), TorchBackend(config, FLOAT, CPU, 512)
+    kv = KVPages(config.kv_spec(FLOAT), 8, page_size=16, main_pages=4, device=CPU)
+    touched = []
+    route = Experts.route
+
+    def counted(self: Experts, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, picked = route(self, h)
+        touched.append(len(picked.unique()))
+        return weights, picked
+
+    monkeypatch.setattr(Experts, "route", counted)
+    backend.begin_visit(Rows(np.array([64], np.int32), np.zeros(1, np.int32), [np.arange(4, dtype=np.int32)[None]]))
+    decoder = Decoder(config, weights, backend)
+    with torch.inference_mode():
+        decoder.forward(decoder.embed(torch.arange(64)), kv)
+    assert len(touched) == 8
+    assert config.experts.touched(64) == pytest.approx(31.5, abs=0.1)
+    assert min(touched) >= 28

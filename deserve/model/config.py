@@ -255,6 +255,17 @@ FAMILIES = {
     ),
 }
 
+# What a family would need beside what is there.
+MISSING = {
+    "Qwen2MoeForCausalLM": "shared experts",
+    "Glm4MoeForCausalLM": "shared experts, routing by sigmoids with a correction",
+    "DeepseekV2ForCausalLM": "multi-head latent attention, shared experts",
+    "DeepseekV3ForCausalLM": "multi-head latent attention, shared experts, routing by sigmoids in groups",
+    "Qwen3NextForCausalLM": "gated delta layers with a state in place of keys and values, gated attention",
+    "Llama4ForConditionalGeneration": "chunked attention, shared experts",
+    "MiniMaxM2ForCausalLM": "routing by sigmoids with a correction",
+}
+
 
 def parse_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """Read the content of a `config.json`; `source` names it in errors (a file or an option).
@@ -342,7 +353,9 @@ def _architecture(keys: Keys) -> str:
     if names is None:
         raise keys.fail("architectures", "is missing")
     if not (isinstance(names, list) and len(names) == 1 and names[0] in [*FAMILIES]):
-        raise keys.fail("architectures", f"{names!r} is not supported; supported are {', '.join(FAMILIES)}")
+        lacks = MISSING.get(str(names[0]), "") if isinstance(names, list) and names else ""
+        needs = f" ({lacks} are missing)" if lacks else ""
+        raise keys.fail("architectures", f"{names!r} is not supported{needs}; supported are {', '.join(FAMILIES)}")
     return str(names[0])
 
 

@@ -28,6 +28,7 @@ from deserve.model.schemes.mxfp4 import MXFP4
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+DEVIATION = 0.02  # of random weights
 OTHER_MODES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")  # of a model that reads images too
 
 
@@ -188,7 +189,7 @@ def dummy_shard(
     config: ModelConfig, shard: Shard, device: torch.device, dtype: torch.dtype, seed: int = 0
 ) -> ShardWeights:
     """Random weights made on `device`; any partition of one (seed, dtype, device type) is the same model."""
-    return _build(config, shard, _Random(device, dtype, seed))
+    return _build(config, shard, _Random(device, dtype, seed, spread=config.experts is not None))
 
 
 def fill_dummy(name: str, target: Tensor, seed: int) -> None:
@@ -198,7 +199,7 @@ def fill_dummy(name: str, target: Tensor, seed: int) -> None:
         return
     # A generator per tensor, seeded by its name: what it holds cannot depend on what else the rank holds.
     generator = torch.Generator(target.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    target.normal_(0.0, 0.02, generator=generator)
+    target.normal_(0.0, DEVIATION, generator=generator)
 
 
 def stored_name(name: str, weight_map: Container[str], config: ModelConfig) -> str:
@@ -281,10 +282,16 @@ class _Stored(_Source):
 
 @dataclass(frozen=True)
 class _Random(_Source):
+    """spread: whether routers must pick evenly among experts."""
+
     seed: int
+    spread: bool
 
     def fill(self, name: str, target: Tensor) -> None:
         fill_dummy(name, target, self.seed)
+        if self.spread and name == EMBEDDING:
+            # Tokens whose embeddings are small are soon all alike, as attention adds the same to each.
+            target.div_(DEVIATION)
 
     def packed(self, scheme: Scheme, module: str, size: int, inputs: int) -> Packed:
         return scheme.form.quantise(self.stack(((f"{module}.weight", (size, inputs)),)))
