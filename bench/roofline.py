@@ -44,9 +44,10 @@ from deserve.kvcache.pages import KVPages
 from deserve.layout import Layout, Shard
 from deserve.model.backend.base import Rows
 from deserve.model.checkpoint import model_dtype, resolve
-from deserve.model.config import ModelConfig
+from deserve.model.config import ExpertConfig, ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
+from deserve.model.layer import MLP
 from deserve.model.linear import LinearSpec
 from deserve.model.weights import dummy_shard, layer_parts
 from deserve.stage import make_backend
@@ -66,9 +67,30 @@ class Peak:
         elements = weight[0] * weight[1]
         return max(elements * itemsize / self.bandwidth, 2 * elements * tokens / self.rate)
 
+    def experts_s(self, experts: ExpertConfig, weights: int, itemsize: int, tokens: float) -> float:
+        """The same for all experts' matrices of one kind, `weights` elements, of which those are read that are used."""
+        read, used = experts.touched(tokens) / experts.count, experts.active / experts.count
+        return max(read * weights * itemsize / self.bandwidth, 2 * used * weights * tokens / self.rate)
+
+    def layer_s(self, config: ModelConfig, itemsize: int, tokens: float) -> float:
+        """Seconds of a layer's products."""
+        seconds = 0.0
+        for spec in layer_parts(config, 0).values():
+            if isinstance(spec, LinearSpec):
+                shape = (sum(size for _, size in spec.modules), spec.inputs)
+                experts = config.experts if spec.experts else None
+                seconds += (
+                    self.experts_s(experts, shape[0] * shape[1], itemsize, tokens)
+                    if experts
+                    else self.product_s(shape, itemsize, tokens)
+                )
+        return seconds
+
 
 def layer_matrices(config: ModelConfig) -> list[tuple[int, int]]:
-    """Shapes [out, in] of a layer's matrices."""
+    """Shapes [out, in] of a dense layer's matrices."""
+    if config.experts is not None:
+        raise SystemExit("shares of a run are not done for mixtures of experts: measure visits")
     linears = (spec for spec in layer_parts(config, 0).values() if isinstance(spec, LinearSpec))
     return [(sum(size for _, size in linear.modules), linear.inputs) for linear in linears]
 
@@ -131,8 +153,11 @@ class Stack:
         for layer in self.decoder.weights.layers:
             layer.attention.qkv(x)
             layer.attention.output(attended)
-            layer.mlp.gate_up(x)
-            layer.mlp.down(activated)
+            if isinstance(layer.mlp, MLP):
+                layer.mlp.gate_up(x)
+                layer.mlp.down(activated)
+            else:  # with what sorts the tokens
+                layer.mlp(x, self.decoder.backend)
 
     def eager(self, rows: Rows, x: torch.Tensor) -> None:
         self.decoder.backend.begin_visit(rows)
@@ -147,8 +172,7 @@ class Stack:
             for size in (config.hidden_size, config.q_size, config.intermediate_size)
         )
         kv_ms = 1e3 * visit.kv_tokens * config.kv_spec(self.dtype).token_bytes / peak.bandwidth
-        products = (peak.product_s(shape, self.dtype.itemsize, visit.tokens) for shape in layer_matrices(config))
-        bare = 1e3 * sum(products) + kv_ms
+        bare = 1e3 * peak.layer_s(config, self.dtype.itemsize, visit.tokens) + kv_ms
         alone = graph_ms(lambda: self.products(x, attended, activated), self.device, repeats) / self.layers
         floor = alone + kv_ms
 

@@ -85,3 +85,10 @@ def test_a_run_beside_its_limits(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "tiny: 100 requests of 512 tokens in and 256 out in 10.0 s: 2,560.0 output tokens/s, 2,600.0 after" in text
     assert [row[:5] for row in cells(text)] == [["0", "2", "400", "191.8", "90 %"], ["1", "2", "400", "191.8", "80 %"]]
+
+
+def test_experts_are_read_as_far_as_tokens_touch_them() -> None:
+    """Qwen3-30B-A3B: 9.4 MB an expert, 8 of 128 for each token, and 38.3 MB beside them."""
+    config = resolve(load_config(["model=qwen3-30b-a3b", "model.weights=dummy"]).model).config
+    for tokens, touched in ((1, 8), (64, 125.9)):
+        assert Peak(4e12, 700e12).layer_s(config, 2, tokens) == pytest.approx((38.3e6 + touched * 9.44e6) / 4e12, 0.01)
