@@ -47,6 +47,7 @@ from deserve.timeline import Timeline
 from deserve.workload import default_sampling
 
 COLD_BYTES = 48 << 20  # weights or KV pages that pass through a core's cache between two visits of the same shape
+LARGE_LAYER = 4 << 30  # bytes; experts of such a size may leave a GPU no room for four layers
 # On a CPU and on a GPU. What a GPU's rows cost beside their keys and values hides behind these, if they are many.
 CONTEXT = 16, 128  # tokens before a decode row in most visits
 LONG_CONTEXT = 256, 384
@@ -345,8 +346,9 @@ class Probe:
         model, self._page_size = checkpoint.config, config.kvcache.page_size
         # Where layers differ, those with experts take longer.
         first = next((layer for layer in range(model.num_layers) if model.experts_of(layer)), 0)
-        cold_layers = -(-COLD_BYTES // parameter_bytes(model, Shard(first, first + 1, False, False), dtype))
-        self._layers = min(model.num_layers - first, max(3, cold_layers))
+        layer_bytes = parameter_bytes(model, Shard(first, first + 1, False, False), dtype)
+        fewest = 2 if layer_bytes > LARGE_LAYER else 3
+        self._layers = min(model.num_layers - first, max(fewest, -(-COLD_BYTES // layer_bytes)))
         self._max_tokens = max_tokens
         counts = graph_tokens(max_tokens, torch.cuda.get_device_name(device)) if self._gpu else []
         self._steps = [count for count in counts if count > MOST_ROWS]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -61,8 +62,18 @@ class Quantisation:
     kept: tuple[str, ...] = ()
     packed: bool = field(default=False, repr=False)  # answers do not depend on it
 
+    @cached_property
+    def _found(self) -> dict[str, Scheme | None]:
+        """What `scheme` said before: asked anew of 36,000 modules, with 300 patterns, it takes 5 s."""
+        return {}
+
     def scheme(self, module: str) -> Scheme | None:
         """How the weight of `module` is stored; None: as it is."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> Scheme | None:
         if any(re.match(pattern, module) for pattern in self.kept):
             return None
         return next((scheme for pattern, scheme in self.rules if re.match(pattern, module)), None)
