@@ -123,6 +123,13 @@ class OutputSection:
 
 
 @dataclass
+class ElasticSection:
+    """Jobs that go on with fewer hosts (`torchrun --nnodes=MIN:MAX`)."""
+
+    wait_s: float = 600.0  # for a host to come back, where the others cannot hold the model
+
+
+@dataclass
 class Config:
     """The whole configuration of a run."""
 
@@ -135,6 +142,7 @@ class Config:
     sampling: SamplingSection = field(default_factory=SamplingSection)
     speculation: SpeculationSection = field(default_factory=SpeculationSection)
     output: OutputSection = field(default_factory=OutputSection)
+    elastic: ElasticSection = field(default_factory=ElasticSection)
     device: str = "auto"
     trace: bool = False
     time_limit_s: float | None = None
@@ -299,6 +307,7 @@ def _check(config: Config) -> None:
     in_range("time_limit_s", config.time_limit_s, 0, exclusive=True)
     in_range("warmup_s", config.warmup_s, 0)
     in_range("output.grace_s", config.output.grace_s, 0)
+    in_range("elastic.wait_s", config.elastic.wait_s, 0)
     in_range("output.checkpoint_s", config.output.checkpoint_s, 0, exclusive=True)
     partition = config.pipeline.partition
     if partition != "auto" and not (

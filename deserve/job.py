@@ -25,6 +25,7 @@ from deserve.report.metrics import write_metrics
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import UNFINISHED, WAYS_OUT, Manifest, ResultsWriter
+from deserve.report.startup import Startup
 from deserve.report.summary import closing_table
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.report.unfinished import Unfinished
@@ -78,8 +79,11 @@ class Job:
         print(table(plan, model.num_layers, self._lengths.exact), flush=True)
         return plan
 
-    def controller(self, plan: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline) -> Controller:
-        """Open the workload and start reading."""
+    def controller(
+        self, plan: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline, startup: Startup
+    ) -> Controller:
+        """Open the workload and start reading. `startup` has the steps so far."""
+        self._startup = self._progress.startup = startup
         self._recorder = Recorder(
             self._writer, self._unfinished, AnswerReader(self._tokenizer), self._progress, self._dtype
         )
@@ -167,6 +171,7 @@ class Job:
             "ignored_keys": dict(self._ignored),
             "non_finite_logits": {"requests": self._recorder.non_finite, "remedy": remedy(self._dtype)},
             "earlier_starts": {"results": len(self._writer.done), "errors_tried_again": self._writer.retried},
+            "startup_s": self._startup.seconds,
             "resumed_answers": self._unfinished.resumed,
             "resumed_tokens": self._unfinished.resumed_tokens,
             "stages": stages,

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +29,22 @@ from deserve.pipeline import run_pipeline
 from deserve.planner.survey import survey
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
+from deserve.report.startup import Startup
 from deserve.stage import load_stage
 from deserve.stop import SIGNALS, STOPPED, Stop, stopped_line
 from deserve.timeline import Timeline
 
 
-def run(config: Config, world: World) -> int:
-    """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status."""
+def run(config: Config, world: World, startup: Startup | None = None) -> int:
+    """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status.
+
+    `startup` has the steps that came before.
+    """
     with Stop(world, config.output.grace_s, seconds_left(config, world)) as stop:
-        return run_until(stop, config, world)
+        return run_until(stop, config, world, startup or Startup())
 
 
-def run_until(stop: Stop, config: Config, world: World) -> int:
+def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int:
     """The job of `run`, ended early by `stop`."""
     with world.step("device"):
         require_one_host(config.network, world.hosts)
@@ -54,24 +60,33 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         if world.rank == 0:
             # Once begun, a job goes on when torchrun starts the ranks again, with output.resume=false too.
             begun = f"begun/{config.output.dir}"
-            job = Job(config, checkpoint, resume=config.output.resume or world.note(begun) is not None)
-            world.leave_note(begun, "")
+            before = world.note(begun)
+            if before is not None:
+                require_results(config, before, world)
+            job = Job(config, checkpoint, resume=config.output.resume or before is not None)
+            world.leave_note(begun, world.hosts[0].name)
+    startup.done("workload")
     kept = Path(config.output.dir) / "survey.json"
     machine = survey(world, config, checkpoint, dtype, device, kept)
+    startup.done("survey")
     chosen = None
-    with world.step("plan"):
+    with host_awaited(config, world), world.step("plan"):
         if job is not None and machine is not None:
             chosen = job.plan(machine, dtype).to_json()
+    startup.done("plan")
     layout = Layout.from_json(world.share("plan", chosen))
     with world.step("load"):
         stage = load_stage(checkpoint, layout, layout.shard(world.rank, checkpoint.config.num_layers), dtype, device)
+    startup.done("loading", capture=stage.capture_s)
     links = connect(world, config, layout, checkpoint.config.hidden_size, dtype, device)
     timeline = Timeline(config.trace, device)
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = None
+    world.visits = lambda: timeline.counts["compute"]
+    startup.done("links")
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
-            controller = job.controller(layout, links.tokens_in, stop, timeline)
+            controller = job.controller(layout, links.tokens_in, stop, timeline, startup)
             stop.begin_visits()
     run_pipeline(stage, links, controller, layout.rounds, checkpoint.config.hidden_size, timeline)
     # A stop that came after the last answer has stopped nothing.
@@ -92,6 +107,43 @@ def run_until(stop: Stop, config: Config, world: World) -> int:
         print(stopped_line(stopped_by), file=sys.stderr, flush=True)
     tell_torchrun(stopped_line(stopped_by))
     return STOPPED
+
+
+def require_results(config: Config, before: str, world: World) -> None:
+    """Raises UserError if rank 0 was on the host `before`, and the results are not on its present one."""
+    here = world.hosts[0].name
+    if here != before and not (Path(config.output.dir) / "manifest.json").exists():
+        raise UserError(
+            f"rank 0 was on {before} and is on {here} now, where output.dir={config.output.dir} has no results of this "
+            "job: put output.dir on a file system that both share, or give the host of rank 0 the --local-addr that "
+            "sorts first"
+        )
+
+
+@contextmanager
+def host_awaited(config: Config, world: World) -> Iterator[None]:
+    """If the ranks that are left cannot hold what more of them held, wait `elastic.wait_s` for a host to come back.
+
+    torchrun starts all ranks anew when it does. Every rank calls it; the UserError is raised when the time is over.
+    """
+    planned, waits = f"planned/{config.output.dir}", f"waits/{config.output.dir}"
+    try:
+        yield
+    except UserError as error:
+        message = None
+        if world.rank == 0 and int(world.note(planned) or 0) > world.size:
+            since = float(world.note(waits) or time.time())
+            world.leave_note(waits, str(since))
+            left = f"{world.size} ranks are left" if world.size > 1 else "one rank is left"
+            wait = f"elastic.wait_s={config.elastic.wait_s:g}"
+            print(f"deserve: {left}: {error}. Waiting for a host ({wait})", file=sys.stderr, flush=True)
+            time.sleep(max(0.0, since + config.elastic.wait_s - time.time()))
+            message = f"{left}, and no host came back within {wait}: {error}"
+        message = world.share("waited", message)
+        raise error if message is None else UserError(message) from error
+    if world.rank == 0:
+        world.leave_note(planned, str(world.size))
+        world.leave_note(waits, "")
 
 
 def seconds_left(config: Config, world: World) -> float | None:
@@ -171,6 +223,8 @@ def main() -> int:
     if arguments.config:
         print(OmegaConf.to_yaml(as_dict(config)), end="")
         return 0
+    startup = Startup(psutil.Process().create_time())
+    startup.done("imports")
     try:
         world = World(config.comm.timeout_s)
     except UserError as error:
@@ -182,7 +236,8 @@ def main() -> int:
     if lasting is not None:
         world.fail(lasting)
     try:
-        status = run(config, world)
+        startup.done("rendezvous")
+        status = run(config, world, startup)
     except Exception as error:
         world.end_with(error)
     for number in SIGNALS:  # those that torchrun sends when another rank has ended with 75

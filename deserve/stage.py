@@ -1,5 +1,6 @@
 """A stage: one rank's share of the layers and the KV cache that belongs to it."""
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ class Stage:
         guide: "Callable[[], LLTokenizer] | None" = None,
     ):
         self.dtype = dtype  # of hidden states
+        self.capture_s = 0.0  # that capturing CUDA graphs took
         self._decoder = decoder
         self._kv = kv
         self._device = device
@@ -182,11 +184,15 @@ def _load_stage(
     )
     decoder = Decoder(config, weights, make_backend(config, layout, dtype, device, len(kv.scratch)))
     graphs = None
+    begin = time.monotonic()
     if decoder.backend.captures and config.experts is not None and grouped_mm_waits(dtype, device):
         print("experts run without CUDA graphs and slowly here: fast are bfloat16 ones on Hopper and Blackwell")
     elif decoder.backend.captures:
         graphs = capture(decoder, kv, layout.micro_batch_size, layout.max_batch_tokens)
-    return Stage(decoder, kv, layout.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
+    capture_s = time.monotonic() - begin
+    stage = Stage(decoder, kv, layout.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
+    stage.capture_s = capture_s
+    return stage
 
 
 def guide(checkpoint: Checkpoint) -> "LLTokenizer":

@@ -88,7 +88,7 @@ def test_a_hanging_rank_is_noticed(tmp_path: Path) -> None:
         hanging.resume()  # torchrun waits for it to take the SIGTERM
         assert job.wait() == 1
         (message,) = job.errors
-        assert "rank 1" in message and "silent for 5 s" in message
+        assert f"rank 1 on {socket.gethostname()} has been silent for 5 s" in message and " after its visit " in message
     answers(output)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -81,7 +82,7 @@ def test_a_cut_link_is_noticed_on_both_sides(start: Callable[..., list[Running]]
     for index, job in enumerate(jobs):
         job.until(lambda job=job: bool(job.errors))
         (message,) = job.errors
-        assert f"rank {1 - index} has been silent for {timeout_s} s" in message
+        assert f"rank {1 - index} on {socket.gethostname()} has been silent for {timeout_s} s" in message
         assert f"noticed by rank {index} on link {1 - index} -> {index}" in message
         # Not its torchrun, which waits for its own connection to the other for up to a minute.
         wait_until(lambda job=job, index=index: not job.has_rank(index), 10, lambda job=job: job.log)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from results import code, read_results
 
 import deserve.run
+from deserve.comm.host import Host
 from deserve.comm.world import World
 from deserve.config import Config, load_config
-from deserve.errors import LastingError
+from deserve.errors import LastingError, UserError
 from deserve.planner.survey import survey
-from deserve.run import run, seconds_left
+from deserve.run import host_awaited, require_results, run, seconds_left
 from deserve.workload import Answered, Item, Limits, open_workload
 
 LIMITS = Limits(vocab_size=320, max_context=100)
@@ -94,6 +95,75 @@ def test_the_time_limit_counts_from_the_first_start(monkeypatch: pytest.MonkeyPa
     assert seconds_left(config, world) == 10
     now = 103.0
     assert seconds_left(config, world) == 7
+
+
+class Board:
+    """A world of `size` ranks, seen from rank 0, whose notes outlive it."""
+
+    rank, hosts = 0, [Host("boot", "here")]
+
+    def __init__(self, size: int, notes: dict[str, str]):
+        self.size, self._notes = size, notes
+
+    def note(self, key: str) -> str | None:
+        return self._notes.get(key)
+
+    def leave_note(self, key: str, text: str) -> None:
+        self._notes[key] = text
+
+    def share(self, key: str, value: Any) -> Any:
+        return value
+
+
+def test_a_host_is_awaited_where_the_others_cannot_hold_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, notes, now = Config(), {}, 100.0
+    config.elastic.wait_s = 30
+    monkeypatch.setattr("time.time", lambda: now)
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def plan(size: int, fits: bool) -> None:
+        with host_awaited(config, Board(size, notes)):
+            if not fits:
+                raise UserError("out of memory")
+
+    with pytest.raises(UserError, match=r"^out of memory$"):  # nobody has left
+        plan(3, fits=False)
+    plan(3, fits=True)
+    for began, left in ((200.0, 30.0), (220.0, 10.0), (240.0, 0.0)):  # torchrun has started the ranks again meanwhile
+        now = began
+        with pytest.raises(UserError, match=r"2 ranks are left, and no host came back within .*=30: out of"):
+            plan(2, fits=False)
+        assert waited.pop() == left
+        assert "2 ranks are left: out of memory. Waiting for a host" in capsys.readouterr().err
+    plan(3, fits=True)
+    now = 1000.0
+    with pytest.raises(UserError):
+        plan(2, fits=False)
+    assert waited == [30.0]
+
+
+def test_results_stay_with_rank_0(tmp_path: Path) -> None:
+    config = Config()
+    config.output.dir = str(tmp_path)
+    require_results(config, "here", Board(2, {}))
+    with pytest.raises(UserError, match=r"rank 0 was on there and is on here now, where output.dir=.* has no results"):
+        require_results(config, "there", Board(2, {}))
+    (tmp_path / "manifest.json").touch()
+    require_results(config, "there", Board(2, {}))
+
+
+def test_a_stop_holds_while_the_hosts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun stops the ranks when a host comes, and starts them again with it."""
+    world = World()
+    assert not world.stop_announced
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    world.announce_stop()
+    assert world.stop_announced
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
+    assert not world.stop_announced
 
 
 def write_prompts(source: Path, names: str) -> None:

@@ -22,7 +22,10 @@ PATIENCE = timedelta(days=365)  # in place of Gloo's own timeout
 
 
 class Word(NamedTuple):
-    """`kind`: BEAT, FAREWELL, or what `rank` has to say for `cause`: STOP or QUIT (`deserve.stop`)."""
+    """`kind`: BEAT, FAREWELL, or what `rank` has to say for `cause`: STOP or QUIT (`deserve.stop`).
+
+    The `cause` of a beat is how many visits its sender has made.
+    """
 
     kind: int
     rank: int = 0
@@ -32,17 +35,27 @@ class Word(NamedTuple):
 class Pulse:
     """Sends a beat to both neighbours every `timeout_s / 10` seconds (at most 1) and listens to theirs.
 
-    `lost` is called, in a thread, with what happened when a neighbour's connection breaks or it has been silent for
-    `timeout_s` seconds; `heard` with each STOP or QUIT that a neighbour tells. All ranks construct it together.
+    `names` is what to call each rank, `visits` gives the visits that this one has made. `lost` is called, in a thread,
+    with what happened when a neighbour's connection breaks or it has been silent for `timeout_s` seconds; `heard` with
+    each STOP or QUIT that a neighbour tells. All ranks construct it together.
     """
 
     def __init__(
-        self, rank: int, size: int, timeout_s: float, lost: Callable[[str], None], heard: Callable[[Word], None]
+        self,
+        rank: int,
+        names: list[str],
+        timeout_s: float,
+        visits: Callable[[], int],
+        lost: Callable[[str], None],
+        heard: Callable[[Word], None],
     ):
-        self._rank, self._timeout_s, self._lost, self._heard = rank, timeout_s, lost, heard
+        size = len(names)
+        self._rank, self._names, self._timeout_s, self._visits = rank, names, timeout_s, visits
+        self._lost, self._heard = lost, heard
         self._group = dist.new_group(backend="gloo")
         self._neighbours = sorted({(rank - 1) % size, (rank + 1) % size} - {rank})
         self._last_heard = dict.fromkeys(self._neighbours, time.monotonic())
+        self._visited = dict.fromkeys(self._neighbours, 0)  # visits that each has made, by its last beat
         self._words: queue.SimpleQueue[Word] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._listen, args=(peer,), name=f"pulse of {peer}", daemon=True)
@@ -71,13 +84,13 @@ class Pulse:
             try:
                 word = self._words.get(timeout=min(1.0, self._timeout_s / 10))
             except queue.Empty:
-                word = Word(BEAT)
+                word = Word(BEAT, self._rank, self._visits())
             message = torch.tensor(word)
             for peer in self._neighbours:
                 # Not by a timeout of Gloo's: that breaks all connections at once, and the wrong one is blamed.
                 if time.monotonic() - self._last_heard[peer] > self._timeout_s:
                     what = f"has been silent for {self._timeout_s:g} s (comm.timeout_s): it hangs or is cut off"
-                    self._lost(f"rank {peer} {what}{self._noticed(peer)}")
+                    self._lost(f"{self._names[peer]} {what}{self._noticed(peer)}")
                 try:
                     work = dist.isend(message, peer, group=self._group)
                 except RuntimeError:
@@ -99,13 +112,18 @@ class Pulse:
                 assert work is not None
                 work.wait(PATIENCE)
             except RuntimeError:
-                self._lost(f"rank {peer} has closed its connection: its process has ended{self._noticed(peer)}")
+                name = self._names[peer]
+                self._lost(f"{name} has closed its connection: its process has ended{self._noticed(peer)}")
                 return
             self._last_heard[peer] = time.monotonic()
             word = Word(*message.tolist())
-            if word.kind in (STOP, QUIT):
+            if word.kind == BEAT:
+                self._visited[peer] = word.cause
+            elif word.kind in (STOP, QUIT):
                 self._heard(word)
         self._last_heard[peer] = float("inf")  # it need not be heard of again
 
     def _noticed(self, peer: int) -> str:
-        return f"; noticed by rank {self._rank} on link {peer} -> {self._rank}"
+        made = self._visited[peer]
+        visits = f"after its visit {made:,}" if made else "before the first visit"
+        return f", {visits}; noticed by rank {self._rank} on link {peer} -> {self._rank}"

@@ -49,6 +49,7 @@ class World:
         self._pulse = None
         self._failing = threading.Lock()
         self._hearing = threading.Lock()
+        self.visits: Callable[[], int] = lambda: 0  # that this rank has made
         self._act: Callable[[Word], None] | None = None
         self._missed: list[Word] = []
         self._notice_board: dist.Store = dist.HashStore()
@@ -63,7 +64,8 @@ class World:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._notice_board = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
         if self.size > 1:
-            self._pulse = Pulse(self.rank, self.size, timeout_s, self.fail, self._hear)
+            names = [f"rank {rank} on {host.name}" for rank, host in enumerate(self.hosts)]
+            self._pulse = Pulse(self.rank, names, timeout_s, lambda: self.visits(), self.fail, self._hear)
         here = self.hosts[self.rank]
         self.local_size = self.hosts.count(here)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.hosts[: self.rank].count(here)))
@@ -232,13 +234,20 @@ class World:
 
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
-        self.leave_note("stopped", self._meeting)
+        self.leave_note("stopped", f"{self._meeting} {launchers()}")
 
     @property
     def stop_announced(self) -> bool:
-        """Whether an earlier start of this job was stopped on purpose, and no rank failed in it."""
-        meeting = self.note("stopped")
-        return meeting is not None and not self._notice_board.check([f"{meeting}/failure"])
+        """Whether an earlier start of this job was stopped on purpose, and no rank failed in it.
+
+        A stop after which other hosts are there is none: torchrun stops all ranks when a host comes, and one that goes
+        stops its own.
+        """
+        note = self.note("stopped")
+        if note is None:
+            return False
+        meeting, _, hosts = note.partition(" ")
+        return hosts == launchers() and not self._notice_board.check([f"{meeting}/failure"])
 
     def quit(self, message: str, status: int) -> NoReturn:
         """End this process with `status`, before the first visit. All ranks call it; rank 0 says `message`."""
@@ -301,6 +310,11 @@ class World:
             self._pulse.leave()
         if self.size > 1:
             dist.destroy_process_group()
+
+
+def launchers() -> str:
+    """How many torchruns have started this job's ranks."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1")
 
 
 def nccl_group(ranks: list[int]) -> dist.ProcessGroup:

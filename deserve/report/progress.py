@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from deserve.batch import Completion
+from deserve.report.startup import Startup
 
 LOG_EVERY_S = 10.0
 SHOW_EVERY_S = 0.5  # on a terminal
@@ -30,6 +31,7 @@ class Progress:
         self._warm: Counter[str] = Counter()  # as far as the warm-up is over
         self.answered: list[tuple[int, int, int]] = []  # line, prompt and answer (tokens) of the first requests
         self._errors: dict[str, dict[str, Any]] = {}  # by code: how many, and the first one's message
+        self.startup: Startup | None = None  # what came before the first token
         self._lock = threading.Lock()
         self._bar: Any = None
 
@@ -48,6 +50,9 @@ class Progress:
         now = time.monotonic()
         if count:
             self._last_token_at = now
+            if self.startup is not None and "first token" not in self.startup.seconds:
+                self.startup.done("first token")
+                print(f"deserve: first token {self.startup}", file=self._stream, flush=True)
             with self._lock:
                 self._sampled[int(now - self._begin)] += count
                 self._counts["sampled"] += count
