@@ -1,21 +1,30 @@
 """A job of 2,000 requests whose ranks are killed at random moments, and the memory of an undisturbed one.
 
     python bench/soak.py [--kills 20] [--ranks 3] [--requests 2000] [--seed 0] [--out outputs/soak]
+    python bench/soak.py --victims all --ranks 2 --requests 400 --job network.latency_ms=60 sampling.max_tokens=400
+    python bench/soak.py --ranks 2 --requests 64 --job model=smollm2-135m model.dtype=float32 sampling.max_tokens=200
 
 1. an undisturbed job: its answers are the truth, and the memory of each of its ranks is sampled;
 2. the same job under `torchrun --max-restarts`: again and again a random rank is killed (SIGKILL) a random moment after
    the job has gone on, until `--kills` have died; then the rest runs;
-3. every request must have one line of results, with the same text as in the undisturbed job.
+3. every request must have one line of results, with the same text as in the undisturbed job, and no more than 1.1 times
+   its tokens may have been sampled.
+
+With `--victims all` every kill takes all ranks at once. `--job` changes the job. `computed` counts what visits compute:
+prompts, tokens, draft tokens, and what a start prefills anew.
 
 Prints a Markdown table and writes `soak.json` into `--out`. Exit status 1 if anything differs.
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
 import random
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -24,9 +33,15 @@ from typing import Any
 
 import psutil
 
+from deserve.batch import IntArray, VisitPlan
+from deserve.controller import Controller
+from deserve.report.progress import Progress
 from deserve.report.results import failure
+from deserve.run import main as run_rank
 
+COUNTING = "--count-tokens"  # for the ranks, which run this file
 STARTUP_S = 120.0  # for the ranks to come up on a busy machine
+MOST_SAMPLED = 1.1  # times the tokens of the undisturbed job
 GROWTH_MB = 16.0  # of a rank between the second quarter of the undisturbed job and its end: more is a leak
 
 
@@ -35,6 +50,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--victims", choices=("one", "all"), default="one")
+    parser.add_argument("--job", nargs="+", default=[], metavar="key=value")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("outputs/soak"))
     options = parser.parse_args()
@@ -49,6 +66,8 @@ def main() -> int:
         "network.latency_ms=10",
         "pipeline.rounds=4",
         "pipeline.micro_batch_size=4",
+        "output.checkpoint_s=2",
+        *options.job,
     ]
     memory: list[dict[int, float]] = []
     calm = start(options.ranks, [*job, f"output.dir={options.out}/calm"], 0, options.out / "calm.log")
@@ -78,6 +97,12 @@ def main() -> int:
         "exit_status": killed["status"],
         "undisturbed_s": round(calm_s, 1),
         "disturbed_s": round(killed["elapsed_s"], 1),
+        "seconds_to_next_token": spread(killed["seconds"]),
+        "of_these_in_the_new_processes": steps(options.out / "soak.log"),
+        "computed": counted(options.out / "soak")["computed"],
+        "computed_undisturbed": counted(options.out / "calm")["computed"],
+        "sampled": counted(options.out / "soak")["sampled"],
+        "sampled_undisturbed": counted(options.out / "calm")["sampled"],
         "answers": len(texts),
         "twice": len(repeated),
         "missing": len(expected - texts.keys()),
@@ -91,6 +116,7 @@ def main() -> int:
     for name, value in figures.items():
         print(f"| {name} | {value} |")
     wrong = [name for name in ("twice", "missing", "other_text", "exit_status") if figures[name]]
+    wrong += ["sampled"] if figures["sampled"] > MOST_SAMPLED * figures["sampled_undisturbed"] else []
     wrong += ["undisturbed"] if truth.keys() != expected else []
     wrong += ["rss_growth_mb"] if max(growth.values()) > GROWTH_MB else []
     print(f"\nwrong: {', '.join(wrong) or 'nothing'}")
@@ -106,6 +132,7 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
     )
     begin = time.monotonic()
     killed: list[int] = []
+    times: list[float] = []
     seen: set[int] = set()
     while len(killed) < options.kills and process.poll() is None:
         ranks = wait_for_ranks(process, options.ranks, seen)
@@ -116,15 +143,18 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
             time.sleep(chance.uniform(0, 10))  # at any moment of the start or of the work
         else:
             wait_for_lines(process, output, line_count(output) + chance.randint(1, options.requests // options.kills))
-        victim = chance.randrange(options.ranks)
-        with contextlib.suppress(psutil.Error):
-            ranks[victim].kill()
-            killed.append(victim)
-            print(f"kill {len(killed)}: rank {victim} at {line_count(output)} answers", flush=True)
+        victims = [chance.randrange(options.ranks)] if options.victims == "one" else list(ranks)
+        for victim in victims:
+            with contextlib.suppress(psutil.Error):
+                ranks[victim].kill()
+        killed.append(victims[0])
+        times.append(time.time())
+        print(f"kill {len(killed)}: {victims} at {line_count(output)} answers", flush=True)
     status = process.wait()
     log = (options.out / "soak.log").read_text(errors="replace")
     return {
         "ranks": killed,
+        "seconds": seconds_to_next_token(output, times),
         "status": status,
         "elapsed_s": time.monotonic() - begin,
         "starts": log.count(" in flight, policy "),
@@ -134,11 +164,76 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
 def start(ranks: int, overrides: list[str], restarts: int, log: Path) -> subprocess.Popen[bytes]:
     """The job under torchrun, its output in `log`."""
     launcher = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, "-m", "deserve.run", *overrides]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, __file__, COUNTING, *overrides]
     # Idle threads sleep rather than spin: there are more ranks than cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with log.open("wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def count_and_run() -> int:
+    """A rank that notes in `tokens.txt`, beside the results, when it computes tokens and takes in sampled ones."""
+    overrides = sys.argv[sys.argv.index(COUNTING) + 1 :]
+    folder = Path(next(word for word in overrides if word.startswith("output.dir=")).partition("=")[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = (folder / "tokens.txt").open("a", buffering=1)
+    atexit.register(notes.close)
+    plan, take_in = Controller.next_visit, Progress.tokens
+
+    def next_visit(self: Controller, micro_batch: int) -> tuple[VisitPlan, IntArray]:
+        visit = plan(self, micro_batch)
+        notes.write(f"{time.time()} computed {visit[0].tokens}\n")
+        return visit
+
+    def tokens(self: Progress, count: int, *more: int) -> None:
+        notes.write(f"{time.time()} sampled {count}\n")
+        take_in(self, count, *more)
+
+    Controller.next_visit, Progress.tokens = next_visit, tokens  # type: ignore[method-assign]
+    sys.argv = ["deserve.run", *overrides]
+    return run_rank()
+
+
+def notes_of(output: Path) -> list[tuple[float, str, int]]:
+    """When, what and how many tokens: the whole lines of `tokens.txt`."""
+    lines = (output / "tokens.txt").read_text().split("\n")[:-1]
+    return [(float(when), kind, int(count)) for when, kind, count in map(str.split, lines)]
+
+
+def counted(output: Path) -> dict[str, int]:
+    """Tokens that all starts of a job computed, and those that they sampled."""
+    notes = notes_of(output)
+    return {name: sum(count for _, kind, count in notes if kind == name) for name in ("computed", "sampled")}
+
+
+def seconds_to_next_token(output: Path, kills: list[float]) -> list[float]:
+    """From each kill to the first token after it, for those that were followed by one before the next kill.
+
+    A survivor may take in a token that was under way: those of the first second do not count.
+    """
+    sampled = [when for when, kind, count in notes_of(output) if kind == "sampled" and count]
+    found = []
+    for kill, after in zip(kills, [*kills[1:], float("inf")], strict=True):
+        next_token = min((when for when in sampled if when > kill + 1), default=after)
+        if next_token < after:
+            found.append(next_token - kill)
+    return found
+
+
+def steps(log: Path) -> dict[str, str]:
+    """The seconds of each step of all starts but the first, as rank 0 has said them."""
+    starts = re.findall(r"first token .* after the start \((.*)\)", log.read_text(errors="replace"))[1:]
+    by_step: dict[str, list[float]] = {}
+    for start in starts:
+        for step in start.split(", "):
+            name, _, seconds = step.rpartition(" ")
+            by_step.setdefault(name, []).append(float(seconds))
+    return {name: spread(seconds) for name, seconds in by_step.items()}
+
+
+def spread(seconds: list[float]) -> str:
+    """The median and the largest."""
+    return f"{statistics.median(seconds):.1f}, at most {max(seconds):.1f}" if seconds else "none"
 
 
 def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
@@ -188,4 +283,4 @@ def read(output: Path) -> tuple[dict[str, str], list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(count_and_run() if COUNTING in sys.argv else main())
