@@ -102,8 +102,8 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
             ) from error
     if stopped_by is None:
         return 0
+    world.announce_stop()
     if world.rank == 0:
-        world.announce_stop()
         print(stopped_line(stopped_by), file=sys.stderr, flush=True)
     tell_torchrun(stopped_line(stopped_by))
     return STOPPED

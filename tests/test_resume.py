@@ -155,8 +155,12 @@ def test_results_stay_with_rank_0(tmp_path: Path) -> None:
     require_results(config, "there", Board(2, {}))
 
 
-def test_a_stop_holds_while_the_hosts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun stops the ranks when a host comes, and starts them again with it."""
+def test_a_stop_holds_while_the_hosts_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun stops the ranks when a host comes, and starts them again with it; its folder of logs keeps the notes."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / "0" / "error.json"))
+    World().leave_note("began/out/put", "1")
+    assert World().note("began/out/put") == "1"
     world = World()
     assert not world.stop_announced
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")

@@ -13,7 +13,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
 
 import psutil
 import torch
@@ -53,6 +55,10 @@ class World:
         self._act: Callable[[Word], None] | None = None
         self._missed: list[Word] = []
         self._notice_board: dist.Store = dist.HashStore()
+        # With TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 the store is rank 0's own and ends with it; the folder of torchrun's
+        # logs, RUN/attempt_N/RANK/error.json, stays.
+        own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
+        self._notes = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2] if own_store else None
         self._edges: dict[bool, list[dist.ProcessGroup | None]] = {}
         if self.size > 1:
             try:
@@ -203,11 +209,21 @@ class World:
         return self._edges[everywhere]
 
     def leave_note(self, key: str, text: str) -> None:
-        """Leave word for later starts of the ranks under the same torchrun, on whichever host it counts them."""
+        """Leave word for later starts of the ranks under the same torchrun, on whichever host it counts them.
+
+        Where torchrun keeps no store for its ranks, for those on this host.
+        """
+        if self._notes is not None:
+            with suppress(OSError):
+                (self._notes / quote(key, safe="")).write_text(text)
+            return
         self._ask_board(lambda board: board.set(f"deserve/notes/{key}", text))
 
     def note(self, key: str) -> str | None:
         """What an earlier start left under `key`."""
+        if self._notes is not None:
+            path = self._notes / quote(key, safe="")
+            return path.read_text() if path.exists() else None
         name = f"deserve/notes/{key}"
         return self._notice_board.get(name).decode() if self._notice_board.check([name]) else None
 
@@ -234,7 +250,8 @@ class World:
 
     def announce_stop(self) -> None:
         """Leave word, for when torchrun starts the ranks again, that the job was stopped on purpose."""
-        self.leave_note("stopped", f"{self._meeting} {launchers()}")
+        if self.rank == 0 or self._notes is not None:
+            self.leave_note("stopped", f"{self._meeting} {launchers()}")
 
     @property
     def stop_announced(self) -> bool:
@@ -257,7 +274,7 @@ class World:
         tell_torchrun(message)
         if self._pulse is not None and not self._pulse.leave(FAREWELL_S):
             self._note_failure(message)  # a neighbour is dead, and the SIGTERM perhaps torchrun's, not a user's
-        elif self.rank == 0:
+        else:
             self.announce_stop()
         os._exit(status)
 
