@@ -585,6 +585,7 @@ def test_a_stage_is_measured(tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert measure("network.latency_ms=9") == first and kept.read_text() == written
     measure("kvcache.page_size=32")
     assert kept.read_text() != written
+    assert measure() == first  # what was measured before is still known
     kept.write_text(written[:100])  # cut short
     assert measure().layer.tokens.at == first.layer.tokens.at
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -60,6 +61,7 @@ PINGS, PONGS = 11, 12  # message tags
 LARGE_FRAME = 1 << 20  # bytes
 BUS_BYTES = 64 << 20
 BACK_BYTES = BUS_BYTES // 32  # a decode row brings in all of its context and saves one token
+MOST_KEPT = 4  # surveys of rings of different sizes
 TRANSFERS = 4  # of a link or the bus; the quickest counts
 RING_VISITS = 24  # after which each one follows on the last as in a run
 TAKES, IN_A_ROW = 3, 6  # of each shape, and visits in each take
@@ -79,7 +81,8 @@ def survey(
     """Measure all ranks and links: the machine on rank 0, None on the others. Every rank calls it.
 
     Rank 0 writes the times of the stages to `kept`, and takes them from there if they are of the same hardware, layout,
-    model and versions. Memory and links are measured anew.
+    model and versions. The file keeps those of a few rings, as hosts may leave and come back. Memory and links are
+    measured anew.
     """
     free_cached(device)
     memory = usable_memory(world, device)
@@ -108,7 +111,9 @@ def survey(
         free_cached(device)
         known = world.gather("survey/stages", own)
         if kept is not None and world.rank == 0:
-            kept.write_text(json.dumps({"key": key, "stages": known}) + "\n")
+            others = [other for other in read_surveys(kept) if other["key"] != key][: MOST_KEPT - 1]
+            with suppress(OSError):  # it would only have saved time
+                kept.write_text(json.dumps({"key": key, "stages": known, "others": others}) + "\n")
     found = world.gather("survey", [list(astuple(link)), memory, host_memory])
     if not found:
         return None
@@ -154,13 +159,18 @@ def hardware(device: torch.device) -> list[Any]:
 
 def read_kept(kept: Path | None, key: dict[str, Any]) -> list[Any] | None:
     """The stages that an earlier start has left in `kept`, if they are those of `key`."""
-    if kept is None:
-        return None
+    surveys = [] if kept is None else read_surveys(kept)
+    return next((list(found["stages"]) for found in surveys if found["key"] == key), None)
+
+
+def read_surveys(kept: Path) -> list[dict[str, Any]]:
+    """The surveys in `kept`, the last one first: `key` and `stages` of each."""
     try:
         found = json.loads(kept.read_text())
-        return list(found["stages"]) if found["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut short
-        return None
+        surveys = [found, *found.get("others", [])]
+        return [{"key": survey["key"], "stages": survey["stages"]} for survey in surveys]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or cut short
+        return []
 
 
 def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
