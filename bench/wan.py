@@ -1,12 +1,14 @@
 """Throughput over a real delayed link, beside what the simulated network gives for the same delay.
 
     sudo .venv/bin/python bench/wan.py --testbed DIR [--models tiny smollm2-135m] [--ranks 2 3] [--delays 0 16 64]
+    sudo .venv/bin/python bench/wan.py --testbed DIR --models smollm2-prompts --ranks 2 --delays 30 --mbps 20 \
+        [comm.activations=fp8]
 
 `DIR/wan` makes network namespaces that are joined by a relay with a set one-way delay: `wan up -n N --delay-ms D`,
-`wan exec I -- COMMAND`, `wan set --delay-ms D`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is a
-torchrun of its own, on one core (three ranks share two). The simulation differs in the delay only: it has the plan of
-the real run before it and `network.latency_ms`, and goes through the same relay at no delay, as the relay works on the
-ranks' cores; with `--loopback` it has no relay. Real and simulated runs alternate; the medians of `--repeat` runs are
+`wan exec I -- COMMAND`, `wan set --delay-ms D --mbps B`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is
+a torchrun of its own, on one core (three ranks share two), and a host of its own, by its name. The simulation differs in
+delay and bandwidth only: it has the plan of the real run before it, `network.latency_ms` and `network.bandwidth_mbps`,
+and goes through the same relay at no delay, as the relay works on the ranks' cores; with `--loopback` it has no relay. Real and simulated runs alternate; the medians of `--repeat` runs are
 compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails
 or gives other answers than the first one.
 """
@@ -34,9 +36,11 @@ JOBS = {
         "sampling.max_tokens=32",
     ],
     "smollm2-135m": ["model=smollm2-135m", "workload.source=fixed640:64:0", "sampling.max_tokens=64"],
+    # Most of what crosses the link are prompts, as in classification or extraction.
+    "smollm2-prompts": ["model=smollm2-135m", "workload.source=fixed384:192:0", "sampling.max_tokens=32"],
 }
 COMMON = ["sampling.ignore_eos=true", "output.resume=false"]
-MOST_RANKS = {"smollm2-135m": 2}  # where a rank needs a core of its own
+MOST_RANKS = {"smollm2-135m": 2, "smollm2-prompts": 2}  # where a rank needs a core of its own
 
 
 def main() -> int:
@@ -45,6 +49,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--delays", nargs="+", type=float, default=[0, 16, 64], help="one way, ms")
+    parser.add_argument("--mbps", type=float, default=0, help="of each direction of a link; 0: unlimited")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--loopback", action="store_true", help="simulate without namespaces and relay")
     parser.add_argument("--timeout-s", type=float, default=600, help="of one run")
@@ -83,13 +88,15 @@ def compare(
             shutil.rmtree(folder, ignore_errors=True)
             job = [*JOBS[model], *COMMON, *options.overrides, f"output.dir={folder}"]
             relayed = [[str(wan), "exec", str(rank), "--"] for rank in range(ranks)]
-            set_delay(wan, delay if kind == "real" else 0)
+            set_link(wan, *((delay, options.mbps) if kind == "real" else (0, 0)))
             before = relay_seconds(wan)
             if kind == "real":
-                run(job, relayed, "10.77.0.1", folder, options.timeout_s)
+                apart = [[*prefix, *named(f"host{rank}")] for rank, prefix in enumerate(relayed)]
+                run(job, apart, "10.77.0.1", folder, options.timeout_s)
             else:
                 job = [word for word in job if not word.startswith("pipeline.micro_batch_size=")]
                 job += [f"network.latency_ms={delay:g}", *layout(runs["real"][-1]["plan"])]
+                job += [f"network.bandwidth_mbps={options.mbps:g}"] if options.mbps else []
                 if options.loopback:
                     run(job, [[]] * ranks, "127.0.0.1", folder, options.timeout_s)
                 else:
@@ -169,8 +176,14 @@ def testbed(folder: Path, hosts: int) -> Iterator[Path]:
         subprocess.run([wan, "down"], check=True, stdout=subprocess.DEVNULL)
 
 
-def set_delay(wan: Path, delay_ms: float) -> None:
-    subprocess.run([wan, "set", "--delay-ms", f"{delay_ms:g}"], check=True, stdout=subprocess.DEVNULL)
+def set_link(wan: Path, delay_ms: float, mbps: float) -> None:
+    words = ["set", "--delay-ms", f"{delay_ms:g}", "--mbps", f"{mbps:g}"]
+    subprocess.run([wan, *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def named(host: str) -> list[str]:
+    """A prefix that runs a command on a host of that name."""
+    return ["unshare", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh"]
 
 
 def relay_seconds(wan: Path) -> float:
