@@ -198,8 +198,9 @@ def test_rounding_errs_by_half_a_step(kind, size, pairs, width, rows, chunk, see
         found.unpack(unpacked)
     assert found.shape == weight.shape and found.scale.shape == form.blocks(*weight.shape)
     assert sum(tensor.nbytes for tensor in found.tensors) == form.bytes(*weight.shape)
-    step = {"int4": 0.5, "int8": 0.5, "fp8": 16.0, "fp4": 1.0}[kind]  # half the widest gap between codes
-    spread = found.scale.float().repeat_interleave(rows or size, 0)[:size].repeat_interleave(width, 1)
+    # Of int4, the largest becomes -8, and what is as large of the other sign 7.
+    step = {"int4": 1.0, "int8": 0.5, "fp8": 16.0, "fp4": 1.0}[kind]  # half the widest gap between codes
+    spread = found.scale.float().abs().repeat_interleave(rows or size, 0)[:size].repeat_interleave(width, 1)
     assert ((unpacked - weight).abs() <= spread[:, : 2 * pairs] * step * 1.001).all()
 
 

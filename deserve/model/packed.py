@@ -3,8 +3,8 @@
 Every scheme's weights are brought into one of these forms while loading, so that a kernel has few layouts to know.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2**25  # weights unpacked at a time: 64 MB of bfloat16 beside the packed ones
+SMALLEST_SCALE = 2.0**-126  # of a block of zeros
 Operation = Callable[[Tensor, Tensor], Tensor]  # in place
 MX_BLOCK = 32  # inputs that share a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # OCP Microscaling Formats 1.0, section 5.3.3
-LARGEST = {"int4": 7.0, "int8": 127.0, "fp8": 448.0, "fp4": 6.0}
+LARGEST = {"int4": -8.0, "int8": 127.0, "fp8": 448.0, "fp4": 6.0}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Form:
         return self.bytes(size, inputs) + size * inputs * (index + passes * dtype.itemsize)
 
     def quantise(self, weight: Tensor) -> "Packed":
-        """Round `weight` [out, in] to this form: symmetric, the largest of each block becomes the largest code."""
+        """Round `weight` [out, in] to this form: symmetric, the largest of each block becomes the largest code.
+
+        That of int4 is -8, and the scale has the sign that brings the largest there: with 7, one of 16 codes is unused.
+        """
         size, inputs = weight.shape
         # In float32 the whole might not fit beside the other weights.
         step = max(1, CHUNK // inputs) if self.rows == 1 else size
@@ -67,8 +71,10 @@ class Form:
         rows, width = self.rows or size, self.columns or inputs
         down, across = self.blocks(size, inputs)
         padded = F.pad(weight.float(), (0, across * width - inputs, 0, down * rows - size))
-        largest = padded.view(down, rows, across, width).abs().amax((1, 3))
-        scale = (largest / LARGEST[self.kind]).clamp_min(2.0**-126)
+        block = padded.view(down, rows, across, width).transpose(1, 2).flatten(2)
+        largest = block.gather(2, block.abs().argmax(2, keepdim=True)).squeeze(2)
+        scale = largest / LARGEST[self.kind] if self.kind == "int4" else largest.abs() / LARGEST[self.kind]
+        scale = scale.where(scale.abs() > SMALLEST_SCALE, SMALLEST_SCALE)
         if self.kind == "fp4":
             scale = scale.log2().ceil().exp2().to(torch.float8_e8m0fnu)
         values = (
@@ -78,7 +84,7 @@ class Form:
             return values.to(torch.float8_e4m3fn), scale
         if self.kind == "fp4":
             return pair(_e2m1_codes(values)), scale
-        whole = values.round().to(torch.int8)
+        whole = values.round().clamp_max(7 if self.kind == "int4" else 127).to(torch.int8)
         return (pair(whole + 8) if self.kind == "int4" else whole), scale
 
 
@@ -163,6 +169,27 @@ class PackedLinear:
         self.parts, self.bias = parts, bias
         self._size = sum(part.shape[0] for part in parts)
 
+    def norms(self, gain: Tensor) -> Tensor:
+        """The length of each output's weights, those of each input times `gain` [in]: [out], float32."""
+        chunks = [chunk for part in self.parts for _, chunk in _chunks(part, torch.float32)]
+        return torch.cat([torch.linalg.vector_norm(chunk * gain.float(), dim=1) for chunk in chunks])
+
+    def scaled(self, factors: Sequence[tuple[int, float]], bias: bool = True) -> "PackedLinear":
+        """The same product with the outputs of each part multiplied by one of `factors`, powers of two."""
+        assert [part.shape[0] for part in self.parts] == [count for count, _ in factors]
+        parts = [
+            replace(part, scale=(part.scale.float() * factor).to(part.scale.dtype))
+            if isinstance(part, Packed)
+            else part * factor
+            for part, (_, factor) in zip(self.parts, factors, strict=True)
+        ]
+        scaled = self.bias
+        if bias and scaled is not None:
+            scaled = torch.cat(
+                [b * f for b, (_, f) in zip(scaled.split([n for n, _ in factors]), factors, strict=True)]
+            )
+        return PackedLinear(parts, scaled)
+
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The product [T, out], in the memory of `out` if it is given."""
         if out is None:
@@ -170,11 +197,15 @@ class PackedLinear:
         begin = 0
         for part in self.parts:
             size = part.shape[0]
-            chunks = part.chunks(x.dtype) if isinstance(part, Packed) else [(slice(0, size), part)]
-            for rows, weight in chunks:
+            for rows, weight in _chunks(part, x.dtype):
                 out[:, begin + rows.start : begin + rows.stop] = F.linear(x, weight)
             begin += size
         return out if self.bias is None else out.add_(self.bias)
+
+
+def _chunks(part: Packed | Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    """A weight in `dtype`, some rows at a time if it is packed, with the place of those rows."""
+    return part.chunks(dtype) if isinstance(part, Packed) else [(slice(0, part.shape[0]), part.to(dtype))]
 
 
 def pair(codes: Tensor) -> Tensor:
