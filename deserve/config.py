@@ -48,12 +48,17 @@ class PipelineSection:
 class KVCacheSection:
     """Where keys and values lie."""
 
+    dtype: str = "auto"  # auto: the model's; fp8: pages in e4m3
     page_size: int = 16  # tokens
     main_pages: Any = "auto"
     swap_pages: Any = "auto"  # per micro-batch; 0: no swapping
     buddy_height: int = 16  # the host pool holds 2^(height-1) pages
     gpu_memory_gb: float | None = None  # cap on the KV memory of one GPU
     share_prefixes: bool = True  # what prompts have in common is computed and kept once
+
+    @property
+    def fp8(self) -> bool:
+        return self.dtype == "fp8"
 
 
 @dataclass
@@ -271,6 +276,7 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     if config.model.quantise is not None:
         _one_of("model.quantise", config.model.quantise, tuple(FORMS))
+    _one_of("kvcache.dtype", config.kvcache.dtype, ("auto", "fp8"))
     _one_of("comm.activations", config.comm.activations, ("auto", "fp8"))
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))
     _one_of("workload.unknown_keys", config.workload.unknown_keys, ("refuse", "ignore"))

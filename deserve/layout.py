@@ -44,6 +44,7 @@ class Layout:
     why: str = ""  # one sentence behind `bound`
     stage_s: tuple[float, ...] = ()  # seconds of a full decode visit, by rank
     hint: str = ""
+    fp8_pages: bool = False
     visit_tokens: int = 0  # 0: as many as max_batch_tokens
 
     def shard(self, rank: int, layers: int) -> Shard:

@@ -76,7 +76,7 @@ def plan(config: PlanConfig) -> str:
         memory=(int(memory),) * ranks,
         host_memory=int(config.host_memory_gb * GB),
         hidden_bytes=model.hidden_size * dtype.itemsize,
-        page_bytes=config.kvcache.page_size * model.kv_spec(dtype).token_bytes,
+        page_bytes=config.kvcache.page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes,
         budgets=budgets,
         coded_bytes=coded_bytes(model.hidden_size),
         coded=config.comm.activations == "fp8",
@@ -91,9 +91,10 @@ def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, mos
     """One rank as `stage.*` states it, for visits of up to `most_tokens`."""
     stage = config.stage
     layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
-    page_bytes = config.kvcache.page_size * model.kv_spec(dtype).token_bytes
+    page_bytes = config.kvcache.page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes
     page_s = page_bytes / (stage.bus_gbs * GB)
-    return stated_times(model, dtype, stage.bandwidth_gbs * GB, stage.tflops * 1e12, layer_s, most_tokens, page_s)
+    rates = stage.bandwidth_gbs * GB, stage.tflops * 1e12
+    return stated_times(model, dtype, *rates, layer_s, most_tokens, page_s, config.kvcache.fp8)
 
 
 def load_plan_config(overrides: list[str]) -> PlanConfig:

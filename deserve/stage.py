@@ -21,6 +21,7 @@ from deserve.model.checkpoint import Checkpoint, fetch_shard_files
 from deserve.model.config import ModelConfig
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import Graphs, capture
+from deserve.model.kv_scale import fold_scales
 from deserve.model.linear import grouped_mm_waits
 from deserve.model.sampler import Sampler
 from deserve.model.tokenizer import end_ids, load_tokenizer
@@ -144,7 +145,7 @@ def load_stage(checkpoint: Checkpoint, layout: Layout, shard: Shard, dtype: torc
 def _needs(config: ModelConfig, layout: Layout, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
     """What a stage takes of which memory, for who ran out of it."""
     layers = shard.last - shard.first
-    page_bytes = layout.page_size * config.kv_spec(dtype).token_bytes * layers
+    page_bytes = layout.page_size * config.kv_spec(dtype, layout.fp8_pages).token_bytes * layers
     host = layout.rounds * layout.swap_pages + pool_pages(layout.host_height)
     pages = layout.main_pages + layout.slab_pages(layers)
     weights_gb, pages_gb, host_gb = (
@@ -170,8 +171,11 @@ def _load_stage(
     else:
         fetch_shard_files(checkpoint, shard)
         weights = load_shard(checkpoint.folder, config, shard, device, dtype)
+    if layout.fp8_pages:
+        for layer in weights.layers:
+            fold_scales(layer, config)
     kv = KVPages(
-        config.kv_spec(dtype),
+        config.kv_spec(dtype, layout.fp8_pages),
         shard.last - shard.first,
         page_size=layout.page_size,
         main_pages=layout.main_pages,
@@ -226,5 +230,6 @@ def make_backend(
                 # A token that pads reads one at most.
                 max_pages=layout.visit_pages + layout.max_batch_tokens,
                 tables=tables,
+                fp8_pages=layout.fp8_pages,
             )
-    return TorchBackend(config, dtype, device, config.max_context)
+    return TorchBackend(config, dtype, device, config.max_context, layout.fp8_pages)

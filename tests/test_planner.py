@@ -455,6 +455,17 @@ def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound:
     assert chosen(requests, on, *overrides).bound == bound
 
 
+def test_fp8_pages_help_where_memory_binds() -> None:
+    on, short = machine(2, 500), ["kvcache.gpu_memory_gb=0.0004", "kvcache.swap_pages=0"]
+    plain = chosen(lengths(4096), on, *short)
+    assert plain.bound == "KV memory" and not plain.fp8_pages
+    assert plain.hint.startswith(
+        "kvcache.dtype=fp8 would bring 3.9 times as much"
+    )  # float32 takes four times the bytes
+    small = chosen(lengths(4096), replace(on, page_bytes=256), *short, "kvcache.dtype=fp8")
+    assert small.fp8_pages and not small.hint and small.predicted == pytest.approx(4 * plain.predicted, rel=0.15)
+
+
 def test_coding_helps_where_far_links_bind() -> None:
     near = replace(machine(3, byte_s=1e-4, per_token_ms=0.01), coded_bytes=20)
     far = replace(near, links=tuple(replace(link, far=True) for link in near.links))

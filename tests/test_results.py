@@ -485,7 +485,10 @@ def test_what_else_the_manifest_tells_apart(tmp_path: Path) -> None:
     config.workload.chat_template, config.comm.activations = None, "fp8"
     with pytest.raises(UserError, match=r"with other comm\.activations"):
         write(path, manifest=Manifest.of(config, "sha", "float32"))
-    config.comm.activations = "auto"
+    config.comm.activations, config.kvcache.dtype = "auto", "fp8"
+    with pytest.raises(UserError, match=r"or kvcache\.dtype"):
+        write(path, manifest=Manifest.of(config, "sha", "float32"))
+    config.kvcache.dtype = "auto"
     written = path.with_name("manifest.json")
     older = json.loads(written.read_text())
     del older["coded"]

@@ -152,9 +152,9 @@ class ModelConfig:
         sizes = (self.experts_of(layer) for layer in range(self.num_layers))
         return max(each.active * each.intermediate_size if each else self.intermediate_size for each in sizes)
 
-    def kv_spec(self, dtype: torch.dtype) -> KVSpec:
-        """What a layer keeps of a token, as `dtype`."""
-        return KVSpec(self.num_kv_heads, self.head_dim, dtype)
+    def kv_spec(self, dtype: torch.dtype, fp8: bool = False) -> KVSpec:
+        """What a layer keeps of a token, as `dtype` or in `fp8`."""
+        return KVSpec(self.num_kv_heads, self.head_dim, torch.float8_e4m3fn if fp8 else dtype)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Linear layers: which tensors of a checkpoint they read, what those take, and the product."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -151,6 +152,20 @@ class Linear:
             # Given a plain matrix, oneDNN blocks it anew in every call: a third of the time of a visit's products.
             weight = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.weight, self.bias = weight, bias
+
+    @property
+    def _plain(self) -> Tensor:
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+
+    def norms(self, gain: Tensor) -> Tensor:
+        """The length of each output's weights, those of each input times `gain` [in]: [out], float32."""
+        return torch.linalg.vector_norm(self._plain * gain, dim=1, dtype=torch.float32)
+
+    def scaled(self, factors: Sequence[tuple[int, float]], bias: bool = True) -> "Linear":
+        """The same product with its outputs, so many at a time, multiplied by `factors`; with or without the `bias`."""
+        each = torch.cat([torch.full((count,), factor) for count, factor in factors]).to(self._plain)
+        scaled = self.bias * each if bias and self.bias is not None else self.bias
+        return Linear(self._plain * each.unsqueeze(1), scaled)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The product, in the memory of `out` if it is given."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deserve.errors import UserError
+
 CHUNK = 2**25  # weights unpacked at a time: 64 MB of bfloat16 beside the packed ones
 SMALLEST_SCALE = 2.0**-126  # of a block of zeros
 Operation = Callable[[Tensor, Tensor], Tensor]  # in place
@@ -175,20 +177,14 @@ class PackedLinear:
         return torch.cat([torch.linalg.vector_norm(chunk * gain.float(), dim=1) for chunk in chunks])
 
     def scaled(self, factors: Sequence[tuple[int, float]], bias: bool = True) -> "PackedLinear":
-        """The same product with the outputs of each part multiplied by one of `factors`, powers of two."""
-        assert [part.shape[0] for part in self.parts] == [count for count, _ in factors]
-        parts = [
-            replace(part, scale=(part.scale.float() * factor).to(part.scale.dtype))
-            if isinstance(part, Packed)
-            else part * factor
-            for part, (_, factor) in zip(self.parts, factors, strict=True)
-        ]
-        scaled = self.bias
-        if bias and scaled is not None:
-            scaled = torch.cat(
-                [b * f for b, (_, f) in zip(scaled.split([n for n, _ in factors]), factors, strict=True)]
-            )
-        return PackedLinear(parts, scaled)
+        """The same product with its outputs, so many at a time, multiplied by `factors`; with or without the `bias`.
+
+        Raises UserError where outputs of different factors share a scale.
+        """
+        each = torch.cat([torch.full((count,), factor) for count, factor in factors])
+        sizes = [part.shape[0] for part in self.parts]
+        parts = [_scaled(part, of_part) for part, of_part in zip(self.parts, each.split(sizes), strict=True)]
+        return PackedLinear(parts, self.bias * each.to(self.bias) if bias and self.bias is not None else self.bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The product [T, out], in the memory of `out` if it is given."""
@@ -201,6 +197,20 @@ class PackedLinear:
                 out[:, begin + rows.start : begin + rows.stop] = F.linear(x, weight)
             begin += size
         return out if self.bias is None else out.add_(self.bias)
+
+
+def _scaled(part: Packed | Tensor, factors: Tensor) -> Packed | Tensor:
+    """A weight [out, in] whose rows are multiplied by `factors` [out], powers of two."""
+    if not isinstance(part, Packed):
+        return part * factors.unsqueeze(1).to(part)
+    if part.form.rows != 1:
+        if len(factors.unique()) > 1:
+            raise UserError(
+                "kvcache.dtype=fp8: in this checkpoint queries, keys and values share a scale: set model.packed=false"
+            )
+        factors = factors[:1]
+    scale = part.scale.float() * factors.unsqueeze(1).to(part.scale.device)
+    return replace(part, scale=scale.to(part.scale.dtype))
 
 
 def _chunks(part: Packed | Tensor, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:

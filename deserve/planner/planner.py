@@ -464,6 +464,7 @@ class _Search:
             main_pages=main,
             swap_pages=swap,
             host_height=height,
+            fp8_pages=kv.fp8,
         )
 
     # -- the arithmetic
@@ -569,6 +570,10 @@ class _Search:
         machine = self._machine
         if bound == BANDWIDTH and not machine.coded:
             key, machine = "comm.activations=fp8", replace(machine, coded=True)
+        elif bound in (MEMORY, BUS) and not self._config.kvcache.fp8:
+            key, share = "kvcache.dtype=fp8", 1 / self._dtype.itemsize
+            stages = tuple(replace(times, page_s=times.page_s * share) for times in machine.stages)
+            machine = replace(machine, page_bytes=round(machine.page_bytes * share), stages=stages)
         else:
             return ""
         gain = max(_Search(self._config, self._model, self._dtype, self._lengths, machine)._rates().values()) / most

@@ -89,7 +89,7 @@ def survey(
     host_memory = available_memory() // 2 // world.local_size
     edges = nccl_edges(world, config, device)
     budgets = token_budgets(config.pipeline.max_batch_tokens, device.type == "cuda")
-    page_bytes = config.kvcache.page_size * checkpoint.config.kv_spec(dtype).token_bytes
+    page_bytes = config.kvcache.page_size * checkpoint.config.kv_spec(dtype, config.kvcache.fp8).token_bytes
     link = replace(measure_link(world), far=far_links(NetworkSection(), world.hosts)[world.rank])
     if edges[world.rank] is not None or (world.rank and edges[world.rank - 1] is not None):
         link = replace(link, byte_s=measure_nccl(world, edges, device))
@@ -98,7 +98,13 @@ def survey(
         "hardware": world.gather("survey/hardware", hardware(device)),
         "hosts": [world.hosts.index(host) for host in world.hosts],
         "model": [json.loads(json.dumps(asdict(checkpoint.config), default=str)), str(dtype)],
-        "settings": [config.kvcache.page_size, list(budgets), config.comm.backend, config.comm.activations],
+        "settings": [
+            config.kvcache.page_size,
+            list(budgets),
+            config.comm.backend,
+            config.comm.activations,
+            config.kvcache.dtype,
+        ],
     }
     known = world.share("survey/kept", read_kept(kept, key) if world.rank == 0 else None)
     if known is None:
@@ -382,8 +388,11 @@ class Probe:
         self._next_slot = self._next_page = 0
         self._page_writes: list[IntArray] = []
         self._entries = {shape: self._entry(shape) for shape in [*self._bare, *self._heads]}
-        pages = max(self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype).token_bytes) + 1)
+        pages = max(
+            self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes) + 1
+        )
         plan = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
+        plan = replace(plan, fp8_pages=config.kvcache.fp8)
         dummy = replace(checkpoint, weights="dummy")
         self._short = load_stage(dummy, plan, Shard(first, first + 1, True, True), dtype, device)
         self._long = load_stage(dummy, plan, Shard(first, first + self._layers, False, False), dtype, device)

@@ -187,6 +187,7 @@ def stated_times(
     layer_s: float | None,
     most_tokens: int,
     page_s: float = 0.0,
+    fp8_pages: bool = False,
 ) -> StageTimes:
     """The roofline of a device that reads `bytes_per_s` and computes `flops` a second: each product takes the longer
     of reading its weights and multiplying, packed weights are unpacked before. `layer_s`, where given, is what a layer
@@ -212,7 +213,7 @@ def stated_times(
     expert_bytes = [3 * each.count * each.intermediate_size * model.hidden_size * dtype.itemsize for each in layers]
     layer_bytes = (weight_bytes - sum(expert_bytes)) // model.num_layers
     unpack_s = unpack_bytes(model, every, dtype) / bytes_per_s / model.num_layers
-    kv_s = model.kv_spec(dtype).token_bytes / bytes_per_s
+    kv_s = model.kv_spec(dtype, fp8_pages).token_bytes / bytes_per_s
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
     tokens = product(layer_bytes, unpack_s) if layer_s is None else Curve((0.0,), (layer_s,))
     if layers and layer_s is None:

@@ -91,7 +91,7 @@ class Manifest:
             source += f", the first {config.workload.shared_tokens} tokens shared"
         named = {"source": None if paths and config.workload.source not in SOURCES else source, "files": files}
         chats = {"template": fingerprints["workload.chat_template"], "reasoning": config.workload.reasoning}
-        formats = {"comm.activations": config.comm.activations}
+        formats = {"comm.activations": config.comm.activations, "kvcache.dtype": config.kvcache.dtype}
         coded = {key: value for key, value in formats.items() if value != "auto"}
         return cls(named, model, dtype, dataclasses.asdict(config.sampling), chats, coded, tuple(paths))
 
@@ -132,7 +132,7 @@ class Manifest:
             "dtype": "model.dtype",
             "sampling": "sampling parameters",
             "chats": "workload.chat_template or workload.reasoning",
-            "coded": "comm.activations",
+            "coded": "comm.activations or kvcache.dtype",
         }
         before = {"coded": {}} | before if isinstance(before, dict) else {}  # older manifests lack it
         grown = self._has_grown(before.get("input"))

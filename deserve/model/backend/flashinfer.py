@@ -85,14 +85,16 @@ class _Attention:
         variant: str,
         config: ModelConfig,
         dtype: torch.dtype,
+        kept: torch.dtype,
         workspace: torch.Tensor,
         page_size: int,
         pdl: bool,
         window: int | None,
     ):
+        """`kept`: the dtype of pages."""
         sizes, cap = (config.head_dim, config.head_dim), config.attention_cap
         self._module = get_batch_prefill_module(
-            variant, dtype, dtype, dtype, torch.int32, *sizes, 0, window is not None, cap is not None, False
+            variant, dtype, kept, dtype, torch.int32, *sizes, 0, window is not None, cap is not None, False
         )
         self._window_left = -1 if window is None else window - 1  # tokens before the query's own
         self._split_options: tuple[Any, ...] = (-1, False, 0) if variant == "fa2" else ()  # contexts split as it likes
@@ -198,7 +200,8 @@ class FlashInferBackend(Backend):
 
     A visit may have `max_tokens` tokens, and as many rows; their contexts lie in `max_pages` pages.
     `prefill`, `fa2` or `fa3`, is the kernel for rows of many tokens; `auto` takes what was faster.
-    `tables`: how many page tables a visit has.
+    `tables`: how many page tables a visit has. `fp8_pages`: keys and values are cast to e4m3, which fa2
+    alone takes beside queries of another dtype.
     """
 
     captures = True
@@ -214,6 +217,7 @@ class FlashInferBackend(Backend):
         max_pages: int,
         prefill: str = "auto",
         tables: int = 1,
+        fp8_pages: bool = False,
     ):
         inners = {config.intermediate_size, config.experts.intermediate_size if config.experts else 0}
         if any(inner * dtype.itemsize % 16 for inner in inners):
@@ -236,12 +240,13 @@ class FlashInferBackend(Backend):
         if prefill == "auto":
             # 512 tokens on an H200: 26 us instead of fa2's 33 with 64/8 heads, 16 instead of 63 with 32/8. Measured in
             # bfloat16 with heads of 128; there is no fa3 but for Hopper.
-            measured = dtype == torch.bfloat16 and config.head_dim == 128
+            measured = dtype == torch.bfloat16 and config.head_dim == 128 and not fp8_pages
             prefill = "fa3" if properties.major == 9 and measured else "fa2"
+        self._kept = torch.float8_e4m3fn if fp8_pages else dtype
         # By window: for decode rows, short prefill rows, and others
         self._attention = {
             window: [
-                _Attention(variant, config, dtype, workspace, page_size, pdl, window)
+                _Attention(variant, config, dtype, self._kept, workspace, page_size, pdl, window)
                 for variant in ("fa2", "fa2", prefill)
             ]
             for window in self._windows
@@ -375,6 +380,7 @@ class FlashInferBackend(Backend):
     def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor, kind: int = 0) -> None:
         row_of_token, view = self._visit.row_of_token, self._visit.views[self._windows[kind]]
         pages = view.pages[layer.table]
+        k, v = k.to(self._kept), v.to(self._kept)
         self._append(k, v, row_of_token, view.positions, *layer.memory.unbind(1), pages, *view.table, NHD)
 
     def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:

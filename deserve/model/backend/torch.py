@@ -90,19 +90,27 @@ class TorchBackend(Backend):
     two are to be merged.
 
     Rows with one new token are not gathered on a CPU that has a C compiler: in layers without window and soft cap they
-    read their pages in place.
+    read their pages in place, unless these are in fp8.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_length: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_length: int,
+        fp8_pages: bool = False,
+    ):
         self._config, self._dtype, self._device = config, dtype, device
         self._ropes = []  # by kind: cos and sin, [positions, dim]
         for kind in config.kinds:
             cos, sin = rope_table(kind.rope, max_length, device)
             self._ropes.append((torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)))
         plain = config.attention_cap is None and config.scale == config.head_dim**-0.5
-        self._decode = decode_attention(config, dtype) if device.type == "cpu" and plain else None
+        self._decode = decode_attention(config, dtype) if device.type == "cpu" and plain and not fp8_pages else None
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
+        self._e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(device, dtype)
 
     def begin_visit(self, rows: Rows) -> None:
         self._rows = rows
@@ -140,10 +148,9 @@ class TorchBackend(Backend):
     def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor, kind: int = 0) -> None:
         if not self._page_size:
             self._address(layer.memory.shape[2])
-        slots = layer.memory.view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
-        key_slots, value_slots = self._slots[layer.table]
-        slots.index_copy_(0, key_slots, k)
-        slots.index_copy_(0, value_slots, v)
+        slots = _raw(layer.memory).view(-1, *k.shape[1:])  # one row per (page, k or v, offset)
+        for part, where in zip((k, v), self._slots[layer.table], strict=True):
+            slots.index_copy_(0, where, _raw(part.to(layer.memory.dtype)))
         if self._finite:
             self._finite = math.isfinite(float(k.sum(dtype=torch.float32)) + float(v.sum(dtype=torch.float32)))
 
@@ -151,7 +158,7 @@ class TorchBackend(Backend):
         pages = layer.memory
         tokens, heads, head_dim = q.shape
         kv_heads = pages.shape[3]
-        halves = pages.view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
+        halves = _raw(pages).view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         scale, cap = self._config.scale, self._config.attention_cap
         reads = self._reads(self._config.kinds[kind].window)
@@ -221,9 +228,13 @@ class TorchBackend(Backend):
         n, width = index.shape
         size = n * width * halves.shape[1]
         if self._gathered[buffer].numel() < size:
-            self._gathered[buffer] = torch.empty(size, dtype=halves.dtype, device=halves.device)
+            self._gathered[buffer] = torch.empty(size, dtype=self._dtype, device=halves.device)
         gathered = self._gathered[buffer][:size].view(n * width, -1)
-        torch.index_select(halves, 0, index.reshape(-1), out=gathered)
+        if halves.dtype == torch.uint8:  # a table widens four times as fast as a conversion
+            codes = torch.index_select(halves, 0, index.reshape(-1)).view(-1).int()
+            torch.index_select(self._e4m3, 0, codes, out=gathered.view(-1))
+        else:
+            torch.index_select(halves, 0, index.reshape(-1), out=gathered)
         if not self._finite:
             gathered.view(n * width * self._page_size, -1).index_fill_(0, past, 0)
         return gathered.view(n, width * self._page_size, kv_heads, -1).transpose(1, 2)
@@ -331,6 +342,11 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     # sin's first half is negated, so rolling by half the elements stands for HF's rotate_half.
     turned = torch.addcmul(part * cos, part.roll(dim // 2, -1), sin)
     return turned if dim == x.shape[-1] else torch.cat([turned, x[..., dim:]], -1)
+
+
+def _raw(x: torch.Tensor) -> torch.Tensor:
+    """`x`, as bytes if it is e4m3, for which many operations are not made."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _attend(
