@@ -68,7 +68,7 @@ def test_logits_are_those_of_transformers_on_the_twin(case, folders):
         theirs = reference_model(twin(folder))(torch.tensor([ids])).logits[0]
     assert theirs.std() > 0.5
     for config in (config_of(folder), packed(config_of(folder))):
-        torch.testing.assert_close(Whole(folder, config).logits(ids), theirs, atol=ATOL, rtol=RTOL)
+        torch.testing.assert_close(Whole(folder, config).logits(ids, len(ids)), theirs, atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.parametrize("case", ["ct-fp8-tensor", "ct-fp8-channel", "ct-fp8-block", "ct-w4a16", "ct-w4a16-channel"])
@@ -77,7 +77,7 @@ def test_transformers_reads_the_same_from_the_same_files(case, folders):
     folder, ids = folders(case), np.random.default_rng(2).integers(320, size=60).tolist()
     with torch.inference_mode():
         theirs = reference_model(folder)(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(Whole(folder, config_of(folder)).logits(ids), theirs, atol=ATOL, rtol=RTOL)
+    torch.testing.assert_close(Whole(folder, config_of(folder)).logits(ids, len(ids)), theirs, atol=ATOL, rtol=RTOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,7 +154,7 @@ def test_modules_that_the_checkpoint_keeps_and_biases(tmp_path, in_memory):
     ids = np.random.default_rng(1).integers(320, size=40).tolist()
     with torch.inference_mode():
         theirs = reference_model(twin(folder))(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(Whole(folder, config).logits(ids), theirs, atol=ATOL, rtol=RTOL)
+    torch.testing.assert_close(Whole(folder, config).logits(ids, len(ids)), theirs, atol=ATOL, rtol=RTOL)
     amend(folder, ignore=["lm_head"])
     with pytest.raises(UserError, match=r"no tensor model\.layers\.0\.self_attn\.k_proj\.weight_packed"):
         check_weights(folder, config_of(folder))
@@ -220,7 +220,7 @@ def test_a_checkpoint_is_rounded_while_loading(name, tmp_path):
     packed = resolve(replace(section, packed=True)).config
     assert not config.quantisation.packed and packed.quantisation.packed
     for mine in (config, packed):
-        torch.testing.assert_close(Whole(folder, mine).logits(ids), theirs, atol=ATOL, rtol=RTOL)
+        torch.testing.assert_close(Whole(folder, mine).logits(ids, len(ids)), theirs, atol=ATOL, rtol=RTOL)
     layer = Shard(0, 1, False, False)
     plain, small = (parameter_bytes(each, layer, torch.bfloat16) for each in (config, packed))
     assert small / plain == pytest.approx({"fp8": 0.51, "int4": 0.27}[name], abs=0.01)
