@@ -5,12 +5,13 @@
         [comm.activations=fp8]
 
 `DIR/wan` makes network namespaces that are joined by a relay with a set one-way delay: `wan up -n N --delay-ms D`,
-`wan exec I -- COMMAND`, `wan set --delay-ms D --mbps B`, `wan down`; host I has the address 10.77.0.(I+1). Every rank is
-a torchrun of its own, on one core (three ranks share two), and a host of its own, by its name. The simulation differs in
-delay and bandwidth only: it has the plan of the real run before it, `network.latency_ms` and `network.bandwidth_mbps`,
-and goes through the same relay at no delay, as the relay works on the ranks' cores; with `--loopback` it has no relay. Real and simulated runs alternate; the medians of `--repeat` runs are
-compared. Prints a Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails
-or gives other answers than the first one.
+`wan exec I -- COMMAND`, `wan set --delay-ms D --mbps B`, `wan down`; host I has the address 10.77.0.(I+1). Every rank
+is a torchrun of its own, on one core (three ranks share two), and a host of its own, by its name. The simulation
+differs in delay and bandwidth only: it has the plan of the real run before it, `network.latency_ms` and
+`network.bandwidth_mbps`, and goes through the same relay at no delay, as the relay works on the ranks' cores; with
+`--loopback` it has no relay. Real and simulated runs alternate; the medians of `--repeat` runs are compared. Prints a
+Markdown table and writes `wan.json` into `--out`. Exit status 1 if a run fails or gives other answers than the first
+one.
 """
 
 import argparse
