@@ -1,5 +1,6 @@
 """Rank 0's part in the visits: tokens in, plans out."""
 
+import threading
 import time
 from collections import deque
 
@@ -14,6 +15,8 @@ from deserve.stop import Stop
 from deserve.timeline import Timeline
 from deserve.tuner import Tuner
 from deserve.workload.read_ahead import ReadAhead
+
+LAST_SAVE_S = 2.0  # torchrun starts the ranks again only when all have ended
 
 
 class Controller:
@@ -36,6 +39,7 @@ class Controller:
         self._requests, self._recorder, self._progress = requests, recorder, progress
         self._tuner = tuner
         self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
+        self._deciding = threading.Lock()  # held while the scheduler's state changes
         self._under_way: deque[tuple[int, VisitPlan]] = deque()  # micro-batches whose tokens are to come
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
@@ -51,11 +55,20 @@ class Controller:
             self._save()
         if not self._scheduler.in_flight and not self._scheduler.waiting and self._scheduler.admitting:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
-        with self._timeline.span("plan", micro_batch):
+        with self._timeline.span("plan", micro_batch), self._deciding:
             plan, tokens = self._scheduler.plan(micro_batch)
         self._tokens_in.expect()
         self._under_way.append((micro_batch, plan))
         return plan, tokens
+
+    def save_now(self) -> None:
+        """Save the answers in flight, for the start that follows when another rank has died. Any thread may call it.
+
+        Nothing is planned after it. Takes `LAST_SAVE_S` at most for each of its two steps.
+        """
+        if self._deciding.acquire(timeout=LAST_SAVE_S):
+            self._save()
+            self._recorder.wait(LAST_SAVE_S)
 
     def _save(self) -> None:
         self._saved = time.monotonic()
@@ -64,7 +77,7 @@ class Controller:
     def _collect(self) -> None:
         micro_batch, plan = self._under_way.popleft()
         words = self._timeline.receive(self._tokens_in, micro_batch).view(torch.int32).numpy()
-        with self._timeline.span("commit", micro_batch):
+        with self._timeline.span("commit", micro_batch), self._deciding:
             before = self._scheduler.output_tokens
             result = VisitResult.decode(words, plan.sampled, plan.scored)
             completions = self._scheduler.commit(micro_batch, result)

@@ -87,8 +87,10 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
             controller = job.controller(layout, links.tokens_in, stop, timeline, startup)
+            world.save = controller.save_now
             stop.begin_visits()
     run_pipeline(stage, links, controller, layout.rounds, checkpoint.config.hidden_size, timeline)
+    world.save = lambda: None
     # A stop that came after the last answer has stopped nothing.
     stopped_by = world.share("stopped", None if job is not None and job.whole else stop.reason)
     stages = world.gather("stages", stage_metrics(timeline, stage))

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,18 @@ def test_every_kind_of_answer_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_here(*job, f"output.dir={tmp_path}/calm") == 0
     calm = json.loads((tmp_path / "calm" / "metrics.json").read_text())
     assert calm["resumed_tokens"] == 0 and not (tmp_path / "calm" / "unfinished.jsonl").exists()
-    visits = 0
+    visits, saved = 0, []
     plan = Controller.next_visit
 
     def stopping(self: Controller, micro_batch: int) -> tuple[VisitPlan, Any]:
         nonlocal visits
         visits += 1
+        if visits == 20:  # as a thread of the pulse does when another rank has died
+            thread = threading.Thread(target=self.save_now)
+            thread.start()
+            thread.join()
+            saved.append((tmp_path / "out" / "unfinished.jsonl").read_bytes().count(b"\n"))
+            self._deciding.release()  # the process would have ended
         if visits == 30:
             os.kill(os.getpid(), signal.SIGTERM)
             while self._stop.reason is None:
@@ -100,7 +107,7 @@ def test_every_kind_of_answer_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     np.testing.assert_allclose(logprobs, right_logprobs, atol=1e-4)
     # A stop loses the tokens that are under way, no more: one of each sequence.
     assert len(starts) > 3 and sampled <= sum(calm["history"]["output_tokens"]) + 18 * len(starts)
-    assert not (tmp_path / "out" / "unfinished.jsonl").exists()
+    assert min(saved) > 1 and not (tmp_path / "out" / "unfinished.jsonl").exists()
     assert f"{metrics['resumed_tokens']:,} tokens of {metrics['resumed_answers']} answers" in capsys.readouterr().out
 
 

@@ -52,6 +52,7 @@ class World:
         self._failing = threading.Lock()
         self._hearing = threading.Lock()
         self.visits: Callable[[], int] = lambda: 0  # that this rank has made
+        self.save: Callable[[], None] = lambda: None  # what a failure must not lose
         self._act: Callable[[Word], None] | None = None
         self._missed: list[Word] = []
         self._notice_board: dist.Store = dist.HashStore()
@@ -295,6 +296,8 @@ class World:
         At once: links to a rank that is gone cannot be closed tidily, and finished results are on disk.
         """
         self._failing.acquire()  # never released: another thread that fails too must not end the process meanwhile
+        with suppress(Exception):  # of which this failure may be the cause
+            self.save()
         rank, said = self._note_failure(message)
         if rank == self.rank:
             print(f"deserve: error: {message}", file=sys.stderr, flush=True)

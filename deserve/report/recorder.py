@@ -38,7 +38,7 @@ class Recorder:
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
         self._answers: dict[str, list[Completion]] = {}  # by custom_id, of requests that want several
-        self._queue: queue.Queue[Completion | Rejected | list[SoFar] | None] = queue.Queue()
+        self._queue: queue.Queue[Completion | Rejected | list[SoFar] | threading.Event | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
@@ -51,6 +51,12 @@ class Recorder:
         if self._error is not None:
             raise self._error
         self._queue.put(outcome)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all that was put is written, for `timeout_s` at most."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait(timeout_s)
 
     def close(self) -> None:
         """Write all that was put, then return."""
@@ -65,6 +71,8 @@ class Recorder:
             while (outcome := self._queue.get()) is not None:
                 if isinstance(outcome, Rejected):
                     self._refused(outcome.custom_id, outcome.code, outcome.message)
+                elif isinstance(outcome, threading.Event):
+                    outcome.set()
                 elif isinstance(outcome, list):
                     self._unfinished.note(outcome)
                     self._unfinished.write()
