@@ -203,6 +203,16 @@ def test_progress_counts(monkeypatch) -> None:
     assert lines[2] == "deserve: 2/4 requests, 20 tok/s now, 21 overall, 0:16 left"
 
 
+def test_nobody_knows_when_the_last_long_answer_ends() -> None:
+    stream = io.StringIO()
+    progress = Progress(2, warmup_s=0, stream=stream)
+    progress.start()
+    progress.request(completion(1, 2))
+    progress.tokens(9, 9)
+    progress.close()
+    assert "1/2 requests" in stream.getvalue() and "left" not in stream.getvalue()
+
+
 def test_progress_is_one_line_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

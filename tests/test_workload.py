@@ -163,16 +163,18 @@ def test_what_only_python_reads_is_refused_under_the_line_s_own_name(tmp_path: P
     path.write_text(
         '{"custom_id": "nan", "prompt": "a", "temperature": NaN}\n'
         '{"custom_id": "twice", "prompt": "a", "seed": 1, "seed": 2}\n'
+        '{"custom_id": "long", "prompt": "a", "seed": ' + "9" * 5000 + "}\n"
         '{"custom_id": "inside", "messages": [{"role": "user", "content": "a", "content": "b"}]}\n'
         '{"custom_id": "none", "url": null, "body": null, "method": true}\n'
     )
     items = read(configure(path))
-    assert [(item.custom_id, item.code) for item in items[:3] if isinstance(item, Rejected)] == [
-        (name, "invalid_json") for name in ("nan", "twice", "inside")
+    assert [(item.custom_id, item.code) for item in items[:4] if isinstance(item, Rejected)] == [
+        (name, "invalid_json") for name in ("nan", "twice", "long", "inside")
     ]
     messages = [item.message for item in items if isinstance(item, Rejected)]
     assert "NaN is not a JSON value" in messages[0] and "key 'seed' twice" in messages[1]
-    assert "key 'content' twice" in messages[2] and "method is true" in messages[3]
+    assert "thousands of digits" in messages[2] and "key 'content' twice" in messages[3]
+    assert "method is true" in messages[4]
 
 
 def test_the_demonstration_s_model_has_its_name_on_the_hub(tmp_path: Path) -> None:
@@ -219,6 +221,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ('{"prompt": NaN}', "invalid_json", "NaN"),
         ("[" * 100_000, "invalid_json", "deeply"),
         ('{"max_tokens": ' + "9" * 5000 + "}", "invalid_json", "digits"),
+        ('{"max_tokens": ' + "9" * 5000 + " !", "invalid_json", "delimiter"),
         ("[1]", "invalid_request", "a list"),
         ("7", "invalid_request", "7"),
         ({}, "missing_parameter", "messages and prompt"),

@@ -145,9 +145,10 @@ class Progress:
         overall = sampled / max(elapsed, 1e-9)
         now = recent / min(second, RECENT_S) if second else overall
         words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
-        if self._total and done and done < self._total and overall:
+        if self._total and done and done < self._total:
             to_come = self._total * answered / done - sampled  # if answers stay as long as they were
-            words.append(f"{clock(max(0, to_come) / overall)} left")
+            if to_come > 0:  # else only answers longer than those are left, and nobody knows
+                words.append(f"{clock(to_come / overall)} left")
         if hit_rate:
             words.append(f"{hit_rate:.0%} of prompt tokens shared")
         if a_trip >= 1.01:

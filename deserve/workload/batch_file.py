@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -174,18 +174,25 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], str | None]:
         text = raw.decode()
     except UnicodeDecodeError as error:
         raise RequestError("invalid_utf8", f"not UTF-8 at byte {error.start + 1}") from None
+
+    def parsed(parse_int: Callable[[str], int]) -> Any:
+        try:
+            return json.loads(
+                text,
+                parse_int=parse_int,
+                parse_constant=lambda name: problems.append(f"{name} is not a JSON value"),
+                object_pairs_hook=distinct,
+            )
+        except RecursionError:
+            raise RequestError("invalid_json", "nested too deeply") from None
+        except json.JSONDecodeError as error:
+            raise RequestError("invalid_json", f"not JSON: {error.msg} at column {error.colno}") from None
+
     try:
-        entry = json.loads(
-            text,
-            parse_constant=lambda name: problems.append(f"{name} is not a JSON value"),
-            object_pairs_hook=distinct,
-        )
-    except RecursionError:
-        raise RequestError("invalid_json", "nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise RequestError("invalid_json", f"not JSON: {error.msg} at column {error.colno}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise RequestError("invalid_json", f"not JSON: {error}") from None
+        entry = parsed(int)
+    except ValueError:
+        problems.append("a number has thousands of digits")
+        entry = parsed(lambda digits: int(digits[:9]))
     if not isinstance(entry, dict):
         raise RequestError("invalid_request", f"the line holds {brief(entry)}, but must hold an object")
     return entry, next(iter(problems), None)
