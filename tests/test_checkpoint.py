@@ -159,9 +159,10 @@ def test_an_unusable_folder_is_named(tmp_path):
     section = ModelSection(name="own", path=str(tmp_path))
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         resolve(section)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
-        resolve(section)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+            resolve(section)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json: must hold a JSON object"):
         resolve(section)

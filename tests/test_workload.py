@@ -117,7 +117,9 @@ def test_fixed_is_deterministic_and_within_its_bounds() -> None:
     assert peek_lengths(config, None, LIMITS).count == 3
 
 
-@pytest.mark.parametrize("source", ["fixed", "fixed8:4", "fixed8:4:-1", "fixed0:4:0", "fixed8:4:4", "fixed8:4:0x"])
+@pytest.mark.parametrize(
+    "source", ["fixed", "fixed8:4", "fixed8:4:-1", "fixed0:4:0", "fixed8:4:4", "fixed8:4:0x", "/data/none"]
+)
 def test_malformed_fixed(source: str) -> None:
     with pytest.raises(UserError, match=r"workload\.source"):
         open_workload(configure(source), None, LIMITS)

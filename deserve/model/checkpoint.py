@@ -180,7 +180,7 @@ def _from_folder(model: "ModelSection", folder: Path, hub_id: str | None = None)
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(content).__name__}")

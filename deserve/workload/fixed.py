@@ -31,8 +31,8 @@ class Fixed:
         match = PATTERN.fullmatch(source)
         if match is None:
             raise UserError(
-                f"workload.source={source} must read fixedCOUNT:LENGTH:VARIATION, as in fixed512:256:0 "
-                "(512 prompts of 256 tokens, give or take none)"
+                f"workload.source={source} is no file, no data set, and does not read fixedCOUNT:LENGTH:VARIATION, as "
+                "in fixed512:256:0 (512 prompts of 256 tokens, give or take none)"
             )
         count, length, variation = map(int, match.groups())
         if count < 1 or variation >= length:
