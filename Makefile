@@ -14,8 +14,10 @@ demo: .venv/installed
 		output.dir=$(DEMO) output.resume=false $(ARGS)
 	@$(BIN)/python bench/show_answers.py $(DEMO)
 
+# Ranks wait for each other most of the time: a second file of tests fills the cores meanwhile. A file stays in one
+# process, which makes its models and surveys once.
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
