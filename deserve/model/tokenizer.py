@@ -1,5 +1,6 @@
 """Text to token ids and back. Only rank 0 needs this, so transformers is imported where it is used."""
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deserve.errors import RequestError, UserError
@@ -68,7 +70,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=_stated_config(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # a tokenizer class may raise anything on a bad file
             reason = " ".join(str(error).split())[:REASON] or type(error).__name__
             raise UserError(f"{folder}: cannot load the tokenizer: {reason}") from error
@@ -267,6 +271,20 @@ class _Bytes:
 
     def __call__(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
+
+
+def _stated_config(folder: Path) -> SimpleNamespace | None:
+    """`config.json` as it stands, where that is all that the choice of the tokenizer's class depends on.
+
+    transformers' own class for it imports most of the library: a second of a start of two.
+    """
+    try:
+        config, stated = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "tokenizer_config"))
+        if not stated.get("tokenizer_class"):
+            return None
+        return SimpleNamespace(**{"model_type": "", **config, "_name_or_path": str(folder)})
+    except (OSError, ValueError, AttributeError, TypeError):  # no such files, or not as expected: see there
+        return None
 
 
 def end_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | ByteTokenizer | None) -> tuple[int, ...]:

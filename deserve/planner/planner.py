@@ -33,7 +33,7 @@ SCREENED = 3, 500  # waves of a long job and visits of such a simulation; the be
 FINALISTS = 2
 # Visits that a search simulates before it ends with what it has: at least; for each second that the job may take; at
 # most. 1,000 take about 0.3 s.
-EFFORT = 3_000, 100, 30_000
+EFFORT = 1_000, 100, 30_000
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
