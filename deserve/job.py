@@ -40,7 +40,7 @@ from deserve.workload.read_ahead import ReadAhead
 
 
 class Job:
-    """What rank 0 knows of a job before and after the visits: its input, its plan and its results.
+    """What rank 0 knows of a job before and after the visits: its input, its layout and its results.
 
     With `resume` it goes on from the results in `output.dir`.
     """
@@ -72,15 +72,15 @@ class Job:
         self._progress = Progress(left, config.warmup_s)
 
     def plan(self, machine: Machine, dtype: torch.dtype) -> Layout:
-        """The plan of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
+        """The layout of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
         model = self._checkpoint.config
         self._machine = machine
-        plan = choose_plan(self._config, model, dtype, self._lengths, machine)
-        print(table(plan, model.num_layers, self._lengths.exact), flush=True)
-        return plan
+        layout = choose_plan(self._config, model, dtype, self._lengths, machine)
+        print(table(layout, model.num_layers, self._lengths.exact), flush=True)
+        return layout
 
     def controller(
-        self, plan: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline, startup: Startup
+        self, layout: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline, startup: Startup
     ) -> Controller:
         """Open the workload and start reading. `startup` has the steps so far."""
         self._startup = self._progress.startup = startup
@@ -95,36 +95,36 @@ class Job:
             self._config, self._tokenizer, self._limits, self._defaults, done=done, ignored=self._ignored
         )
         items = (
-            within_memory(within_rope(item, switch), plan.main_pages + plan.swap_pages, plan.page_size)
+            within_memory(within_rope(item, switch), layout.main_pages + layout.swap_pages, layout.page_size)
             for item in self._counted(requests)
         )
         continued, record = self._unfinished.continued, self._recorder.put
         # Who is admitted when must not depend on the speed of reading where equal plans are to make equal visits.
         until = None if self._config.pipeline.tune else lambda: stop.reason is not None
-        size = max(1024, 2 * plan.concurrency)
+        size = max(1024, 2 * layout.concurrency)
         self._ahead = ahead = ReadAhead(items, done, continued, record, size, until)
         reorders = self._config.workload.order == "auto"
         context = self._lengths.mean_prompt + self._lengths.mean_output
-        cycle_s = cycle_times(plan, self._machine, self._checkpoint.config.num_layers, context)
+        cycle_s = cycle_times(layout, self._machine, self._checkpoint.config.num_layers, context)
         tokens = self._config.speculation.tokens
-        self._drafts = Drafts(plan.concurrency, cycle_s, None if tokens == "auto" else tokens) if tokens else None
+        self._drafts = Drafts(layout.concurrency, cycle_s, None if tokens == "auto" else tokens) if tokens else None
         scheduler = Scheduler(
-            plan,
+            layout,
             ahead,
             eos_ids=end_ids(self._checkpoint, self._tokenizer),
             find_cuts=StopFinder(Detokenizer(self._tokenizer)),
             share_prefixes=self._config.kvcache.share_prefixes,
             grouped=reorders,
             # Where every token costs the same, mixing gains little, and uneven visits cost something.
-            mixed=reorders and self._machine.reading_binds(plan.micro_batch_size),
+            mixed=reorders and self._machine.reading_binds(layout.micro_batch_size),
             rope_switch=self._checkpoint.config.rope_switch,
             cycle_s=cycle_s,
             drafter=self._drafts,
         )
         self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
         self._prefixes = scheduler.pages.prefixes
-        ahead.wait(plan.concurrency)
-        self._tuner = self._make_tuner(plan)
+        ahead.wait(layout.concurrency)
+        self._tuner = self._make_tuner(layout)
         return Controller(
             scheduler,
             tokens_in,
@@ -137,11 +137,11 @@ class Job:
             self._config.output.checkpoint_s,
         )
 
-    def _make_tuner(self, plan: Layout) -> Tuner:
-        """The tuner of what `plan` leaves to it: nothing that was set by hand."""
+    def _make_tuner(self, layout: Layout) -> Tuner:
+        """The tuner of what `layout` leaves to it: nothing that was set by hand."""
         pipeline = self._config.pipeline
-        begin = Filling(plan.policy, plan.visit_tokens or plan.max_batch_tokens, plan.micro_batch_size)
-        most = replace(begin, tokens=plan.max_batch_tokens)
+        begin = Filling(layout.policy, layout.visit_tokens or layout.max_batch_tokens, layout.micro_batch_size)
+        most = replace(begin, tokens=layout.max_batch_tokens)
         by_knob = {"policy": pipeline.policy, "tokens": pipeline.max_batch_tokens, "rows": pipeline.micro_batch_size}
         knobs = tuple(knob for knob, stated in by_knob.items() if stated == "auto" and pipeline.tune)
         return Tuner(begin, most, knobs, PLANNED_POLICIES, self._lengths.sequences)
@@ -152,7 +152,7 @@ class Job:
         self._changed = self._manifest.changed_file()
 
     def report(
-        self, plan: Layout, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
+        self, layout: Layout, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
     ) -> None:
         """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
 
@@ -163,7 +163,7 @@ class Job:
             ranks = [[Span(*span) for span in rank] for rank in spans]
             write_trace(self._folder / "trace.json", ranks)
             latency = self._config.network.latency_ms
-            title = f"{self._checkpoint.name}, {len(ranks)} ranks, {plan.rounds} rounds, links of {latency:g} ms"
+            title = f"{self._checkpoint.name}, {len(ranks)} ranks, {layout.rounds} rounds, links of {latency:g} ms"
             draw_timeline(self._folder / "timeline.png", ranks, title)
         metrics = {
             **self._progress.summary(),
@@ -182,9 +182,9 @@ class Job:
                 "most_host_pages_used": self._host_pool.pages - self._host_pool.least_free,
             },
             "plan": {
-                **plan.to_json(),
-                "predicted_output_tokens_per_s": plan.predicted,
-                "predicted_for_these_answers": self._hindsight(plan),
+                **layout.to_json(),
+                "predicted_output_tokens_per_s": layout.predicted,
+                "predicted_for_these_answers": self._hindsight(layout),
             },
             "tuning": self._tuner.report(),
             "speculation": self._drafts.report() if self._drafts is not None else None,
@@ -216,9 +216,9 @@ class Job:
         if changed:
             raise LastingError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
-    def _hindsight(self, plan: Layout) -> float | None:
-        """Output tokens/s that `plan` would have promised, had the lengths of the answers been known."""
-        if self._lengths.exact or plan.predicted is None:
+    def _hindsight(self, layout: Layout) -> float | None:
+        """Output tokens/s that `layout` would have promised, had the lengths of the answers been known."""
+        if self._lengths.exact or layout.predicted is None:
             return None
         sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
         if not sizes:
@@ -233,7 +233,7 @@ class Job:
             mean_output=sum(answers) / len(sizes),
             sizes=sizes if len(sizes) == round(count * self._lengths.answers) else (),
         )
-        return simulate(plan, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
+        return simulate(layout, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
 
 
 def within_rope(item: Item, switch: int) -> Item:

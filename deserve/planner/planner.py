@@ -81,7 +81,7 @@ class _Found(NamedTuple):
     """What a simulation says of a candidate."""
 
     candidate: _Candidate
-    plan: Layout
+    layout: Layout
     outcome: Outcome
 
     @property
@@ -158,19 +158,19 @@ class _Search:
         )
         screened = [found for policy in self._policies for found in self._screened(ranked, policy)]
         if not screened:
-            self._plan(ranked[0])  # says why it does not fit
+            self._layout(ranked[0])  # says why it does not fit
         screened.sort(key=lambda found: -found.rate)
-        finalists = [self._simulate(found.candidate, found.plan) for found in screened[:FINALISTS]]
+        finalists = [self._simulate(found.candidate, found.layout) for found in screened[:FINALISTS]]
         good = [found for found in finalists if found.rate >= (1 - EQUAL) * max(each.rate for each in finalists)]
-        best = self._climb(min(good, key=lambda found: (found.plan.rounds, -found.rate)))
+        best = self._climb(min(good, key=lambda found: (found.layout.rounds, -found.rate)))
         bound = self._bound(best.candidate)
         return replace(
-            best.plan,
+            best.layout,
             predicted=best.rate if self._predictable(best) else None,
             bound=bound,
-            why=self._why(bound, best.candidate, best.plan),
+            why=self._why(bound, best.candidate, best.layout),
             hint=self._hint(bound, most),
-            stage_s=self._stages(best.plan.partition, self._decode(self._pace(best.candidate).rows)),
+            stage_s=self._stages(best.layout.partition, self._decode(self._pace(best.candidate).rows)),
         )
 
     def _screened(self, ranked: list[_Candidate], policy: str) -> Iterator[_Found]:
@@ -180,11 +180,11 @@ class _Search:
             kind = (candidate.partition, candidate.rounds, candidate.swap > 0, candidate.tokens)
             if candidate.policy == policy and kind not in seen and (not seen or self._goes_on):
                 try:
-                    plan = self._plan(candidate)
+                    layout = self._layout(candidate)
                 except UserError:  # the frames of many rounds take memory too
                     continue
                 seen.add(kind)
-                yield self._simulate(candidate, plan, *SCREENED)
+                yield self._simulate(candidate, layout, *SCREENED)
             if len(seen) == SIMULATED:
                 return
 
@@ -193,10 +193,10 @@ class _Search:
         """Whether there is time for further simulations."""
         return self._simulated_visits < self._effort
 
-    def _simulate(self, candidate: _Candidate, plan: Layout, *extent: int) -> _Found:
-        outcome = simulate(plan, self._lengths, self._machine, self._model.num_layers, *extent)
+    def _simulate(self, candidate: _Candidate, layout: Layout, *extent: int) -> _Found:
+        outcome = simulate(layout, self._lengths, self._machine, self._model.num_layers, *extent)
         self._simulated_visits += outcome.visits
-        return _Found(candidate, plan, outcome)
+        return _Found(candidate, layout, outcome)
 
     def _climb(self, found: _Found) -> _Found:
         """`found`, improved step by step as long as that pays."""
@@ -226,16 +226,16 @@ class _Search:
             if not (self._goes_on and fits and enough and swaps):
                 continue
             try:
-                plan = self._plan(each)
+                layout = self._layout(each)
             except UserError:
                 continue
-            yield self._simulate(each, plan)
+            yield self._simulate(each, layout)
 
     def _predictable(self, found: _Found) -> bool:
         """Whether the job is large enough for a prediction: of a small one, mostly the tail counts."""
         if not self._lengths.sizes:  # requests alike, or more than the sample
             return True
-        few = not self._lengths.exact and self._count < FEW_WAVES * found.plan.concurrency
+        few = not self._lengths.exact and self._count < FEW_WAVES * found.layout.concurrency
         return not few and found.outcome.tail <= LONG_TAIL
 
     # -- what is in reach
@@ -409,7 +409,7 @@ class _Search:
         by_hand = self._config.kvcache.main_pages
         return left if by_hand == "auto" else min(left, by_hand)
 
-    def _plan(self, candidate: _Candidate) -> Layout:
+    def _layout(self, candidate: _Candidate) -> Layout:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
         kv = self._config.kvcache
         shares = self._shares(candidate.partition)
@@ -579,7 +579,7 @@ class _Search:
         gain = max(_Search(self._config, self._model, self._dtype, self._lengths, machine)._rates().values()) / most
         return f"{key} would bring {gain:.1f} times as much, and change answers a little" if gain > WORTH_IT else ""
 
-    def _why(self, bound: str, candidate: _Candidate, plan: Layout) -> str:
+    def _why(self, bound: str, candidate: _Candidate, layout: Layout) -> str:
         """One sentence of arithmetic behind `bound`."""
         pace, rounds = self._pace(candidate), candidate.rounds
         trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
@@ -596,37 +596,39 @@ class _Search:
                 f"its work {1e3 * pace.busiest:.1f} ms; {trip}"
             )
         if bound == MEMORY:
-            fit = (plan.main_pages + rounds * plan.swap_pages) / self._mean_pages
+            fit = (layout.main_pages + rounds * layout.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
         return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
 
 
-def table(plan: Layout, layers: int, exact: bool = True) -> str:
-    """`plan` for the eye: a line per rank (alike ones together), then what circulates and what to expect.
+def table(layout: Layout, layers: int, exact: bool = True) -> str:
+    """`layout` for the eye: a line per rank (alike ones together), then what circulates and what to expect.
 
     Where answers may end before their `max_tokens`, they are not `exact`.
     """
     lines = ["rank      layers  first  stage ms"]
-    shares = [plan.shard(rank, layers) for rank in range(len(plan.partition))]
+    shares = [layout.shard(rank, layers) for rank in range(len(layout.partition))]
     for rank, share in enumerate(shares):
-        seconds = f"{1e3 * plan.stage_s[rank]:8.2f}" if plan.stage_s else " " * 8
+        seconds = f"{1e3 * layout.stage_s[rank]:8.2f}" if layout.stage_s else " " * 8
         lines.append(f"{rank:<8}  {share.last - share.first:6}  {share.first:5}  {seconds}")
     if len(lines) > 17:
         widths = Counter(share.last - share.first for share in shares)
         spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
         lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
     lines.append(
-        f"{plan.rounds} rounds of {plan.micro_batch_size} sequences, {plan.concurrency} in flight, "
-        f"up to {plan.visit_tokens or plan.max_batch_tokens} tokens a visit, policy {plan.policy}"
+        f"{layout.rounds} rounds of {layout.micro_batch_size} sequences, {layout.concurrency} in flight, "
+        f"up to {layout.visit_tokens or layout.max_batch_tokens} tokens a visit, policy {layout.policy}"
     )
-    swapping = f"{plan.swap_pages} swap pages for each round" if plan.swap_pages else "no swapping"
-    pool = f"a host pool of {pool_pages(plan.host_height)}" if plan.host_height else "no host pool"
-    lines.append(f"KV memory of {plan.main_pages} main pages of {plan.page_size} tokens, {swapping}, {pool}")
-    if plan.predicted is not None:
+    swapping = f"{layout.swap_pages} swap pages for each round" if layout.swap_pages else "no swapping"
+    pool = f"a host pool of {pool_pages(layout.host_height)}" if layout.host_height else "no host pool"
+    lines.append(f"KV memory of {layout.main_pages} main pages of {layout.page_size} tokens, {swapping}, {pool}")
+    if layout.predicted is not None:
         condition = "" if exact else " if all answers are as long as max_tokens allows (less if they end earlier)"
-        lines.append(f"predicted {plan.predicted:,.1f} output tokens/s{condition}, bound by {plan.bound}: {plan.why}")
-    elif plan.bound:
-        lines.append(f"too small a job for a prediction, bound by {plan.bound}: {plan.why}")
-    if plan.hint:
-        lines.append(plan.hint)
+        lines.append(
+            f"predicted {layout.predicted:,.1f} output tokens/s{condition}, bound by {layout.bound}: {layout.why}"
+        )
+    elif layout.bound:
+        lines.append(f"too small a job for a prediction, bound by {layout.bound}: {layout.why}")
+    if layout.hint:
+        lines.append(layout.hint)
     return "\n".join(lines)

@@ -37,25 +37,25 @@ class Outcome:
 
 
 def simulate(
-    plan: Layout, lengths: Lengths, machine: Machine, layers: int, waves: int = WAVES, most_visits: int = MOST_VISITS
+    layout: Layout, lengths: Lengths, machine: Machine, layers: int, waves: int = WAVES, most_visits: int = MOST_VISITS
 ) -> Outcome:
-    """The job of `lengths` under `plan`, of a model of `layers` layers, from the first visit to the last token.
+    """The job of `lengths` under `layout`, of a model of `layers` layers, from the first visit to the last token.
 
     Requests have the mean lengths, unless those of each are known. Of a job of many alike only `waves` waves of
-    `plan.concurrency` sequences are simulated, and its last; those between take as long as the usual ones of these.
+    `layout.concurrency` sequences are simulated, and its last; those between take as long as the usual ones of these.
     The first and the last are not: waves overlap where prompts and answers mix (`decode_first`), and where sequences
     are suspended a long wave follows a short one. A job of more than `most_visits` visits is simulated coarsely, and
     one that has not ended even so after twice as many is taken to go on as it began.
     """
-    wave = plan.concurrency
+    wave = layout.concurrency
     count = lengths.sequences or 10 * wave
     simulated = count if count <= (waves + 1) * wave or lengths.sizes else waves * wave + count % wave
     usual_size = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
     sizes = lengths.sizes or list(repeat(usual_size, simulated))
     output = sum(answer for _, answer in lengths.sizes) or count * usual_size[1]
-    visits = plan.rounds * simulated / wave * usual_size[1]
-    grain = _grain(plan, min((answer for _, answer in sizes), default=1), visits / most_visits)
-    run = Simulation(plan, sizes, machine, layers, grain, lengths)
+    visits = layout.rounds * simulated / wave * usual_size[1]
+    grain = _grain(layout, min((answer for _, answer in sizes), default=1), visits / most_visits)
+    run = Simulation(layout, sizes, machine, layers, grain, lengths)
     run.run(2 * most_visits)
     between = 0.0
     if not run.scheduler.finished:
@@ -76,9 +76,9 @@ def read_once(machine: Machine, lengths: Lengths, page_size: int, rows: float) -
     return again if again >= SHARED_PAGES * page_size and not machine.stages[0].ahead else 0.0
 
 
-def _grain(plan: Layout, answer: int, wanted: float) -> int:
+def _grain(layout: Layout, answer: int, wanted: float) -> int:
     """How many visits alike a simulated one stands for: `wanted` as far as the shortest answer and a page divide."""
-    most = min(answer // FEWEST_STEPS, math.gcd(plan.page_size, 2**10) // 2)
+    most = min(answer // FEWEST_STEPS, math.gcd(layout.page_size, 2**10) // 2)
     grain = 1
     while grain < wanted and 2 * grain <= most:
         grain *= 2
@@ -95,7 +95,7 @@ class Simulation:
 
     def __init__(
         self,
-        plan: Layout,
+        layout: Layout,
         sizes: Iterable[tuple[int, int]],
         machine: Machine,
         layers: int,
@@ -104,19 +104,19 @@ class Simulation:
         mixed: bool = False,
     ) -> None:
         """`sharing` says what the prompts have in common; without it, nothing. `mixed`: see Scheduler."""
-        self.plan, self.machine, self.grain, self.sharing = plan, machine, grain, sharing
-        reach = (plan.main_pages + plan.swap_pages) * plan.page_size
+        self.layout, self.machine, self.grain, self.sharing = layout, machine, grain, sharing
+        reach = (layout.main_pages + layout.swap_pages) * layout.page_size
         fitting = [size for size in sizes if sum(size) - 1 <= reach]  # a run refuses the others
-        pages = 0 if sharing is None else round(sharing.shared / plan.page_size)
+        pages = 0 if sharing is None else round(sharing.shared / layout.page_size)
         self.requests = Requests(
             ((-(-prompt // grain), 1 + round((answer - 1) / grain)) for prompt, answer in fitting),
-            pages * plan.page_size // grain,
+            pages * layout.page_size // grain,
             math.inf if sharing is None else sharing.readers,
         )
         context = sum(map(sum, fitting)) / max(1, len(fitting))
-        layout = replace(plan, page_size=plan.page_size // grain)
-        cycle_s = cycle_times(plan, machine, layers, context)
-        self.scheduler = Scheduler(layout, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
+        coarse = replace(layout, page_size=layout.page_size // grain)
+        cycle_s = cycle_times(layout, machine, layers, context)
+        self.scheduler = Scheduler(coarse, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
         self.visits = self.sampled = 0
         self.done: list[tuple[int, float]] = [(0, 0.0)]  # requests finished, by when
         self.now = self.tail_s = 0.0
@@ -125,8 +125,8 @@ class Simulation:
         ranks = machine.ranks
         self.free, self.wire = [0.0] * ranks, [0.0] * ranks
         self.planned = 0.0  # when the host of rank 0 had planned its last visit
-        self.back = [0.0] * plan.rounds
-        shares = [plan.shard(rank, layers) for rank in range(ranks)]
+        self.back = [0.0] * layout.rounds
+        shares = [layout.shard(rank, layers) for rank in range(ranks)]
         kinds: dict[tuple[StageTimes, int, bool, bool], int] = {}  # ranks that are alike, once
         self.kind_of = [
             kinds.setdefault((machine.stages[r], s.last - s.first, s.embeds, s.outputs), len(kinds))
@@ -137,7 +137,7 @@ class Simulation:
 
     def run(self, most_visits: int) -> None:
         """Visit the micro-batches in turn until all have retired, or `most_visits` were made."""
-        turn = list(range(self.plan.rounds))
+        turn = list(range(self.layout.rounds))
         while turn and self.visits < most_visits:
             turn = [micro_batch for micro_batch in turn if self._visit(micro_batch)]
 
@@ -161,7 +161,7 @@ class Simulation:
             return False
         self.visits += 1
         self.sampled += plan.sampled * self.grain
-        swapped = self.plan.swap_pages - self.scheduler.pages.free_swap(m) if self.plan.rounds > 1 else 0
+        swapped = self.layout.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
         self.travel(m, self.load(plan, swapped))
         return True
 
@@ -172,7 +172,7 @@ class Simulation:
         if plan.admissions:  # a prompt of one token
             decoding &= ~np.isin(plan.slots, [admission[0] for admission in plan.admissions])
         decodes, prompts = int(np.count_nonzero(decoding)), new[~decoding]
-        again = 0.0 if self.sharing is None else read_once(self.machine, self.sharing, self.plan.page_size, decodes)
+        again = 0.0 if self.sharing is None else read_once(self.machine, self.sharing, self.layout.page_size, decodes)
         return VisitLoad(
             decodes=decodes,
             decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2) - again,

@@ -391,11 +391,11 @@ class Probe:
         pages = max(
             self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes) + 1
         )
-        plan = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
-        plan = replace(plan, fp8_pages=config.kvcache.fp8)
+        layout = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
+        layout = replace(layout, fp8_pages=config.kvcache.fp8)
         dummy = replace(checkpoint, weights="dummy")
-        self._short = load_stage(dummy, plan, Shard(first, first + 1, True, True), dtype, device)
-        self._long = load_stage(dummy, plan, Shard(first, first + self._layers, False, False), dtype, device)
+        self._short = load_stage(dummy, layout, Shard(first, first + 1, True, True), dtype, device)
+        self._long = load_stage(dummy, layout, Shard(first, first + self._layers, False, False), dtype, device)
         self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
         sampling = default_sampling(config.sampling, checkpoint.generation)
