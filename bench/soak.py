@@ -157,7 +157,7 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
         "seconds": seconds_to_next_token(output, times),
         "status": status,
         "elapsed_s": time.monotonic() - begin,
-        "starts": log.count(" in flight, policy "),
+        "starts": log.count("rank      layers"),
     }
 
 
