@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import make_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deserve.config import load_config
 from deserve.kvcache.pages import KVLayer
-from deserve.model.backend import attend
+from deserve.model.backend import cpu
 from deserve.model.backend import torch as backends
-from deserve.model.backend.attend import decode_attention
 from deserve.model.backend.base import Rows
+from deserve.model.backend.cpu import cpu_kernels
 from deserve.model.checkpoint import resolve
 from deserve.model.config import ModelConfig
 
@@ -71,7 +72,7 @@ def test_pages_read_once_give_what_each_row_alone_reads(config: ModelConfig, dra
         for least, in_place in ((1, True), (10**9, True), (1, False), (10**9, False)):
             patch.setattr(backends, "SHARED_PAGES", least)
             if not in_place:
-                patch.setattr(backends, "decode_attention", lambda *_: None)
+                patch.setattr(backends, "cpu_kernels", lambda *_: None)
             backend = backends.TorchBackend(config, torch.float32, torch.device("cpu"), config.max_context)
             layer = KVLayer(memory.clone(), 0)
             backend.begin_visit(rows)
@@ -97,8 +98,8 @@ def test_attention_in_place_is_attention(
     kv_heads, group, head_dim = shape
     random = torch.Generator().manual_seed(len(lengths))
     config = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim)
-    kernel = decode_attention(config, dtype)  # type: ignore[arg-type]
-    assert kernel is not None
+    kernels = cpu_kernels(config, dtype)  # type: ignore[arg-type]
+    assert kernels is not None
     pages = [-(-length // page) for length in lengths]
     memory = torch.full((sum(pages), 2, page, kv_heads, head_dim), torch.nan, dtype=dtype)
     order = torch.randperm(sum(pages), generator=random).to(torch.int32).numpy()
@@ -121,7 +122,9 @@ def test_attention_in_place_is_attention(
     found, found_sums = torch.empty(rows, config.num_heads * head_dim, dtype=dtype), torch.empty(rows, config.num_heads)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    kernel(KVLayer(memory, 0), table, np.array(lengths, np.int32), tokens, q.flip(0).contiguous(), found, found_sums)
+    kernels.attend(
+        KVLayer(memory, 0), table, np.array(lengths, np.int32), tokens, q.flip(0).contiguous(), found, found_sums
+    )
     torch.set_num_threads(before)
     close = {"equal_nan": True, "atol": 1e-5 * scale, "rtol": 1e-5}
     torch.testing.assert_close(found_sums.flip(0), log_sums, **close)
@@ -129,22 +132,48 @@ def test_attention_in_place_is_attention(
     torch.testing.assert_close(found.flip(0).float(), expected.flatten(1), **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
+    """Against float64; in bfloat16 to one rounding. Infinity and NaN stay what they are."""
+    kernels = cpu_kernels(SimpleNamespace(num_heads=3, num_kv_heads=3, head_dim=64), dtype)  # type: ignore[arg-type]
+    assert kernels is not None
+    close = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-6}
+    random = torch.Generator().manual_seed(0)
+    for rows, n in ((1, 7), (5, 576), (0, 16)):
+        x, residual, weight, up = (
+            (3 * torch.randn(shape, generator=random)).to(dtype) for shape in ((rows, n), (rows, n), (n,), (rows, n))
+        )
+        summed = residual + x
+        expected = F.rms_norm(summed.double(), (n,), weight.double(), 1e-5)
+        normed = kernels.rms_norm(x, weight, 1e-5, residual)
+        torch.testing.assert_close(normed.double(), expected, **close)
+        assert torch.equal(residual, summed)
+        gate = 10 * x
+        gate.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -200.0])[: gate.numel()]
+        found = kernels.silu_and_mul(torch.cat([gate, up], 1)).double()
+        torch.testing.assert_close(found, F.silu(gate.double()) * up.double(), equal_nan=True, **close)
+    parts = torch.randn(4, 9, 64, generator=random).to(dtype).split([6, 3], 1)[1]  # the keys of queries and keys
+    weight = torch.randn(64, generator=random).to(dtype)
+    found = kernels.rms_norm(parts, weight, 1e-6).double()
+    torch.testing.assert_close(found, F.rms_norm(parts.double(), (64,), weight.double(), 1e-6), **close)
+
+
 def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Or with one that fails, or without a folder to compile in."""
     shape = SimpleNamespace(num_heads=2, num_kv_heads=2, head_dim=32)
 
     def kernel() -> object:
-        attend._library.cache_clear()
-        return decode_attention(shape, torch.float32)  # type: ignore[arg-type]
+        cpu._library.cache_clear()
+        return cpu_kernels(shape, torch.float32)  # type: ignore[arg-type]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernel() is not None and len(list((tmp_path / "deserve").iterdir())) == 1
-    assert decode_attention(shape, torch.float16) is None  # type: ignore[arg-type]
+    assert cpu_kernels(shape, torch.float16) is None  # type: ignore[arg-type]
     for name, value in (("CC", "false"), ("CC", "no-such-compiler"), ("XDG_CACHE_HOME", "/dev/null/cache")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert kernel() is None
-    attend._library.cache_clear()
+    cpu._library.cache_clear()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

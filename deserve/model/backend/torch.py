@@ -1,4 +1,4 @@
-"""Kernels from plain PyTorch, for CPUs and as the reference for others; one of C for decoding on CPUs."""
+"""Kernels from plain PyTorch, for CPUs and as the reference for others; some of C for CPUs."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from deserve.batch import IntArray, Ints
 from deserve.kvcache.pages import KVLayer
-from deserve.model.backend.attend import decode_attention
 from deserve.model.backend.base import Backend, Rows
+from deserve.model.backend.cpu import cpu_kernels
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
 
@@ -106,8 +106,9 @@ class TorchBackend(Backend):
         for kind in config.kinds:
             cos, sin = rope_table(kind.rope, max_length, device)
             self._ropes.append((torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)))
-        plain = config.attention_cap is None and config.scale == config.head_dim**-0.5
-        self._decode = decode_attention(config, dtype) if device.type == "cpu" and plain and not fp8_pages else None
+        self._kernels = cpu_kernels(config, dtype) if device.type == "cpu" else None
+        plain = config.attention_cap is None and config.scale == config.head_dim**-0.5 and not fp8_pages
+        self._in_place = self._kernels is not None and plain  # whether rows that decode read their pages in place
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
         self._e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(device, dtype)
@@ -129,12 +130,18 @@ class TorchBackend(Backend):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._config.norm_offset:
             return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self._config.norm_eps).to(x.dtype)
+        if self._kernels is not None:
+            return self._kernels.rms_norm(x, weight, self._config.norm_eps)
         return F.rms_norm(x, weight.shape, weight, self._config.norm_eps)
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None and not self._config.norm_offset:
+            return self._kernels.rms_norm(x, weight, self._config.norm_eps, residual)
         return self.rms_norm(residual.add_(x), weight)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None:
+            return self._kernels.silu_and_mul(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
@@ -166,10 +173,10 @@ class TorchBackend(Backend):
         # log-sum-exp of each token's scores
         weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0, device=q.device)
         decoding = reads.decoding
-        if self._decode is not None and len(decoding.tokens):
+        if self._kernels is not None and len(decoding.tokens):
             log_sums = weight if merges else None
             table = decoding.tables[layer.table]
-            self._decode(layer, table, decoding.lengths, decoding.tokens, q.contiguous(), out, log_sums)
+            self._kernels.attend(layer, table, decoding.lengths, decoding.tokens, q.contiguous(), out, log_sums)
         for bucket in reads.buckets:
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
@@ -259,8 +266,7 @@ class TorchBackend(Backend):
             shared, skipped = self._share(rows, page_size)
             rows = rows.behind(skipped, page_size)
         length = rows.context + rows.new_tokens
-        in_place = self._decode is not None and window is None
-        alone = rows.new_tokens == 1 if in_place else np.zeros(len(length), bool)
+        alone = rows.new_tokens == 1 if self._in_place and window is None else np.zeros(len(length), bool)
         decoding = Decoding(
             self._first[alone].astype(np.int64),
             length[alone].astype(np.int32),

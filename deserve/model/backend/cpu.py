@@ -1,4 +1,4 @@
-"""`attend.c`, compiled for one model on the machine that runs it.
+"""`cpu.c`, compiled for one model on the machine that runs it.
 
 The compiler is C's and needs no headers of torch, so this takes half a second, once; OpenMP is the one that torch has
 loaded, so both share their threads.
@@ -21,7 +21,7 @@ from deserve.kvcache.pages import KVLayer
 from deserve.model.cache import cache_folder
 from deserve.model.config import ModelConfig
 
-SOURCE = Path(__file__).with_name("attend.c")
+SOURCE = Path(__file__).with_name("cpu.c")
 LANES = 16  # floats that the kernel adds up at once
 # Sums may be taken in any order; NaN and infinity keep their meaning.
 FLAGS = (
@@ -30,15 +30,18 @@ FLAGS = (
 )
 
 
-class DecodeAttention:
-    """Attention of rows with one new token each over their pages, which are read where they lie."""
+class CpuKernels:
+    """The functions of `cpu.c` for one model and dtype."""
 
     def __init__(self, library: ctypes.CDLL):
-        self._attend = library.attend
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._attend.argtypes = [pointer, count, pointer, count, *[pointer] * 2, count, *[pointer] * 3, ctypes.c_int]
+        pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        self._attend, self._rms_norm, self._silu_and_mul = library.attend, library.rms_norm, library.silu_and_mul
+        self._attend.argtypes = [pointer, count, pointer, count, *[pointer] * 2, count, *[pointer] * 3, number]
+        self._rms_norm.argtypes = [*[pointer] * 4, count, count, ctypes.c_float, number]
+        self._silu_and_mul.argtypes = [pointer, pointer, count, count, number]
+        self._rms_norm.restype = self._silu_and_mul.restype = None
 
-    def __call__(
+    def attend(
         self,
         layer: KVLayer,
         table: IntArray,
@@ -52,6 +55,7 @@ class DecodeAttention:
         [rows, width], into their places of `out` [T, heads * head_dim].
 
         `log_sums` [T, heads], float32, takes the log-sum-exp of their scores. All are contiguous; `tokens` are int64.
+        Raises MemoryError.
         """
         failed = self._attend(
             *(layer.memory.data_ptr(), layer.memory.shape[2], table.ctypes.data, table.shape[1], lengths.ctypes.data),
@@ -61,14 +65,32 @@ class DecodeAttention:
         if failed:
             raise MemoryError("out of memory for the scores of attention")
 
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """RMSNorm of x [..., n], or of its sum with the contiguous `residual`, which becomes that sum."""
+        x, n = x.contiguous(), x.shape[-1]
+        out = torch.empty_like(x)
+        residual_at = None if residual is None else residual.data_ptr()
+        ends = (x.numel() // n, n, eps, torch.get_num_threads())
+        self._rms_norm(x.data_ptr(), residual_at, weight.data_ptr(), out.data_ptr(), *ends)
+        return out
 
-def decode_attention(config: ModelConfig, dtype: torch.dtype) -> DecodeAttention | None:
-    """The kernel for a model, None where it cannot be had: without a C compiler, or for another type or head size."""
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up for gate_up [m, 2 * n]: [m, n]."""
+        gate_up, n = gate_up.contiguous(), gate_up.shape[-1] // 2
+        out = gate_up.new_empty(len(gate_up), n)
+        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), len(gate_up), n, torch.get_num_threads())
+        return out
+
+
+def cpu_kernels(config: ModelConfig, dtype: torch.dtype) -> CpuKernels | None:
+    """The kernels for a model; None where there are none: without a C compiler, for another dtype or head size."""
     if dtype not in (torch.bfloat16, torch.float32) or config.head_dim % LANES:
         return None
     shape = {"HEADS": config.num_heads, "KV_HEADS": config.num_kv_heads, "HEAD_DIM": config.head_dim}
     library = _library(tuple(f"-D{name}={value}" for name, value in shape.items()), dtype == torch.bfloat16)
-    return DecodeAttention(library) if library is not None else None
+    return CpuKernels(library) if library is not None else None
 
 
 @cache
@@ -80,13 +102,13 @@ def _library(shape: tuple[str, ...], bfloat16: bool) -> ctypes.CDLL | None:
         return None
     options = (*FLAGS, *shape, *(("-DBFLOAT16",) if bfloat16 else ()))
     made_of = (SOURCE.read_text(), compiler, platform.machine(), _processor(), *options)
-    name = f"attend-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     try:
         folder = cache_folder()
         if not (folder / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix="attend.tmp-", dir=folder) as scratch:
-                compiled, linked = Path(scratch) / "attend.o", Path(scratch) / name
+            with tempfile.TemporaryDirectory(prefix="kernels.tmp-", dir=folder) as scratch:
+                compiled, linked = Path(scratch) / "kernels.o", Path(scratch) / name
                 # Linked without OpenMP's library: the functions are found in the one that is there.
                 for step in ((*options, "-c", SOURCE, "-o", compiled), ("-shared", compiled, "-o", linked, "-lm")):
                     subprocess.run([compiler, *map(str, step)], check=True, capture_output=True)
@@ -98,9 +120,7 @@ def _library(shape: tuple[str, ...], bfloat16: bool) -> ctypes.CDLL | None:
 
 
 def _regret(reason: str) -> None:
-    print(
-        f"Attention in place is not usable ({reason}): PyTorch's takes its place, at a third of the speed", flush=True
-    )
+    print(f"The kernels for CPUs are not usable ({reason}): PyTorch's take their place, more slowly", flush=True)
 
 
 def _processor() -> str:

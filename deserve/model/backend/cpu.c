@@ -1,4 +1,5 @@
-/* Attention of sequences that decode, over their pages where they lie.
+/* Kernels for CPUs: attention of sequences that decode, over their pages where they lie; norms and activations in one
+ * pass over memory.
  *
  * Compiled for one model: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), BFLOAT16 or else float. Sums are float32.
  */
@@ -25,6 +26,13 @@ static inline vec load(const scalar *from) {
     return (vec)(__builtin_convertvector(x, ivec) << 16);
 }
 
+static inline float widen(scalar x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
 static inline scalar narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -39,6 +47,8 @@ static inline vec load(const scalar *from) {
     memcpy(&x, from, sizeof x);
     return x;
 }
+
+static inline float widen(scalar x) { return x; }
 
 static inline scalar narrow(float x) { return x; }
 #endif
@@ -199,4 +209,36 @@ int attend(const scalar *pages, int64_t page_size, const int32_t *tables, int64_
         free(scores);
     }
     return failed;
+}
+
+/* out = RMSNorm of x, by rows [rows, n]; with a `residual` of residual + x, which it becomes. */
+void rms_norm(const scalar *x, scalar *residual, const scalar *weight, scalar *out, int64_t rows, int64_t n, float eps,
+              int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const scalar *from = x + row * n;
+        if (residual) {
+            scalar *sum = residual + row * n;
+            for (int64_t i = 0; i < n; i++) sum[i] = narrow(widen(sum[i]) + widen(from[i]));
+            from = sum;
+        }
+        float squares = 0;
+        for (int64_t i = 0; i < n; i++) squares += widen(from[i]) * widen(from[i]);
+        const float factor = 1 / sqrtf(squares / n + eps);
+        scalar *to = out + row * n;
+        for (int64_t i = 0; i < n; i++) to[i] = narrow(widen(from[i]) * factor * widen(weight[i]));
+    }
+}
+
+/* out [rows, n] = silu(gate) * up of gate_up [rows, 2 * n]. */
+void silu_and_mul(const scalar *gate_up, scalar *out, int64_t rows, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < rows; row++) {
+        const scalar *gate = gate_up + row * 2 * n, *up = gate + n;
+        scalar *to = out + row * n;
+        for (int64_t i = 0; i < n; i++) {
+            const float x = widen(gate[i]), e = exponential(-fabsf(x));
+            to[i] = narrow(x * (x < 0 ? e : 1.0f) / (1 + e) * widen(up[i]));
+        }
+    }
 }
