@@ -15,7 +15,7 @@ from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.errors import LastingError
 from deserve.layout import Layout
-from deserve.model.checkpoint import Checkpoint, model_dtype
+from deserve.model.checkpoint import Checkpoint, computes_on_cpu, model_dtype
 from deserve.model.tokenizer import end_ids, load_tokenizer
 from deserve.planner.cycle import cycle_times
 from deserve.planner.planner import PLANNED_POLICIES, choose_plan, table
@@ -47,11 +47,12 @@ class Job:
 
     def __init__(self, config: Config, checkpoint: Checkpoint, resume: bool):
         self._config, self._checkpoint = config, checkpoint
-        self._dtype = model_dtype(config.model, checkpoint.config)
+        self._on_cpu = computes_on_cpu(config.device)
+        self._dtype = model_dtype(config.model, checkpoint.config, self._on_cpu)
         self._defaults = default_sampling(config.sampling, checkpoint.generation)
         self._limits = Limits(checkpoint.config.vocab_size, checkpoint.config.max_context)
         self._folder = Path(config.output.dir)
-        self._manifest = Manifest.of(config, checkpoint.fingerprint(), str(self._dtype).removeprefix("torch."))
+        self._manifest = Manifest.of(config, checkpoint.fingerprint(), name_of(self._dtype))
         self._writer = ResultsWriter(
             self._folder / "results.jsonl",
             resume,
@@ -77,6 +78,10 @@ class Job:
         self._machine = machine
         layout = choose_plan(self._config, model, dtype, self._lengths, machine)
         print(table(layout, model.num_layers, self._lengths.exact), flush=True)
+        if self._on_cpu and self._config.model.dtype == "auto":
+            other = model.dtype != dtype
+            why = f": this CPU has no instructions for {name_of(model.dtype)}, the checkpoint's dtype" if other else ""
+            print(f"computes in {name_of(dtype)}{why}", flush=True)
         return layout
 
     def controller(
@@ -254,6 +259,11 @@ def within_rope(item: Item, switch: int) -> Item:
         "(original_max_position_embeddings), where longrope changes from its short to its long factors: ask for at "
         f"most {switch - prompt + 1} tokens, or for an answer to a prompt of more than {switch}",
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def within_memory(item: Item, pages: int, page_size: int) -> Item:

@@ -25,6 +25,7 @@ from deserve.job import Job
 from deserve.layout import Layout
 from deserve.memory import held_by_others
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
+from deserve.model.config import DTYPES
 from deserve.pipeline import run_pipeline
 from deserve.planner.survey import survey
 from deserve.report.clock import shifted, to_rank_0s_clock
@@ -53,8 +54,10 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     with world.step("model"):
         checkpoint = resolve(config.model)
         check_files(checkpoint)
-        dtype = model_dtype(config.model, checkpoint.config)
+        dtype = model_dtype(config.model, checkpoint.config, device.type == "cpu")
     world.require_same({"the kind of device": device.type, **facts(config, checkpoint)})
+    # Rank 0's choice: with model.dtype=auto it depends on the CPU, and hosts may have several kinds.
+    dtype = DTYPES[world.share("dtype", str(dtype).removeprefix("torch."))]
     job = None
     with world.step("workload"):
         if world.rank == 0:

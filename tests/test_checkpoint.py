@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from deserve.config import ModelSection, config_dir
 from deserve.errors import RequestError, UserError
 from deserve.layout import Shard
+from deserve.model import checkpoint as checkpoints_module
 from deserve.model.checkpoint import Checkpoint, check_files, fetch_shard_files, model_dtype, resolve
+from deserve.model.config import DTYPES
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from deserve.model.weights import tensor_shapes
@@ -58,6 +60,26 @@ def test_a_named_model_with_dummy_weights_needs_no_download():
     assert load_tokenizer(checkpoint) is None
     assert checkpoint.fingerprint() != resolve(group("llama-3-8b", weights="dummy")).fingerprint()
     fetch_shard_files(checkpoint, Shard(0, 80, True, True))
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx", "taken"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
+def test_auto_takes_the_dtype_that_the_cpu_multiplies(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx: bool, taken: str
+) -> None:
+    monkeypatch.setattr(checkpoints_module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    section = group("llama-3-70b", weights="dummy")
+    stored = resolve(section).config
+    assert model_dtype(section, stored, on_cpu=True) == DTYPES[taken]
+    assert (
+        model_dtype(section, stored)
+        == model_dtype(group("llama-3-70b", dtype="bfloat16"), stored, True)
+        == torch.bfloat16
+    )
+    assert model_dtype(group("tiny"), resolve(group("tiny")).config, on_cpu=True) == torch.float32
 
 
 @pytest.mark.parametrize("weights", ["auto", "dummy"])

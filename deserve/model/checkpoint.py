@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,9 +130,27 @@ def check_files(checkpoint: Checkpoint) -> None:
         check_weights(checkpoint.folder, checkpoint.config, fetched=checkpoint.hub_id is None)
 
 
-def model_dtype(section: "ModelSection", config: ModelConfig) -> torch.dtype:
-    """The dtype to compute in: `model.dtype`, or the checkpoint's for `auto`."""
-    return config.dtype if section.dtype == "auto" else DTYPES[section.dtype]
+def model_dtype(section: "ModelSection", config: ModelConfig, on_cpu: bool = False) -> torch.dtype:
+    """The dtype to compute in: `model.dtype`, or for `auto` the checkpoint's.
+
+    Where this machine's CPU is to compute and has no instructions for bfloat16, `auto` takes float32 instead, which
+    holds the same weights and is faster there.
+    """
+    if section.dtype != "auto":
+        return DTYPES[section.dtype]
+    return torch.float32 if on_cpu and config.dtype == torch.bfloat16 and not multiplies_bfloat16() else config.dtype
+
+
+def computes_on_cpu(device: str) -> bool:
+    """Whether `device` of the configuration means the CPU here."""
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16: AMX or AVX512-BF16, or ARM's."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fetch_shard_files(checkpoint: Checkpoint, shard: Shard) -> None:
