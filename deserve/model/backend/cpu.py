@@ -22,6 +22,7 @@ from deserve.model.cache import cache_folder
 from deserve.model.config import ModelConfig
 
 SOURCE = Path(__file__).with_name("cpu.c")
+GRAIN = 32768  # elements that are worth a thread, as in PyTorch
 LANES = 16  # floats that the kernel adds up at once
 # Sums may be taken in any order; NaN and infinity keep their meaning.
 FLAGS = (
@@ -57,10 +58,11 @@ class CpuKernels:
         `log_sums` [T, heads], float32, takes the log-sum-exp of their scores. All are contiguous; `tokens` are int64.
         Raises MemoryError.
         """
+        elements = int(lengths.sum()) * layer.memory[0, 0, 0].numel()
         failed = self._attend(
             *(layer.memory.data_ptr(), layer.memory.shape[2], table.ctypes.data, table.shape[1], lengths.ctypes.data),
             *(tokens.ctypes.data, len(tokens), q.data_ptr(), out.data_ptr()),
-            *(None if log_sums is None else log_sums.data_ptr(), torch.get_num_threads()),
+            *(None if log_sums is None else log_sums.data_ptr(), _threads(elements)),
         )
         if failed:
             raise MemoryError("out of memory for the scores of attention")
@@ -72,16 +74,21 @@ class CpuKernels:
         x, n = x.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
         residual_at = None if residual is None else residual.data_ptr()
-        ends = (x.numel() // n, n, eps, torch.get_num_threads())
-        self._rms_norm(x.data_ptr(), residual_at, weight.data_ptr(), out.data_ptr(), *ends)
+        sizes = (x.numel() // n, n, eps, _threads(x.numel()))
+        self._rms_norm(x.data_ptr(), residual_at, weight.data_ptr(), out.data_ptr(), *sizes)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up for gate_up [m, 2 * n]: [m, n]."""
         gate_up, n = gate_up.contiguous(), gate_up.shape[-1] // 2
         out = gate_up.new_empty(len(gate_up), n)
-        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), len(gate_up), n, torch.get_num_threads())
+        self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), len(gate_up), n, _threads(out.numel()))
         return out
+
+
+def _threads(elements: int) -> int:
+    """Threads for a call that works on so many elements: to wake one costs more than to do a little work oneself."""
+    return min(torch.get_num_threads(), 1 + elements // GRAIN)
 
 
 def cpu_kernels(config: ModelConfig, dtype: torch.dtype) -> CpuKernels | None:
