@@ -88,9 +88,9 @@ class RecordedBackend(TorchBackend):
         self.begin_visit(rows)
         return []
 
-    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0) -> torch.Tensor:
+    def attend(self, layer: KVLayer, q: torch.Tensor, kind: int = 0, sinks: torch.Tensor | None = None) -> torch.Tensor:
         def attend() -> torch.Tensor:
-            attended = TorchBackend.attend(self, layer, q, kind)
+            attended = TorchBackend.attend(self, layer, q, kind, sinks)
             return self._attended.view(-1)[: attended.numel()].view(attended.shape).copy_(attended)
 
         return RECORDER.kernel(attend)
