@@ -47,11 +47,13 @@ class RingWorld:
 
 @pytest.fixture
 def made() -> Iterator[list[Stop]]:
-    """Stops, ended in reverse order, as they keep the handlers of those before them."""
+    """Stops, ended in reverse order, as they keep the handlers of those before them; under nohup as without it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     stops: list[Stop] = []
     yield stops
     for stop in reversed(stops):
         stop.__exit__()
+    signal.signal(signal.SIGHUP, before)
 
 
 def start(ring: Ring, made: list[Stop], last: int, time_limit_s: float | None = None) -> list[Stop]:
