@@ -61,7 +61,7 @@ class Job:
             config.output.retry_errors,
             config.output.errors == "separate",
         )
-        model = [self._manifest.model, self._manifest.dtype]
+        model = [self._manifest.model, self._manifest.dtype, self._manifest.coded]
         self._unfinished = Unfinished(self._folder / UNFINISHED, model, self._writer.done)
         self._tokenizer = load_tokenizer(checkpoint, self._writer.began, config.workload.chat_template)
         self._changed: Path | None = None  # a file that was not read as it was at the start
@@ -248,9 +248,11 @@ def within_rope(item: Item, switch: int) -> Item:
     """
     if not (isinstance(item, Request) and switch):
         return item
-    prompt, answer = len(item.prompt), item.sampling.max_tokens
-    if prompt > switch or prompt + answer - 1 <= switch:
+    sizes = [(len(one.prompt), one.sampling.max_tokens) for one in (item, *item.others)]
+    crossing = next((size for size in sizes if size[0] <= switch < sum(size) - 1), None)
+    if crossing is None:
         return item
+    prompt, answer = crossing
     return Rejected(
         item.custom_id,
         item.line,

@@ -16,7 +16,7 @@ from deserve.comm.world import World
 from deserve.config import Config, compose_config, in_range
 from deserve.errors import UserError
 from deserve.layout import token_budgets
-from deserve.model.checkpoint import model_dtype, resolve
+from deserve.model.checkpoint import computes_on_cpu, model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.planner import GB, choose_plan, table
@@ -54,7 +54,8 @@ def plan(config: PlanConfig) -> str:
     """The plan of `config` as a table."""
     section = replace(config.model, weights="dummy") if config.model.architecture else config.model
     checkpoint = resolve(section)
-    model, dtype = checkpoint.config, model_dtype(config.model, checkpoint.config)
+    model, measures = checkpoint.config, config.stage.measure
+    dtype = model_dtype(config.model, model, measures and computes_on_cpu(config.device))
     limits = Limits(model.vocab_size, model.max_context)
     defaults = default_sampling(config.sampling, checkpoint.generation)
     tokenizer = load_tokenizer(checkpoint, chat_template=config.workload.chat_template)

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -165,7 +165,7 @@ class StopFinder:
             found = [row for row in reading if tails[row].reads(next(texts), next(texts))]
             found += [row for row in rows if tails[row].ended]
             for row in found:
-                cuts[row] = self._cut(tails[row], outputs[row])
+                cuts[row] = self._cut(requests[row], tails[row], outputs[row])
         return cuts
 
     def _tail(self, request: Request) -> "_Tail":
@@ -174,13 +174,13 @@ class StopFinder:
             tail = self._tails[request] = _Tail(self._detokenizer, request)
         return tail
 
-    def _cut(self, tail: "_Tail", output: IntArray) -> Cut | None:
+    def _cut(self, request: Request, tail: "_Tail", output: IntArray) -> Cut | None:
         """Where the first stop string begins in the text of all tokens seen."""
-        early = output[: tail.request.sampling.rules.min_tokens]
+        early = output[: request.sampling.rules.min_tokens]
         if tail.seen <= len(early):
             return None
-        text = self._detokenizer.text(tail.request.prompt, output[: tail.seen])
-        before = len(self._detokenizer.text(tail.request.prompt, early)) if len(early) else 0
+        text = self._detokenizer.text(request.prompt, output[: tail.seen])
+        before = len(self._detokenizer.text(request.prompt, early)) if len(early) else 0
         found = first_stop(text, tail.stops, before)
         if found is None and not tail.ended:
             return None
@@ -201,19 +201,19 @@ class _Tail:
     """The end of a growing text: enough of it to see a stop string that the next token completes."""
 
     detokenizer: Detokenizer
-    request: Request
+    request: InitVar[Request]  # not kept: `StopFinder` forgets a tail with its request
     seen: int = 0  # tokens
     text: str = ""  # all but the last character of the longest stop string fit in
     pending: list[int] = field(default_factory=list)  # tokens that end within a character
     ended: bool = False  # by a special token
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, request: Request) -> None:
         special = self.detokenizer.special
-        self.stops = self.request.sampling.stop
+        self.stops = request.sampling.stop
         self.stop_ids = {special[stop] for stop in self.stops if stop in special}
-        self.skipped = set(special.values()).union(self.request.sampling.stop_token_ids)
+        self.skipped = set(special.values()).union(request.sampling.stop_token_ids)
         self.kept = max(map(len, self.stops), default=1) - 1
-        self.context, self.before = self.detokenizer.context(self.request.prompt)
+        self.context, self.before = self.detokenizer.context(request.prompt)
 
     @property
     def with_context(self) -> list[int]:

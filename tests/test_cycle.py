@@ -1,5 +1,7 @@
 """Seconds between two visits of a round: of the trip, or of the queue before the slowest rank or link."""
 
+from dataclasses import replace
+
 import pytest
 
 from deserve.layout import Layout
@@ -26,3 +28,9 @@ def test_the_longest_of_trip_queue_and_wire() -> None:
     assert cycle(30, 30, far) == pytest.approx(130 * 1.1 * MS, rel=0.1)
     thin = LinkTimes(0.0, 1e-5)  # 10,000 bytes of hidden states and the plan's take 0.1 s and more
     assert cycle(3, 30, thin) > 3 * 100 * MS
+    # Drafts cost their tokens: their samples admit no request.
+    drafts = []
+    for request_s in (0.0, 1.0):
+        machine = Machine((replace(stage, request_s=request_s), stage), (near, near), (1, 1), 1, 1000, 1)
+        drafts.append(cycle_times(layout, machine, 4, 100.0)(1, 10, 0, 40))
+    assert drafts == [pytest.approx(4 * 6 * MS)] * 2

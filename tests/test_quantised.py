@@ -216,11 +216,12 @@ def test_a_checkpoint_is_rounded_while_loading(name, tmp_path):
             if isinstance(module, torch.nn.Linear):
                 form.quantise(module.weight).unpack(module.weight)
         ids = np.random.default_rng(1).integers(320, size=40).tolist()
-        theirs = model(torch.tensor([ids])).logits[0]
+        theirs, exact = model(torch.tensor([ids])).logits[0], model.double()(torch.tensor([ids])).logits[0]
+    rounding = 2 * (theirs - exact).abs().max().item()  # this model makes much of float32's
     packed = resolve(replace(section, packed=True)).config
     assert not config.quantisation.packed and packed.quantisation.packed
     for mine in (config, packed):
-        torch.testing.assert_close(Whole(folder, mine).logits(ids, len(ids)), theirs, atol=ATOL, rtol=RTOL)
+        torch.testing.assert_close(Whole(folder, mine).logits(ids, len(ids)).double(), exact, atol=rounding, rtol=RTOL)
     layer = Shard(0, 1, False, False)
     plain, small = (parameter_bytes(each, layer, torch.bfloat16) for each in (config, packed))
     assert small / plain == pytest.approx({"fp8": 0.51, "int4": 0.27}[name], abs=0.01)

@@ -1,6 +1,7 @@
 """Texts at their edges: against the plain definition, on tokenizers of every kind, built here."""
 
 import json
+import weakref
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_stop_strings_are_found_where_the_text_has_them(case: tuple[Any, ...]) -
     kind, prompt, tokens, stops = case
     for early in (0, len(tokens) // 2):
         assert found(kind, prompt, tokens, *stops, early=early) == defined(kind, prompt, tokens, *stops, early=early)
+
+
+def test_what_is_known_of_an_answer_goes_with_its_request() -> None:
+    """A job of a million lines must not keep something of each."""
+    finder = StopFinder(Detokenizer(tokenizer("bytes")))
+    requests = [Request(str(nth), ids(64), SamplingParams(stop=("never",))) for nth in range(4)]
+    finder(requests, [ids(65)] * 4)
+    forgotten = weakref.ref(requests.pop())
+    assert forgotten() is None and len(finder._tails) == 3
 
 
 @settings(max_examples=300, deadline=None)

@@ -39,7 +39,7 @@ class _Sampled(NamedTuple):
             self.arrived.synchronize()
         tokens: list[int] = self.tokens[self.at].tolist()
         wrong = (nth for nth, draft in enumerate(self.drafts) if draft != tokens[nth])
-        return tokens[: next(wrong, len(self.drafts)) + 1]
+        return [token for token in tokens[: next(wrong, len(self.drafts)) + 1] if token >= 0]  # UNDECIDED is none
 
 
 Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]

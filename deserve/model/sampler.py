@@ -76,7 +76,7 @@ class Sampler:
         self._top_k[slots] = admitted[:, 3]
         self._seed[slots] = np.ascontiguousarray(admitted[:, 4:6]).view(np.uint64)[:, 0]
         self._min_p[slots], self._logprobs[slots] = 0, -1
-        self._sorts[slots] = self._top_k[slots] > LIKELIEST
+        self._sorts[slots] = self._top_k[slots] >= LIKELIEST
         for slot, admission in zip(slots.tolist(), admissions, strict=True):
             self._admit_extras(slot, admission)
 

@@ -1,5 +1,6 @@
 """How long a sequence waits from one token to the next, by the rounds that share the ring."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 from deserve.layout import Layout
@@ -14,6 +15,7 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
     shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
+    measured = [replace(times, request_s=0.0) for times in machine.stages]  # what is sampled beside rows are drafts
 
     @lru_cache(4096)
     def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0) -> float:
@@ -26,7 +28,7 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
             sampled=rows + drafts,
         )
         stages, starts, wires = [], [], []
-        for rank, (times, shard) in enumerate(zip(machine.stages, shards, strict=True)):
+        for rank, (times, shard) in enumerate(zip(measured, shards, strict=True)):
             stages.append(times.seconds(load, shard.last - shard.first, shard.embeds, shard.outputs))
             starts.append(times.start_s)
             wires.append(machine.links[rank].byte_s * machine.frame_bytes(load, rank))

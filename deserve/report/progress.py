@@ -147,7 +147,7 @@ class Progress:
         words = [f"{now:,.0f} tok/s now", f"{overall:,.0f} overall"]
         if self._total and done and done < self._total:
             to_come = self._total * answered / done - sampled  # if answers stay as long as they were
-            if to_come > 0:  # else only answers longer than those are left, and nobody knows
+            if to_come > 0 and sampled > 0:  # else only answers longer than those are left, and nobody knows
                 words.append(f"{clock(to_come / overall)} left")
         if hit_rate:
             words.append(f"{hit_rate:.0%} of prompt tokens shared")

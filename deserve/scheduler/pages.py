@@ -219,7 +219,7 @@ class Pages:
         Those in prefix pages are not kept: they may be found again. The host pool must have room for the others.
         """
         shared, used = int(self.shared[slot]), self.count(tokens)
-        host = self.host.take(used - shared)
+        host = self.host.take(max(0, used - shared))
         self._stashed[slot] = shared, host
         pairs = np.stack([self._table[slot, shared:used], host], 1).astype(np.int32)
         self.release(round_, slot)
@@ -237,7 +237,7 @@ class Pages:
 
     def private(self, slot: int, tokens: int) -> int:
         """Pages that hold `tokens` tokens of `slot`, beside the prefix pages that it reads."""
-        return self.count(tokens) - int(self.shared[slot])
+        return max(0, self.count(tokens) - int(self.shared[slot]))  # the last prompt token may be computed again
 
     def shared_before_stash(self, slot: int) -> int:
         """Prefix pages that come before the host pages of `slot`."""

@@ -222,7 +222,7 @@ class Scheduler:
             words = narrowed(beside, logprobs)
             spans = zip(slots[rows].tolist(), begin[rows].tolist(), kept[rows].tolist(), strict=True)
             for slot, at, count in spans:
-                self._beside.setdefault(slot, []).append(words[at : at + count])
+                self._beside.setdefault(slot, []).append(words[at : at + count].copy())
 
     def _keep_scores(self, scores: IntArray, beside: IntArray) -> None:
         """Note the log-probabilities `beside` [scored, width] of prompts; `scores` [n, 2] as a micro-batch has them."""

@@ -60,7 +60,7 @@ def shaped(
         logprobs=logprobs,
         prompt_logprobs=max((count for count in scores if count is not None), default=None),
     )
-    needed = rules.looks_back or sampling.prompt_logprobs is not None
+    needed = rules.looks_back or grammar is not None or sampling.prompt_logprobs is not None
     words = extra_words(sampling, prompt + sampling.max_tokens if needed else 0)
     if words > ADMISSION_ROOM:
         raise RequestError(

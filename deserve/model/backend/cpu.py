@@ -121,7 +121,7 @@ def _library(shape: tuple[str, ...], bfloat16: bool) -> ctypes.CDLL | None:
                     subprocess.run([compiler, *map(str, step)], check=True, capture_output=True)
                 os.replace(linked, folder / name)
         return ctypes.CDLL(str(folder / name))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
         _regret(f"{command} cannot compile it: {error}")
         return None
 

@@ -355,9 +355,10 @@ class FlashInferBackend(Backend):
         self._visit = _Visit(fields["rotations"], fields["row_of_token"], views, attended)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(x)
-        self._norm(out, x, weight, self._eps, self._pdl)
-        return out
+        rows = x.reshape(-1, x.shape[-1])  # the norm by 1 + weight takes no heads
+        out = torch.empty_like(rows)
+        self._norm(out, rows, weight, self._eps, self._pdl)
+        return out.view(x.shape)
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         self._add_norm(x, residual, weight, self._eps, self._pdl)
