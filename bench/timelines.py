@@ -1,8 +1,8 @@
 """The picture of the README: a pipeline with as many rounds as ranks and the planned run, one below the other.
 
-    python -m bench.timelines docs/images/latency-64ms.png [--ranks 3] [key=value ...]
+    python -m bench.timelines docs/images/latency-64ms.png [--ranks 2] [key=value ...]
 
-The overrides are for both; without any: SmolLM2, 64 ms.
+The overrides are for both; without any: a small model of random weights, 64 ms, the same KV memory.
 """
 
 import argparse
@@ -15,13 +15,24 @@ from pathlib import Path
 
 from deserve.report.trace import draw_timelines, read_trace
 
-JOB = ["network.latency_ms=64", "workload.source=fixed192:64:0", "sampling.max_tokens=32", "sampling.ignore_eos=true"]
+# Alike layers on both ranks, and no large vocabulary on the last; memory for 33 sequences.
+JOB = [
+    "network.latency_ms=64",
+    "model=tiny",
+    "model.architecture={hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 16, num_attention_heads: 8,"
+    " num_key_value_heads: 4, head_dim: 64}",
+    "kvcache.gpu_memory_gb=0.03",
+    "speculation.tokens=0",
+    "workload.source=fixed480:32:0",
+    "sampling.max_tokens=24",
+    "sampling.ignore_eos=true",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--planned", default="", help="overrides of the planned run only")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_intermixed_args()
