@@ -189,7 +189,7 @@ def count_and_run() -> int:
         notes.write(f"{time.time()} sampled {count}\n")
         take_in(self, count, *more)
 
-    Controller.next_visit, Progress.tokens = next_visit, tokens  # type: ignore[method-assign]
+    Controller.next_visit, Progress.tokens = next_visit, tokens
     sys.argv = ["deserve.run", *overrides]
     return run_rank()
 

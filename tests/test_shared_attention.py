@@ -98,7 +98,7 @@ def test_attention_in_place_is_attention(
     kv_heads, group, head_dim = shape
     random = torch.Generator().manual_seed(len(lengths))
     config = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim)
-    kernels = cpu_kernels(config, dtype)  # type: ignore[arg-type]
+    kernels = cpu_kernels(config, dtype)
     assert kernels is not None
     pages = [-(-length // page) for length in lengths]
     memory = torch.full((sum(pages), 2, page, kv_heads, head_dim), torch.nan, dtype=dtype)
@@ -135,7 +135,7 @@ def test_attention_in_place_is_attention(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
     """Against float64; in bfloat16 to one rounding. Infinity and NaN stay what they are."""
-    kernels = cpu_kernels(SimpleNamespace(num_heads=3, num_kv_heads=3, head_dim=64), dtype)  # type: ignore[arg-type]
+    kernels = cpu_kernels(SimpleNamespace(num_heads=3, num_kv_heads=3, head_dim=64), dtype)
     assert kernels is not None
     close = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-6}
     random = torch.Generator().manual_seed(0)
@@ -164,11 +164,11 @@ def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, 
 
     def kernel() -> object:
         cpu._library.cache_clear()
-        return cpu_kernels(shape, torch.float32)  # type: ignore[arg-type]
+        return cpu_kernels(shape, torch.float32)
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernel() is not None and len(list((tmp_path / "deserve").iterdir())) == 1
-    assert cpu_kernels(shape, torch.float16) is None  # type: ignore[arg-type]
+    assert cpu_kernels(shape, torch.float16) is None
     for name, value in (("CC", "false"), ("CC", "no-such-compiler"), ("XDG_CACHE_HOME", "/dev/null/cache")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
