@@ -125,5 +125,5 @@ class Pulse:
 
     def _noticed(self, peer: int) -> str:
         made = self._visited[peer]
-        visits = f"after its visit {made:,}" if made else "before the first visit"
-        return f", {visits}; noticed by rank {self._rank} on link {peer} -> {self._rank}"
+        visits = f"after its visit {made:,}" if made else "before its first visit"
+        return f", last heard of {visits}; noticed by rank {self._rank} on link {peer} -> {self._rank}"
