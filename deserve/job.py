@@ -29,7 +29,8 @@ from deserve.report.startup import Startup
 from deserve.report.summary import closing_table
 from deserve.report.trace import draw_timeline, write_trace
 from deserve.report.unfinished import Unfinished
-from deserve.scheduler.drafts import Drafts
+from deserve.scheduler.drafts import CycleTime, Drafts
+from deserve.scheduler.forced import Forced
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
 from deserve.text import AnswerReader, Detokenizer, StopFinder
@@ -111,8 +112,7 @@ class Job:
         reorders = self._config.workload.order == "auto"
         context = self._lengths.mean_prompt + self._lengths.mean_output
         cycle_s = cycle_times(layout, self._machine, self._checkpoint.config.num_layers, context)
-        tokens = self._config.speculation.tokens
-        self._drafts = Drafts(layout.concurrency, cycle_s, None if tokens == "auto" else tokens) if tokens else None
+        self._drafts = self._make_drafts(layout.concurrency, cycle_s)
         scheduler = Scheduler(
             layout,
             ahead,
@@ -141,6 +141,17 @@ class Job:
             self._tuner,
             self._config.output.checkpoint_s,
         )
+
+    def _make_drafts(self, slots: int, cycle_s: CycleTime) -> Drafts | None:
+        """What guesses draft tokens, if any are to be guessed."""
+        tokens = self._config.speculation.tokens
+        if not tokens:
+            return None
+        forced = None
+        if (tokenizer := self._tokenizer) is not None:
+            vocab, ends = self._limits.vocab_size, end_ids(self._checkpoint, tokenizer)
+            forced = Forced(lambda: tokenizer.guide(vocab, ends))
+        return Drafts(slots, cycle_s, None if tokens == "auto" else tokens, forced)
 
     def _make_tuner(self, layout: Layout) -> Tuner:
         """The tuner of what `layout` leaves to it: nothing that was set by hand."""

@@ -5,7 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deserve.batch import Request, SamplingParams
+from deserve.model.grammar import checked_grammar
+from deserve.model.tokenizer import ByteTokenizer
 from deserve.scheduler.drafts import COMPARED, LEAD, MOST, Drafts
+from deserve.scheduler.forced import Forced
 from deserve.scheduler.sequences import Sequences, never
 
 EOS = 7
@@ -98,10 +101,13 @@ def test_as_many_as_are_worth_it() -> None:
 
 
 def test_drafts_that_are_always_wrong_are_given_up_and_right_ones_kept() -> None:
-    def drafted(text: list[int]) -> list[int]:
+    """Right ones are found to be so where none was verified at first: after three tokens half of the drafts are right,
+    as a new job has it."""
+
+    def drafted(text: list[int], each: float = 0.2) -> list[int]:
         """How many drafts each visit of a sequence has whose answer is `text`."""
         sequences = Sequences(1, (EOS,), never)
-        drafts = Drafts(1, lambda rounds, sequences, prompts=0, drafts=0: 1.0 + 0.2 * drafts)
+        drafts = Drafts(1, lambda rounds, sequences, prompts=0, drafts=0: 1.0 + each * drafts)
         slot, counts = add(sequences, [1], [], room=len(text) + MOST), []
         while len(output := sequences.output(slot)) < len(text) - MOST:
             tokens = proposed(drafts, sequences, slot)
@@ -115,6 +121,39 @@ def test_drafts_that_are_always_wrong_are_given_up_and_right_ones_kept() -> None
     assert sum(wrong[:40]) and not sum(wrong[-40:])
     right = drafted(list(range(100, 110)) * 20)
     assert len(right) < 60 and min(right[-10:]) > 2
+    short = drafted([token for nth in range(100) for token in (100, 101, 102, 103, 1000 + nth)], each=0.6)
+    assert not sum(short[:20]) and 10 < sum(short[-60:]) <= 60
+
+
+def test_what_a_grammar_forces_and_what_followed_it_elsewhere() -> None:
+    tokenizer = ByteTokenizer()
+    grammar = checked_grammar("regex", "(one|two) is [a-z]+ now!")
+    sequences = Sequences(3, (EOS,), never)
+    drafts = Drafts(3, fixed=10, forced=Forced(lambda: tokenizer.guide(320, (256,))))
+
+    def start(text: str) -> int:
+        limit = SamplingParams(max_tokens=99, grammar=grammar)
+        slot = sequences.add(Request("", np.array(tokenizer.encode("Well?"), np.int32), limit))
+        grow(sequences, slot, tokenizer.encode(text))
+        return slot
+
+    slot = start("")
+    assert proposed(drafts, sequences, slot) == []
+    grow(sequences, slot, tokenizer.encode("o"))
+    assert bytes(proposed(drafts, sequences, slot)) == b"ne is "
+    assert bytes(proposed(drafts, sequences, slot, most=2)) == b"ne"
+    grow(sequences, slot, tokenizer.encode("ne is red"))
+    assert bytes(proposed(drafts, sequences, slot)) == b""  # the word may be longer
+    grow(sequences, slot, tokenizer.encode(" now!"))
+    drafts.ends(sequences, slot)
+    sequences.remove(slot)
+    other = start("tw")
+    assert bytes(proposed(drafts, sequences, other)) == b"o is red n"
+    sequences.remove(other)
+    again = start("o")
+    assert bytes(proposed(drafts, sequences, again)) == b"ne is red "
+    by_source = drafts.report()["by_source"]
+    assert by_source == {"grammar": {"drafted": 2, "right": 2}}
 
 
 @settings(max_examples=60, deadline=None)

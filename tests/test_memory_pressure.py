@@ -19,11 +19,12 @@ from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, resolve
 from deserve.model.grammar import checked_grammar
 from deserve.scheduler.drafts import Drafts
+from deserve.scheduler.forced import Forced
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.rounds import Counters
 from deserve.scheduler.scheduler import Scheduler
-from deserve.stage import load_stage
+from deserve.stage import guide, load_stage
 
 OUTPUT = 24  # tokens of the reference; a shorter output is its beginning
 STEM = 24  # tokens that half of the prompts begin with, as far as they go
@@ -178,6 +179,7 @@ def wanted(prompts: list[list[int]]) -> list[Request]:
     grammars = [
         checked_grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}'),
         checked_grammar("regex", "([a-z]{2},)+"),
+        checked_grammar("regex", "([a-z] is one, )+"),
     ]
     extras: list[dict[str, Any]] = [
         {"rules": Rules(repetition_penalty=1.7, frequency_penalty=0.5)},
@@ -189,7 +191,7 @@ def wanted(prompts: list[list[int]]) -> list[Request]:
         Request(
             f"{index}",
             np.array(prompt, np.int32),
-            SamplingParams(max_tokens=OUTPUT // 2, grammar=grammars[index % 2], **extras[index % 4]),
+            SamplingParams(max_tokens=OUTPUT // 2, grammar=grammars[index % 3], **extras[index % 4]),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -205,16 +207,17 @@ def test_grammars_and_penalties_survive_short_memory(tmp_path: Path) -> None:
     least = Counters()
     answers: list[dict[str, Completion]] = []
     plans = [room]
-    for main, swap, height in ((38, 0, 11), (24, 14, 11)):
+    for main, swap, height in ((36, 0, 11), (22, 14, 11)):
         few = replace(room, rounds=3, page_size=2, main_pages=main, swap_pages=swap, micro_batch_size=4)
         plans.append(replace(few, host_height=height, max_batch_tokens=16, concurrency=18, policy="decode_first"))
     for nth, plan in enumerate(plans):
+        drafts = Drafts(plan.concurrency, fixed=3, forced=Forced(lambda: guide(checkpoint))) if nth == 2 else None
         scheduler = Scheduler(
             plan,
             Queue(requests),
             eos_ids=(256,),
             share_prefixes=True,
-            drafter=Drafts(plan.concurrency, fixed=3) if nth == 2 else None,
+            drafter=drafts,
         )
         answers.append(
             {each.request.custom_id: each for each in completed(scheduler, plan, checkpoint, 7 * (nth == 2))}
@@ -223,6 +226,9 @@ def test_grammars_and_penalties_survive_short_memory(tmp_path: Path) -> None:
             least.suspensions += scheduler.counters.suspensions
             least.recomputed_tokens += scheduler.counters.recomputed_tokens
     assert least.suspensions > 1 and least.recomputed_tokens > 50
+    assert drafts is not None
+    forced = drafts.report()["by_source"]["grammar"]
+    assert forced["right"] > 10 and forced["right"] > 0.9 * forced["drafted"]
     roomy, *pressed = answers
     assert len(roomy) == len(requests) and len({each.finish_reason for each in roomy.values()}) == 2
     for short in pressed:

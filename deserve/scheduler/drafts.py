@@ -1,4 +1,5 @@
-"""Draft tokens without a model: what followed the same tokens before, in a sequence's own text or in other answers.
+"""Draft tokens: what a grammar forces, and what followed the same tokens before, in a sequence's own text or in other
+answers.
 
 A visit verifies them beside the token that a sequence is due (`Sequences.append`), so a right one saves a trip round
 the ring. After prompt lookup and SuffixDecoding (arXiv 2411.04975).
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray, Ints
+from deserve.scheduler.forced import Forced
 from deserve.scheduler.sequences import Sequences
 
 ORDERS = (8, 3)  # tokens by which an earlier place is looked up
@@ -19,11 +21,13 @@ MOST = 16  # draft tokens of a row
 ENTRIES = 1 << 21  # of each lookup table, 16 MB
 TEXT = 1 << 22  # tokens of finished answers that are kept, 16 MB: the last ones
 LEAD = 8  # of these, tokens of its prompt before each answer, by which its beginning is found
-OWN, ANSWERS = 0, 1  # where drafts come from: the sequence's own text, or any answer of this job
-SOURCES = ("own_text", "answers")
+OWN, ANSWERS, FORCED = range(3)  # the sequence's own text, any answer of this job, or the sequence's grammar
+SOURCES = ("own_text", "answers", "grammar")
 PRIOR = 8.0  # trials that the guess at how often a match goes on stands for, until there are real ones
 MEMORY = 4096.0  # trials after which older ones count half
 FORGETS = 0.3  # a row's luck: what its last drafts weigh
+LUCK = 1.0  # right drafts that a row's luck begins with, where as many were expected
+SURE = 0.99  # no draft is likelier
 GAIN = 1.03  # predicted of drafts, or there are none: the prediction is not better than that
 
 
@@ -35,24 +39,37 @@ class CycleTime(Protocol):
 
 
 class Drafts:
-    """Puts draft tokens behind sequences: `fixed` of them, or as many as bring more than they cost by `cycle_s`."""
+    """Puts draft tokens behind sequences: `fixed` of them, or as many as bring more than they cost by `cycle_s`.
 
-    def __init__(self, slots: int, cycle_s: CycleTime | None = None, fixed: int | None = None):
+    How likely a draft is, by where it comes from and how long a match precedes it, is learned from all that were found,
+    whether or not a visit verified them: the texts show later what they were worth. A `bucket` stands for both.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        cycle_s: CycleTime | None = None,
+        fixed: int | None = None,
+        forced: Forced | None = None,
+    ):
         assert cycle_s is not None or fixed is not None
-        self._cycle_s, self._fixed = cycle_s, fixed
+        self._cycle_s, self._fixed, self._forced = cycle_s, fixed, forced
         self._most = MOST if fixed is None else fixed
         self._store = slots  # the finished answers stand for one more slot
         self._text = np.full(TEXT, -1, np.int32)
         self._text_end = self._text_indexed = 1
         # Slot and position of the token behind n tokens, by their hash: [source][order].
-        self._tables = [[np.full(ENTRIES, -1, np.int64) for _ in ORDERS] for _ in SOURCES]
+        self._tables = [[np.full(ENTRIES, -1, np.int64) for _ in ORDERS] for _ in (OWN, ANSWERS)]
         self._owner = np.full(slots, -1, np.int64)  # age of the sequence that `_indexed` is about
         self._indexed = np.zeros(slots, np.int64)  # tokens of it that the tables know what follows
-        self._luck = np.ones(slots)
-        self._proposed = np.zeros((4, slots), np.int64)  # length, drafts, source and match at the last proposal
-        self._tried, self._right = np.zeros((2, len(SOURCES), COMPARED + 1))
+        # The last proposals: the length before them, how many a visit verifies, and all that were found.
+        self._length, self._verified = np.zeros((2, slots), np.int64)
+        self._found = np.full((slots, self._most), -1, np.int32)
+        self._bucket = np.zeros((slots, self._most), np.int64)
+        self._luck = np.full((2, slots), LUCK)  # right drafts of each row of late, and how many were expected
+        self._tried, self._right = np.zeros((2, len(SOURCES) * (COMPARED + 1)))
         self._tried += PRIOR
-        self._right += PRIOR * np.linspace(0.2, 0.95, COMPARED + 1)
+        self._right += PRIOR * np.tile(np.linspace(0.2, 0.95, COMPARED + 1), len(SOURCES))
         self._counts: Counter[str] = Counter()
 
     def report(self) -> dict[str, Any]:
@@ -81,30 +98,29 @@ class Drafts:
         """
         self._counts["rows"] += len(slots)
         self._settle(sequences, slots)
-        self._proposed[:, slots] = 0
         most = np.clip(most, 0, self._most)
         room = min(room, int(most.sum()))
         certain = np.ones(room)
         if not room or not self._allowed(len(slots), certain, rounds, sequences.in_flight, prompts):
             return np.zeros(len(slots), np.int64)
         self._index(sequences, slots)
-        source, match, at = self._lookup(sequences, slots)
-        found = self._behind(sequences, at, self._most)
-        counts = np.where(found >= 0, 1, 0).cumprod(1).sum(1)
-        counts = np.minimum(counts, most)
-        chances = self._chances(source, match, slots, counts)
+        found, bucket = self._find(sequences, slots)
+        chances = self._chances(slots, found, bucket)
+        possible = np.where(np.arange(self._most) < most[:, None], chances, 0.0)
         # The likeliest of all rows' drafts; none is likelier than the one before it in its row.
-        order = np.argsort(-chances, axis=None, kind="stable")[: min(room, int(counts.sum()))]
-        allowed = self._allowed(len(slots), chances.flat[order], rounds, sequences.in_flight, prompts)
+        order = np.argsort(-possible, axis=None, kind="stable")[: min(room, int(np.count_nonzero(possible)))]
+        allowed = self._allowed(len(slots), possible.flat[order], rounds, sequences.in_flight, prompts)
         counts = np.bincount(order[:allowed] // self._most, minlength=len(slots))
         sequences.propose(slots, counts.astype(np.int32), found[np.arange(self._most) < counts[:, None]])
-        self._proposed[:, slots] = sequences.length[slots], counts, source, match
+        self._length[slots], self._verified[slots] = sequences.length[slots], counts
+        self._found[slots], self._bucket[slots] = found, bucket
         return counts
 
     def ends(self, sequences: Sequences, slot: int) -> None:
         """The sequence in `slot` is complete: its answer is kept for others."""
         self._settle(sequences, np.array([slot]))
-        self._proposed[:, slot] = 0
+        if self._forced is not None:
+            self._forced.forget(slot)
         answer = sequences.output(slot)
         while len(answer) and sequences.ends_text(int(answer[-1])):
             answer = answer[:-1]
@@ -135,37 +151,59 @@ class Drafts:
                 best, count = rate, some
         return count
 
-    def _chances(self, source: Ints, match: Ints, slots: IntArray, counts: Ints) -> NDArray[np.float64]:
-        """How likely all drafts up to each are right: [rows, most], 0 beyond `counts` [rows]."""
-        nth = np.arange(self._most)
-        length = np.minimum(match[:, None] + nth, COMPARED)
-        rate = self._right[source[:, None], length] / self._tried[source[:, None], length]
-        rate[:, 0] *= self._luck[slots]
-        return np.where(nth < counts[:, None], np.cumprod(rate, 1), 0.0)
+    def _chances(self, slots: IntArray, found: IntArray, bucket: Ints) -> NDArray[np.float64]:
+        """How likely all drafts up to each of `found` [rows, most] are right: [rows, most], 0 where there is none."""
+        rate = self._right[bucket] / self._tried[bucket]
+        luck = (self._luck[0, slots] + LUCK) / (self._luck[1, slots] + LUCK)
+        chances: NDArray[np.float64] = np.where(found >= 0, np.minimum(rate * luck[:, None], SURE), 0.0).cumprod(1)
+        return chances
 
     def _settle(self, sequences: Sequences, slots: Ints) -> None:
-        """Note which of the last drafts of `slots` [rows] were right."""
-        length, counts, source, match = self._proposed[:, slots]
-        grown = sequences.length[slots] - length
-        known = np.flatnonzero((counts > 0) & (grown > 0))
-        if not len(known):
-            return
-        slots, counts, source, match = slots[known], counts[known], source[known], match[known]
-        right = np.minimum(grown[known] - 1, counts)
-        nth = np.arange(self._most)
-        tried = nth < np.minimum(right + 1, counts)[:, None]
-        row, step = np.nonzero(tried)
-        bucket = source[row], np.minimum(match[row] + step, COMPARED)
-        np.add.at(self._tried, bucket, 1.0)
-        np.add.at(self._right, bucket, step < right[row])
+        """Learn which drafts that were last found for `slots` [rows] were right, and forget them."""
+        length, found, bucket = self._length[slots, None], self._found[slots], self._bucket[slots]
+        self._found[slots] = -1
+        came = sequences.text(slots, length + np.arange(self._most))  # -1 beyond the end
+        right = ((found == came) & (found >= 0)).cumprod(1)
+        before = np.pad(right, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
+        tried = (before > 0) & (found >= 0) & (came >= 0)
+        rate = self._right[bucket] / self._tried[bucket]
+        self._luck[:, slots] *= 1 - FORGETS * tried[:, 0]
+        self._luck[:, slots] += np.stack([right.sum(1), (rate * tried).sum(1)])
+        np.add.at(self._tried, bucket[tried], 1.0)
+        np.add.at(self._right, bucket[tried], right[tried])
         old = self._tried > MEMORY
         self._tried[old] /= 2
         self._right[old] /= 2
-        self._luck[slots] += FORGETS * (np.maximum(right / tried.sum(1), 0.05) - self._luck[slots])
+        verified = (np.arange(self._most) < self._verified[slots, None]) & (came[:, :1] >= 0)
+        self._verified[slots] = 0
         for nth_source, name in enumerate(SOURCES):
-            of_it = source == nth_source
-            self._counts[name] += int(counts[of_it].sum())
+            of_it = verified & (bucket // (COMPARED + 1) == nth_source)
+            self._counts[name] += int(of_it.sum())
             self._counts[f"{name} right"] += int(right[of_it].sum())
+
+    def _find(self, sequences: Sequences, slots: IntArray) -> tuple[IntArray, Ints]:
+        """What may follow in each of `slots` [rows], -1 from where nothing is found on, and the bucket of each such
+        token: [rows, most].
+
+        First comes what a grammar forces, then what followed the text with that. A grammar also ends drafts.
+        """
+        nth = np.arange(self._most)
+        last = sequences.text(slots, sequences.length[slots, None] + np.arange(-COMPARED, 0))
+        if self._forced is None:
+            forced = np.full((len(slots), self._most), -1, np.int32)
+        else:
+            forced = self._forced.tokens(sequences, slots, self._most)
+        begin = np.count_nonzero(forced >= 0, 1)[:, None]
+        known = np.hstack([last, forced])
+        source, match, at = self._lookup(sequences, slots, np.take_along_axis(known, begin + np.arange(COMPARED), 1))
+        behind = self._behind(sequences, at, self._most)
+        found = np.where(nth < begin, forced, np.take_along_axis(behind, np.maximum(nth - begin, 0), 1))
+        found = np.where((found >= 0).cumprod(1), found, np.int32(-1))
+        length = np.where(nth < begin, COMPARED, np.minimum(match[:, None] + np.maximum(nth - begin, 0), COMPARED))
+        bucket = np.where(nth < begin, FORCED, source[:, None]) * (COMPARED + 1) + length
+        if self._forced is not None:
+            self._forced.cut(sequences, slots, found)
+        return found, bucket
 
     # -- the texts
 
@@ -174,7 +212,7 @@ class Drafts:
         self._index_answers()
         new = self._owner[slots] != sequences.age[slots]
         self._owner[slots[new]] = sequences.age[slots[new]]
-        self._indexed[slots[new]], self._luck[slots[new]] = 0, 1.0
+        self._indexed[slots[new]], self._luck[:, slots[new]] = 0, LUCK
         begin = self._indexed[slots]
         counts = sequences.length[slots] - begin - 1  # of the last token it is not known what follows
         self._indexed[slots] += counts
@@ -202,14 +240,13 @@ class Drafts:
                 self._tables[ANSWERS][order][_place(_hashes(windows[known]))] = entry
         self._text_indexed = end
 
-    def _lookup(self, sequences: Sequences, slots: IntArray) -> tuple[Ints, Ints, Ints]:
-        """Where each of `slots` [rows] goes on: the source, the tokens that match before it, and the place; all [rows].
+    def _lookup(self, sequences: Sequences, slots: IntArray, last: IntArray) -> tuple[Ints, Ints, Ints]:
+        """Where each of `slots` [rows] goes on after its `last` [rows, COMPARED] tokens: the source, the tokens that
+        match before it, and the place; all [rows].
 
         The place is -1 where the last tokens are new. Of several the longest match is taken, of equal ones the
         sequence's own.
         """
-        length = sequences.length[slots]
-        last = sequences.text(slots, length[:, None] + np.arange(-COMPARED, 0))
         source, match = np.zeros((2, len(slots)), np.int64)
         at = np.full(len(slots), -1, np.int64)
         for order, n in enumerate(ORDERS):

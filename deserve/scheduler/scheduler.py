@@ -273,7 +273,7 @@ class Scheduler:
         # Prompts that have yet to find their place in this visit are worth more.
         room = visit.budget if visit.prefills or not self.waiting else visit.budget // 2
         if self.pages.growth(slots, sequences.length[slots] + most) > self.pages.free(micro_batch):
-            return
+            room = 0
         visit.drafts = drafter.propose(
             sequences, slots, most, room, int(self.rounds.open.sum()), round(self._prompts_a_visit)
         )
