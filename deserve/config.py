@@ -36,6 +36,7 @@ class ModelSection:
 class PipelineSection:
     """How the layers are cut, and how many micro-batches circulate."""
 
+    replicas: Any = 1  # rings that the ranks form, each with the whole model; auto: as many as are fastest
     rounds: Any = "auto"  # micro-batches in flight
     partition: Any = "auto"  # or a list of first layers, one per rank: [emb, 20, 40, 60]
     micro_batch_size: Any = "auto"  # sequences in one micro-batch
@@ -288,6 +289,7 @@ def _check(config: Config) -> None:
         raise UserError("workload.shared_tokens is for workload.source=fixedCOUNT:LENGTH:VARIATION")
     _one_of("output.retry_errors", config.output.retry_errors, ("auto", "all", "none"))
     _one_of("device", config.device, ("auto", "cpu", "cuda"))
+    _auto_or_int("pipeline.replicas", config.pipeline.replicas, 1)
     _auto_or_int("pipeline.rounds", config.pipeline.rounds, 1)
     _auto_or_int("pipeline.micro_batch_size", config.pipeline.micro_batch_size, 1)
     _auto_or_int("kvcache.main_pages", config.kvcache.main_pages, 1)

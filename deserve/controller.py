@@ -1,22 +1,49 @@
-"""Rank 0's part in the visits: tokens in, plans out."""
+"""The part of a ring's first rank in the visits: tokens in, plans out."""
 
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from deserve.batch import IntArray, VisitPlan, VisitResult
+from deserve.batch import Completion, IntArray, SoFar, VisitPlan, VisitResult
 from deserve.comm.link import Receiver
-from deserve.report.progress import Progress
-from deserve.report.recorder import Recorder
 from deserve.scheduler.scheduler import Scheduler
+from deserve.scheduler.window import RequestSource
 from deserve.stop import Stop
 from deserve.timeline import Timeline
 from deserve.tuner import Tuner
-from deserve.workload.read_ahead import ReadAhead
 
 LAST_SAVE_S = 2.0  # torchrun starts the ranks again only when all have ended
+
+
+class Requests(RequestSource, Protocol):
+    """Where the requests come from: `ReadAhead`, or rank 0."""
+
+    def wait(self, count: int, stopped: Callable[[], bool]) -> None:
+        """Wait until `count` requests are ready, no more will come, or the job is `stopped`."""
+
+
+class Outcomes(Protocol):
+    """Where results go: the `Recorder`, or rank 0."""
+
+    def put(self, outcome: Completion | list[SoFar]) -> None:
+        """Have `outcome` written, or how far the answers in flight have come after all that was put before."""
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all that was put is written, for `timeout_s` at most: the job has failed."""
+
+    def close(self) -> None:
+        """Nothing follows."""
+
+
+class TokenCounts(Protocol):
+    """Who counts the tokens: `Progress`, or rank 0."""
+
+    def tokens(self, count: int, trips: int) -> None:
+        """`count` tokens were sampled, in so many `trips` of a sequence round the ring."""
 
 
 class Controller:
@@ -26,9 +53,9 @@ class Controller:
         self,
         scheduler: Scheduler,
         tokens_in: Receiver,
-        requests: ReadAhead,
-        recorder: Recorder,
-        progress: Progress,
+        requests: Requests,
+        outcomes: Outcomes,
+        counts: TokenCounts,
         stop: Stop,
         timeline: Timeline,
         tuner: Tuner,
@@ -36,7 +63,7 @@ class Controller:
     ):
         """The answers in flight are saved every `checkpoint_s` seconds."""
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
-        self._requests, self._recorder, self._progress = requests, recorder, progress
+        self._requests, self._outcomes, self._counts = requests, outcomes, counts
         self._tuner = tuner
         self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
         self._deciding = threading.Lock()  # held while the scheduler's state changes
@@ -68,11 +95,11 @@ class Controller:
         """
         if self._deciding.acquire(timeout=LAST_SAVE_S):
             self._save()
-            self._recorder.wait(LAST_SAVE_S)
+            self._outcomes.flush(LAST_SAVE_S)
 
     def _save(self) -> None:
         self._saved = time.monotonic()
-        self._recorder.put(self._scheduler.unfinished())
+        self._outcomes.put(self._scheduler.unfinished())
 
     def _collect(self) -> None:
         micro_batch, plan = self._under_way.popleft()
@@ -83,16 +110,16 @@ class Controller:
             completions = self._scheduler.commit(micro_batch, result)
             kept = self._scheduler.output_tokens - before
             for completion in completions:
-                self._recorder.put(completion)
+                self._outcomes.put(completion)
             finished = [(len(each.request.prompt), len(each.tokens)) for each in completions]
             prompts = plan.tokens - plan.sampled
             if self._tuner.visited(time.monotonic(), self._scheduler.in_flight, prompts, kept, finished):
                 filling = self._tuner.filling
                 self._scheduler.fill_by(filling.policy, filling.tokens, filling.rows)
-            self._progress.tokens(kept, plan.rows_sampled)
+            self._counts.tokens(kept, plan.rows_sampled)
 
     def close(self) -> None:
         """Take in the empty frames of the last visits."""
         while self._under_way:
             self._collect()
-        self._recorder.close()
+        self._outcomes.close()

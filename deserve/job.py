@@ -2,23 +2,27 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deserve.batch import Request
 from deserve.comm.link import Receiver
+from deserve.comm.world import World
 from deserve.config import Config, as_dict
 from deserve.controller import Controller
+from deserve.dispatch.client import Client
+from deserve.dispatch.dispatcher import Dispatcher
 from deserve.errors import LastingError
-from deserve.layout import Layout
+from deserve.head import Head, RingPlan
 from deserve.model.checkpoint import Checkpoint, computes_on_cpu, model_dtype
-from deserve.model.tokenizer import end_ids, load_tokenizer
-from deserve.planner.cycle import cycle_times
-from deserve.planner.planner import PLANNED_POLICIES, choose_plan, table
+from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.replicas import choose_rings, part, ring_table
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
@@ -27,15 +31,11 @@ from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import UNFINISHED, WAYS_OUT, Manifest, ResultsWriter
 from deserve.report.startup import Startup
 from deserve.report.summary import closing_table
-from deserve.report.trace import draw_timeline, write_trace
+from deserve.report.trace import draw_timelines, write_trace
 from deserve.report.unfinished import Unfinished
-from deserve.scheduler.drafts import CycleTime, Drafts
-from deserve.scheduler.forced import Forced
-from deserve.scheduler.scheduler import Scheduler
 from deserve.stop import Stop
-from deserve.text import AnswerReader, Detokenizer, StopFinder
+from deserve.text import AnswerReader
 from deserve.timeline import Span, Timeline
-from deserve.tuner import Filling, Tuner
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
 
@@ -72,23 +72,37 @@ class Job:
         if left is not None and left != self._count:
             self._lengths = replace(self._lengths, count=max(1, left), sizes=())  # the plan is for what is left
         self._progress = Progress(left, config.warmup_s)
+        self._dispatcher: Dispatcher | None = None  # where there are several rings
 
-    def plan(self, machine: Machine, dtype: torch.dtype) -> Layout:
-        """The layout of this job on `machine`, shown. Raises UserError if one that was set by hand cannot work."""
+    def plan(self, machine: Machine, dtype: torch.dtype) -> list[RingPlan]:
+        """The plan of each ring of this job on `machine`, shown. Raises UserError if one set by hand cannot work."""
         model = self._checkpoint.config
-        self._machine = machine
-        layout = choose_plan(self._config, model, dtype, self._lengths, machine)
-        print(table(layout, model.num_layers, self._lengths.exact), flush=True)
+        rings, why = choose_rings(self._config, model, dtype, self._lengths, machine)
+        if why:
+            print(why)
+        print(ring_table([layout for layout, _ in rings], model.num_layers, self._lengths.exact), flush=True)
         if self._on_cpu and self._config.model.dtype == "auto":
             other = model.dtype != dtype
             why = f": this CPU has no instructions for {name_of(model.dtype)}, the checkpoint's dtype" if other else ""
             print(f"computes in {name_of(dtype)}{why}", flush=True)
-        return layout
+        context = self._lengths.mean_prompt + self._lengths.mean_output
+        sequences = part(self._lengths, len(rings)).sequences
+        return [RingPlan(layout, ring, context, sequences) for layout, ring in rings]
 
     def controller(
-        self, layout: Layout, tokens_in: Receiver, stop: Stop, timeline: Timeline, startup: Startup
+        self,
+        plans: list[RingPlan],
+        tokens_in: Receiver,
+        stop: Stop,
+        timeline: Timeline,
+        startup: Startup,
+        world: World,
+        group: dist.ProcessGroup | None,
     ) -> Controller:
-        """Open the workload and start reading. `startup` has the steps so far."""
+        """Open the workload and start reading. `startup` has the steps so far.
+
+        Where there are several `plans`, the first ranks of the other rings are served from now on, over `group`.
+        """
         self._startup = self._progress.startup = startup
         self._recorder = Recorder(
             self._writer, self._unfinished, AnswerReader(self._tokenizer), self._progress, self._dtype
@@ -100,67 +114,42 @@ class Job:
         requests = open_workload(
             self._config, self._tokenizer, self._limits, self._defaults, done=done, ignored=self._ignored
         )
-        items = (
-            within_memory(within_rope(item, switch), layout.main_pages + layout.swap_pages, layout.page_size)
-            for item in self._counted(requests)
-        )
+        layouts = [plan.layout for plan in plans]
+        pages, page_size = min(each.main_pages + each.swap_pages for each in layouts), layouts[0].page_size
+        items = (within_memory(within_rope(item, switch), pages, page_size) for item in self._counted(requests))
         continued, record = self._unfinished.continued, self._recorder.put
         # Who is admitted when must not depend on the speed of reading where equal plans are to make equal visits.
-        until = None if self._config.pipeline.tune else lambda: stop.reason is not None
-        size = max(1024, 2 * layout.concurrency)
-        self._ahead = ahead = ReadAhead(items, done, continued, record, size, until)
-        reorders = self._config.workload.order == "auto"
-        context = self._lengths.mean_prompt + self._lengths.mean_output
-        cycle_s = cycle_times(layout, self._machine, self._checkpoint.config.num_layers, context)
-        self._drafts = self._make_drafts(layout.concurrency, cycle_s)
-        scheduler = Scheduler(
-            layout,
-            ahead,
-            eos_ids=end_ids(self._checkpoint, self._tokenizer),
-            find_cuts=StopFinder(Detokenizer(self._tokenizer)),
-            share_prefixes=self._config.kvcache.share_prefixes,
-            grouped=reorders,
-            # Where every token costs the same, mixing gains little, and uneven visits cost something.
-            mixed=reorders and self._machine.reading_binds(layout.micro_batch_size),
-            rope_switch=self._checkpoint.config.rope_switch,
-            cycle_s=cycle_s,
-            drafter=self._drafts,
-        )
-        self._counters, self._host_pool = scheduler.counters, scheduler.pages.host
-        self._prefixes = scheduler.pages.prefixes
-        ahead.wait(layout.concurrency)
-        self._tuner = self._make_tuner(layout)
-        return Controller(
-            scheduler,
-            tokens_in,
-            ahead,
+        alone = len(plans) == 1
+        until = None if self._config.pipeline.tune or not alone else lambda: stop.reason is not None
+        concurrency = sum(each.concurrency for each in layouts)
+        self._ahead = ReadAhead(items, done, continued, record, max(1024, 2 * concurrency), until)
+        make_head = partial(Head, self._config, self._checkpoint, self._tokenizer, plans[0])
+        if alone:
+            self.head = make_head(self._ahead)
+            self._ahead.wait(concurrency)
+            return self.head.controller(tokens_in, self._recorder, self._progress, stop, timeline)
+        self._ahead.wait(concurrency)
+        rates = [each.predicted for each in layouts]
+        self._dispatcher = Dispatcher(
+            self._ahead,
             self._recorder,
             self._progress,
-            stop,
-            timeline,
-            self._tuner,
-            self._config.output.checkpoint_s,
+            [rate or 1.0 for rate in rates] if None not in rates else [1.0] * len(rates),
+            page_size,
+            self._config.workload.order == "auto" and self._config.kvcache.share_prefixes,
         )
+        for number in range(1, len(plans)):
+            rank = number * (world.size // len(plans))
+            self._dispatcher.serve_over(world, number, rank, group)
+        client = Client(partial(self._dispatcher.serve, 0), plans[0].most_requests, world.end_with)
+        self.head = make_head(client)
+        return self.head.controller(tokens_in, client, client, stop, timeline)
 
-    def _make_drafts(self, slots: int, cycle_s: CycleTime) -> Drafts | None:
-        """What guesses draft tokens, if any are to be guessed."""
-        tokens = self._config.speculation.tokens
-        if not tokens:
-            return None
-        forced = None
-        if (tokenizer := self._tokenizer) is not None:
-            vocab, ends = self._limits.vocab_size, end_ids(self._checkpoint, tokenizer)
-            forced = Forced(lambda: tokenizer.guide(vocab, ends))
-        return Drafts(slots, cycle_s, None if tokens == "auto" else tokens, forced)
-
-    def _make_tuner(self, layout: Layout) -> Tuner:
-        """The tuner of what `layout` leaves to it: nothing that was set by hand."""
-        pipeline = self._config.pipeline
-        begin = Filling(layout.policy, layout.visit_tokens or layout.max_batch_tokens, layout.micro_batch_size)
-        most = replace(begin, tokens=layout.max_batch_tokens)
-        by_knob = {"policy": pipeline.policy, "tokens": pipeline.max_batch_tokens, "rows": pipeline.micro_batch_size}
-        knobs = tuple(knob for knob, stated in by_knob.items() if stated == "auto" and pipeline.tune)
-        return Tuner(begin, most, knobs, PLANNED_POLICIES, self._lengths.sequences)
+    def close(self) -> None:
+        """Wait for the other rings, and write what is left. The own ring has closed."""
+        if self._dispatcher is not None:
+            self._dispatcher.wait()
+            self._recorder.close()
 
     def _counted(self, items: Iterator[Item]) -> Iterator[Item]:
         """As many of `items` as were counted at the start; what is appended meanwhile is for the next start."""
@@ -168,19 +157,30 @@ class Job:
         self._changed = self._manifest.changed_file()
 
     def report(
-        self, layout: Layout, stages: list[dict[str, Any]], spans: list[list[list[Any]]], stopped: str | None
+        self,
+        heads: list[dict[str, Any]],
+        stages: list[dict[str, Any]],
+        spans: list[list[list[Any]]],
+        stopped: str | None,
     ) -> None:
         """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
 
-        Raises LastingError if not all requests were answered, although nothing stopped the job.
+        `heads`: the report of each ring's first rank. Raises LastingError if not all requests were answered, although
+        nothing stopped the job.
         """
         self._progress.close()
+        size = len(stages) // len(heads)
         if spans:
             ranks = [[Span(*span) for span in rank] for rank in spans]
             write_trace(self._folder / "trace.json", ranks)
             latency = self._config.network.latency_ms
-            title = f"{self._checkpoint.name}, {len(ranks)} ranks, {layout.rounds} rounds, links of {latency:g} ms"
-            draw_timeline(self._folder / "timeline.png", ranks, title)
+            titles = [
+                f"{self._checkpoint.name}, {size} ranks, {head['plan']['rounds']} rounds, links of {latency:g} ms"
+                for head in heads
+            ]
+            firsts = [*range(0, len(ranks), size)]
+            rings = [(ranks[first:][:size], title) for first, title in zip(firsts, titles, strict=True)]
+            draw_timelines(self._folder / "timeline.png", rings, firsts)
         metrics = {
             **self._progress.summary(),
             "stopped_by": stopped,
@@ -191,22 +191,21 @@ class Job:
             "resumed_answers": self._unfinished.resumed,
             "resumed_tokens": self._unfinished.resumed_tokens,
             "stages": stages,
-            "memory_pressure": {
-                **asdict(self._counters),
-                "evicted_prefix_pages": self._prefixes.evicted,
-                "host_pool_pages": self._host_pool.pages,
-                "most_host_pages_used": self._host_pool.pages - self._host_pool.least_free,
-            },
-            "plan": {
-                **layout.to_json(),
-                "predicted_output_tokens_per_s": layout.predicted,
-                "predicted_for_these_answers": self._hindsight(layout),
-            },
-            "tuning": self._tuner.report(),
-            "speculation": self._drafts.report() if self._drafts is not None else None,
-            "machine": asdict(self._machine),
+            **in_sum(heads),
             "config": as_dict(self._config),
         }
+        metrics["plan"]["predicted_for_these_answers"] = self._hindsight() if len(heads) == 1 else None
+        if self._dispatcher is not None:
+            elapsed = max(metrics["elapsed_s"], 1e-9)
+            metrics["rings"] = [
+                {
+                    **ring.totals,
+                    "output_tokens_per_s": ring.totals["output_tokens"] / elapsed,
+                    "ranks": [*range(number * size, (number + 1) * size)],
+                    **head,
+                }
+                for number, (ring, head) in enumerate(zip(self._dispatcher.rings, heads, strict=True))
+            ]
         write_metrics(self._folder / "metrics.json", metrics)
         print(closing_table(metrics))
         print(f"results in {self._writer.path}", flush=True)
@@ -232,8 +231,9 @@ class Job:
         if changed:
             raise LastingError(f"{source}: {changed}, so results may answer lines that it no longer holds. {WAYS_OUT}")
 
-    def _hindsight(self, layout: Layout) -> float | None:
-        """Output tokens/s that `layout` would have promised, had the lengths of the answers been known."""
+    def _hindsight(self) -> float | None:
+        """Output tokens/s that the layout would have promised, had the lengths of the answers been known."""
+        layout, machine = self.head.plan.layout, self.head.plan.machine
         if self._lengths.exact or layout.predicted is None:
             return None
         sizes = tuple((prompt, max(1, answer)) for _, prompt, answer in sorted(self._progress.answered))
@@ -249,7 +249,21 @@ class Job:
             mean_output=sum(answers) / len(sizes),
             sizes=sizes if len(sizes) == round(count * self._lengths.answers) else (),
         )
-        return simulate(layout, lengths, self._machine, self._checkpoint.config.num_layers).tokens_per_s
+        return simulate(layout, lengths, machine, self._checkpoint.config.num_layers).tokens_per_s
+
+
+def in_sum(heads: list[dict[str, Any]]) -> dict[str, Any]:
+    """The reports of all rings as one: the first one's where only each has its own."""
+    if len(heads) == 1:
+        return heads[0]
+    pressures = [head["memory_pressure"] for head in heads]
+    rates = [head["plan"]["predicted_output_tokens_per_s"] for head in heads]
+    predicted = None if None in rates else sum(rates)
+    return {
+        **heads[0],
+        "memory_pressure": {key: sum(each[key] for each in pressures) for key in pressures[0]},
+        "plan": {**heads[0]["plan"], "replicas": len(heads), "predicted_output_tokens_per_s": predicted},
+    }
 
 
 def within_rope(item: Item, switch: int) -> Item:

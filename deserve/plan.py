@@ -19,7 +19,8 @@ from deserve.layout import token_budgets
 from deserve.model.checkpoint import computes_on_cpu, model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
-from deserve.planner.planner import GB, choose_plan, table
+from deserve.planner.planner import GB
+from deserve.planner.replicas import choose_rings, ring_table
 from deserve.planner.survey import over, survey
 from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
 from deserve.run import set_up_device
@@ -83,9 +84,10 @@ def plan(config: PlanConfig) -> str:
         coded=config.comm.activations == "fp8",
     )
     begin = time.perf_counter()
-    chosen = choose_plan(config, model, dtype, lengths, machine)
+    rings, why = choose_rings(config, model, dtype, lengths, machine)
     took = time.perf_counter() - begin
-    return f"{table(chosen, model.num_layers, lengths.exact)}\nplanned in {took:.1f} s"
+    chosen = ring_table([layout for layout, _ in rings], model.num_layers, lengths.exact)
+    return "\n".join([*filter(None, [why]), chosen, f"planned in {took:.1f} s"])
 
 
 def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, most_tokens: int) -> StageTimes:

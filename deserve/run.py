@@ -20,12 +20,15 @@ from deserve.comm.network import require_far_links, require_one_host
 from deserve.comm.ring import connect
 from deserve.comm.world import LASTING, World
 from deserve.config import Config, as_dict, load_config
+from deserve.dispatch.client import Client
+from deserve.dispatch.dispatcher import asking
 from deserve.errors import UserError, tell_torchrun
+from deserve.head import Head, RingPlan
 from deserve.job import Job
-from deserve.layout import Layout
 from deserve.memory import held_by_others
 from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resolve
 from deserve.model.config import DTYPES
+from deserve.model.tokenizer import load_tokenizer
 from deserve.pipeline import run_pipeline
 from deserve.planner.survey import survey
 from deserve.report.clock import shifted, to_rank_0s_clock
@@ -75,32 +78,45 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     chosen = None
     with host_awaited(config, world), world.step("plan"):
         if job is not None and machine is not None:
-            chosen = job.plan(machine, dtype).to_json()
+            chosen = [plan.to_json() for plan in job.plan(machine, dtype)]
     startup.done("plan")
-    layout = Layout.from_json(world.share("plan", chosen))
+    plans = [RingPlan.from_json(plan) for plan in world.share("plan", chosen)]
+    ring = world.ring(len(plans))
+    layout = plans[ring.number].layout
     with world.step("load"):
-        stage = load_stage(checkpoint, layout, layout.shard(world.rank, checkpoint.config.num_layers), dtype, device)
+        stage = load_stage(checkpoint, layout, layout.shard(ring.rank, checkpoint.config.num_layers), dtype, device)
     startup.done("loading", capture=stage.capture_s)
-    links = connect(world, config, layout, checkpoint.config.hidden_size, dtype, device)
+    links = connect(world, config, layout, checkpoint.config.hidden_size, dtype, device, ring)
+    heads = world.heads(len(plans))
     timeline = Timeline(config.trace, device)
     clock = to_rank_0s_clock(world) if config.trace else 0
-    controller = None
+    controller = head = None
     world.visits = lambda: timeline.counts["compute"]
     startup.done("links")
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
-            controller = job.controller(layout, links.tokens_in, stop, timeline, startup)
-            world.save = controller.save_now
+            controller = job.controller(plans, links.tokens_in, stop, timeline, startup, world, heads)
+            head = job.head
             stop.begin_visits()
+        elif links.tokens_in is not None:
+            plan = plans[ring.number]
+            client = Client(asking(world, heads), plan.most_requests, world.end_with)
+            head = Head(config, checkpoint, load_tokenizer(checkpoint), plan, client)
+            controller = head.controller(links.tokens_in, client, client, stop, timeline)
+        if controller is not None:
+            world.save = controller.save_now
     run_pipeline(stage, links, controller, layout.rounds, checkpoint.config.hidden_size, timeline)
+    if job is not None:
+        job.close()
     world.save = lambda: None
     # A stop that came after the last answer has stopped nothing.
     stopped_by = world.share("stopped", None if job is not None and job.whole else stop.reason)
     stages = world.gather("stages", stage_metrics(timeline, stage))
+    reports = world.gather("heads", None if head is None else head.report())
     spans = world.gather("spans", shifted(timeline.spans, clock)) if config.trace else []
     if job is not None:
         try:
-            job.report(layout, stages, spans, stopped_by)
+            job.report([report for report in reports if report is not None], stages, spans, stopped_by)
         except OSError as error:
             raise UserError(
                 f"the results are whole, but {error.filename} cannot be written: {error.strerror}"

@@ -12,7 +12,7 @@ from deserve.comm.link import Loopback, Receiver, Sender
 from deserve.comm.nccl import NcclReceiver, NcclSender
 from deserve.comm.network import Wire, far_links, is_simulated
 from deserve.comm.outbox import Outbox
-from deserve.comm.world import World
+from deserve.comm.world import Ring, World
 from deserve.config import Config
 from deserve.layout import Layout
 
@@ -21,9 +21,10 @@ PLANS, HIDDEN, TOKENS = 1, 2, 3  # message tags: what shares an edge is told apa
 
 @dataclass(frozen=True)
 class Links:
-    """What connects a rank to its neighbours. Rank 0 gets its plans from the controller, the last rank forwards none.
+    """What connects a rank to its neighbours. A ring's first rank gets its plans from the controller, the last forwards
+    none.
 
-    `output` takes hidden states to the next rank, or from the last rank sampled tokens to rank 0, where `tokens_in`
+    `output` takes hidden states to the next rank, or from the last rank sampled tokens to the first, where `tokens_in`
     receives them.
     """
 
@@ -35,33 +36,42 @@ class Links:
 
 
 def connect(
-    world: World, config: Config, layout: Layout, hidden: int, dtype: torch.dtype, device: torch.device
+    world: World,
+    config: Config,
+    layout: Layout,
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ring: Ring | None = None,
 ) -> Links:
-    """The links of this rank. Hidden states have `hidden` elements of `dtype` and lie on `device`.
+    """The links of this rank in `ring` (None: all ranks are one). Every rank calls it.
+
+    Hidden states have `hidden` elements of `dtype` and lie on `device`.
 
     Plans and sampled tokens are the hosts' and go over Gloo. Hidden states of GPUs go over NCCL where both ranks are on
     one host (`comm.backend=nccl`: everywhere, `gloo`: nowhere), elsewhere over Gloo by way of pinned memory. With
     `comm.activations=fp8` they are coded between hosts. What
     leaves a rank shares one simulated wire, as it would share a real one.
     """
-    if world.size == 1:
+    ring = ring or world.ring()
+    coded = coded_links(world, config)
+    edges = nccl_edges(world, config, device)
+    if ring.size == 1:
         loop = Loopback()
         return Links(None, None, None, _from(device, loop, world), loop)
     network = config.network
     wire = Wire(network.latency_ms, network.bandwidth_mbps) if is_simulated(network) else None
-    before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+    before, after = ring.before, ring.after
     depth = layout.rounds + 1
-    first, last = world.rank == 0, world.is_last
+    first, last = ring.rank == 0, ring.is_last
     plan_bytes = 4 * VisitPlan.max_words(
         layout.concurrency, layout.main_pages + layout.swap_pages, layout.max_batch_tokens
     )
     result_bytes = 4 * VisitResult.max_words(layout.max_batch_tokens, beside_width(MOST_LOGPROBS))
-    coded = coded_links(world, config)
     token_bytes = coded_bytes(hidden) if coded[before] else hidden * dtype.itemsize
     most_hidden = layout.max_batch_tokens * token_bytes
     hidden_in: Receiver | None = None
     output: Sender
-    edges = nccl_edges(world, config, device)
     edge_in, edge_out = edges[before], edges[world.rank]
     # NCCL's ends meet when they are made: whichever of an edge is made first waits for the other.
     if last:
@@ -77,7 +87,7 @@ def connect(
     elif not first:
         pinned = device.type == "cuda"
         hidden_in = GlooReceiver(before, HIDDEN, most_hidden, ahead=layout.rounds, pinned=pinned)
-    if coded[world.rank]:
+    if coded[world.rank] and not last:
         output = CodingSender(output)
     if hidden_in is not None and coded[before]:
         hidden_in = DecodingReceiver(hidden_in, hidden, dtype, device)

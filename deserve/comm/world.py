@@ -12,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,33 @@ LASTING = "lasting error"  # the note for later starts that the job cannot go on
 LAST_WORD_S = 3.0  # for the store to answer: it may be out of reach, or have gone with its torchrun
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Consecutive ranks that hold the model between them: `size` ranks of the job from `first` on.
+
+    `rank`, counted from there, is this process's place.
+    """
+
+    number: int
+    first: int
+    size: int
+    rank: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+    @property
+    def before(self) -> int:
+        """The rank of the job from which this one receives."""
+        return self.first + (self.rank - 1) % self.size
+
+    @property
+    def after(self) -> int:
+        """The rank of the job to which this one sends."""
+        return self.first + (self.rank + 1) % self.size
 
 
 class World:
@@ -127,32 +155,40 @@ class World:
     def is_last(self) -> bool:
         return self.rank == self.size - 1
 
-    def send(self, rank: int, key: str, value: Any) -> None:
-        """Send `value` (anything JSON can hold) to `rank`, which receives it under `key`. Raises LinkError."""
+    def ring(self, rings: int = 1) -> Ring:
+        """The ring of this rank, where the ranks form so many. Ranks of one host follow each other: they share one."""
+        number, rank = divmod(self.rank, self.size // rings)
+        return Ring(number, self.rank - rank, self.size // rings, rank)
+
+    def send(self, rank: int, key: str, value: Any, group: dist.ProcessGroup | None = None) -> None:
+        """Send `value` (anything JSON can hold) to `rank`, which receives it under `key`. Raises LinkError.
+
+        In a `group` of its own, messages do not get between those of the start. All of a pair's messages come in order.
+        """
         data = torch.frombuffer(bytearray(json.dumps([key, value]).encode()), dtype=torch.uint8)
         try:
-            works = [dist.isend(message, rank) for message in (torch.tensor([len(data)]), data)]
+            works = [dist.isend(message, rank, group=group) for message in (torch.tensor([len(data)]), data)]
             for work in works:
                 assert work is not None
                 work.wait(PATIENCE)
         except RuntimeError as error:
             raise LinkError(f"link to rank {rank} is lost: {cause(error)}") from error
 
-    def receive(self, rank: int, key: str) -> Any:
+    def receive(self, rank: int, key: str, group: dist.ProcessGroup | None = None) -> Any:
         """The next value that `rank` sends, which must be under `key`. Raises LinkError."""
         size = torch.tensor([0])
         try:
-            self._fill(size, rank)
+            self._fill(size, rank, group)
             data = torch.empty(int(size), dtype=torch.uint8)
-            self._fill(data, rank)
+            self._fill(data, rank, group)
         except RuntimeError as error:
             raise LinkError(f"link from rank {rank} is lost: {cause(error)}") from error
         found, value = json.loads(data.numpy().tobytes())
         assert found == key, f"rank {rank} sends {found}, rank {self.rank} expects {key}"
         return value
 
-    def _fill(self, tensor: torch.Tensor, rank: int) -> None:
-        work = dist.irecv(tensor, rank)
+    def _fill(self, tensor: torch.Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
+        work = dist.irecv(tensor, rank, group=group)
         assert work is not None
         work.wait(PATIENCE)
 
@@ -208,6 +244,13 @@ class World:
             edges = [nccl_group([rank, rank + 1]) if local else None for rank, local in enumerate(near)]
             self._edges[everywhere] = [*edges, None]
         return self._edges[everywhere]
+
+    def heads(self, rings: int) -> dist.ProcessGroup | None:
+        """A group of the first ranks of so many rings, whose messages do not get between others; None for one ring.
+
+        Every rank calls it.
+        """
+        return dist.new_group([*range(0, self.size, self.size // rings)], backend="gloo") if rings > 1 else None
 
     def leave_note(self, key: str, text: str) -> None:
         """Leave word for later starts of the ranks under the same torchrun, on whichever host it counts them.

@@ -61,9 +61,18 @@ def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths:
 
     What `config` sets by hand stays as it is. Raises UserError, naming the key, where that cannot work.
     """
-    if model.num_layers < machine.ranks:
-        raise UserError(f"{machine.ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks")
     return _Search(config, model, dtype, lengths, machine).best()
+
+
+def estimate(
+    config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine
+) -> tuple[float, str]:
+    """Output tokens/s of the best plan by the arithmetic alone, and what it is bound by. Raises as `choose_plan`."""
+    search = _Search(config, model, dtype, lengths, machine)
+    rates = search._rates()
+    best = max(rates, key=lambda candidate: rates[candidate])
+    search._layout(best)
+    return rates[best], search._bound(best)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,10 @@ class _Pace:
 
 class _Search:
     def __init__(self, config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine):
+        if model.num_layers < machine.ranks:
+            raise UserError(
+                f"{machine.ranks} ranks, but the model has only {model.num_layers} layers: start fewer ranks"
+            )
         self._config, self._model, self._dtype, self._machine = config, model, dtype, machine
         self._lengths = lengths
         layers = (Shard(layer, layer + 1, False, False) for layer in range(model.num_layers))

@@ -159,6 +159,27 @@ class Machine:
         """Once round the ring, without any load."""
         return sum(link.latency_s for link in self.links) if self.ranks > 1 else 0.0
 
+    def ring(self, first: int, size: int) -> "Machine":
+        """`size` ranks from `first` on as a ring of their own. Its way back was not measured: as its longest link."""
+        if size == self.ranks:
+            return self
+        ranks = slice(first, first + size)
+        head = replace(self.stages[first], plan=self.stages[0].plan, request_s=self.stages[0].request_s)
+        links = self.links[ranks][:-1]
+        back = max(links, key=lambda link: link.latency_s, default=LinkTimes())
+        stages = (head, *self.stages[ranks][1:])
+        return replace(self, stages=stages, links=(*links, back), memory=self.memory[ranks])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "Machine":
+        stages = tuple(map(StageTimes.from_json, raw["stages"]))
+        links = tuple(LinkTimes(**link) for link in raw["links"])
+        tuples = {key: tuple(raw[key]) for key in ("memory", "budgets")}
+        return Machine(**{**raw, "stages": stages, "links": links, **tuples})
+
     def token_bytes(self, rank: int) -> int:
         """One token's hidden state on the link that leaves `rank`."""
         return self.coded_bytes if self.coded and self.links[rank].far else self.hidden_bytes

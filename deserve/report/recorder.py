@@ -52,7 +52,7 @@ class Recorder:
             raise self._error
         self._queue.put(outcome)
 
-    def wait(self, timeout_s: float) -> None:
+    def flush(self, timeout_s: float) -> None:
         """Wait until all that was put is written, for `timeout_s` at most."""
         written = threading.Event()
         self._queue.put(written)

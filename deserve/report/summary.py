@@ -71,10 +71,17 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"{pressure['suspensions']:,} times a sequence was suspended to the host pool, to make room or to change "
             f"rounds; {pressure['most_host_pages_used']:,} of {pressure['host_pool_pages']:,} pages were used at most"
         )
-    lines += tuning(metrics["tuning"])
-    lines += speculation(metrics["speculation"])
     plan = metrics["plan"]
     predicted = plan["predicted_output_tokens_per_s"]
+    rings = metrics.get("rings", [])
+    for number, ring in enumerate(rings):
+        first, last = ring["ranks"][0], ring["ranks"][-1]
+        ranks = f"ranks {first} to {last}" if last > first else f"rank {first}"
+        rate = ring["output_tokens_per_s"]
+        lines.append(f"ring {number} ({ranks}): {ring['requests']:,} requests, {rate:,.1f} output tokens/s")
+        lines += tuning(ring["tuning"]) + speculation(ring["speculation"])
+    if not rings:
+        lines += tuning(metrics["tuning"]) + speculation(metrics["speculation"])
     bound_by = bound(stages, plan["bound"])
     lines.append(f"bound by {bound_by}")
     if plan["hint"] and bound_by.startswith(plan["bound"]):

@@ -67,8 +67,10 @@ def draw_timeline(path: Path, ranks: Sequence[Sequence[Span]], title: str) -> No
     draw_timelines(path, [(ranks, title)])
 
 
-def draw_timelines(path: Path, runs: Sequence[tuple[Sequence[Sequence[Span]], str]]) -> None:
-    """Draw runs (spans by rank, title) below each other, to the same scale."""
+def draw_timelines(
+    path: Path, runs: Sequence[tuple[Sequence[Sequence[Span]], str]], firsts: Sequence[int] | None = None
+) -> None:
+    """Draw runs (spans by rank, title) below each other, to the same scale. Each has ranks from its first one on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,8 +83,9 @@ def draw_timelines(path: Path, runs: Sequence[tuple[Sequence[Sequence[Span]], st
     figure, axes = plt.subplots(
         len(runs), figsize=(12, 0.5 + sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
     )
-    for (ranks, title), (begin, _), one in zip(runs, windows, axes[:, 0], strict=True):
-        draw_lanes(one, ranks, begin, begin + length)
+    firsts = firsts or [0] * len(runs)
+    for (ranks, title), (begin, _), one, first in zip(runs, windows, axes[:, 0], firsts, strict=True):
+        draw_lanes(one, ranks, begin, begin + length, first)
         one.set_title(title, fontsize=11, loc="left")
     axes[-1, 0].set_xlabel("ms")
     handles: list[Any] = [Patch(color=ROUND_GREY, label="a visit: a colour for each round")]
@@ -98,7 +101,7 @@ def draw_timelines(path: Path, runs: Sequence[tuple[Sequence[Sequence[Span]], st
     plt.close(figure)
 
 
-def draw_lanes(axes: Any, ranks: Sequence[Sequence[Span]], begin: int, end: int) -> None:
+def draw_lanes(axes: Any, ranks: Sequence[Sequence[Span]], begin: int, end: int, first: int = 0) -> None:
     """What each rank computed from `begin` to `end` (ns), one lane below the other, and what went from rank to rank."""
     visits = [sorted((s for s in spans if s.kind == "compute"), key=lambda s: s.begin) for spans in ranks]
     rounds = count_rounds(ranks)
@@ -133,7 +136,7 @@ def draw_lanes(axes: Any, ranks: Sequence[Sequence[Span]], begin: int, end: int)
                 ink = "white" if sum(colour[:3]) < 1.7 else "black"
                 text = str(span.micro_batch)
                 axes.text(where + wide / 2, lane, text, ha="center", va="center", fontsize=8, color=ink, zorder=3)
-        labels.append(f"rank {lane}\n{100 * (1 - busy / max(end - begin, 1)):.0f} % idle")
+        labels.append(f"rank {first + lane}\n{100 * (1 - busy / max(end - begin, 1)):.0f} % idle")
     axes.set_yticks(range(len(visits)), labels)
     axes.set_ylim(len(visits) - 0.6, -0.4)
     axes.set_xlim(0, width)

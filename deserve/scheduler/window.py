@@ -100,11 +100,11 @@ class Window:
         """Who may be admitted next, the best first; to be asked again once one is."""
         near = self._nearest() if self._grouped else []
         yield from near
-        for waiting in self._by_cost():
+        for waiting in self.by_cost():
             if waiting not in near:
                 yield waiting
 
-    def _by_cost(self) -> Iterator[Waiting]:
+    def by_cost(self) -> Iterator[Waiting]:
         """As they come; if too much was admitted of prompts or of answers, first those that bring more of the other."""
         prompts, answers = (islice(queue.values(), LOOK) for queue in self._queues)
         if abs(self._excess) <= SLACK:
@@ -127,21 +127,21 @@ class Window:
 
     def shared_pages(self, waiting: Waiting) -> int:
         """The first pages of `waiting` that somebody else in the window will read, too."""
-        return max((shared for _, shared in self._beside(waiting)), default=0) // self._page_size
+        return max((shared for _, shared in self.beside(waiting)), default=0) // self._page_size
 
     def _nearest(self) -> list[Waiting]:
         """Of each group, who shares most with the one admitted last, a page at least; those that share most first."""
         near: list[tuple[Waiting, int]] = []
         groups = []
         for admitted in self._lately:
-            if beside := [found for found in self._beside(admitted) if found[1] >= self._page_size]:
+            if beside := [found for found in self.beside(admitted) if found[1] >= self._page_size]:
                 groups.append(admitted)
                 near.append(max(beside, key=itemgetter(1)))
         self._lately = groups
         near.sort(key=itemgetter(1), reverse=True)
         return list(dict.fromkeys(waiting for waiting, _ in near))
 
-    def _beside(self, waiting: Waiting) -> list[tuple[Waiting, int]]:
+    def beside(self, waiting: Waiting) -> list[tuple[Waiting, int]]:
         """The neighbours of `waiting`, itself in the window or not, and the tokens that they share with it.
 
         A neighbour that does not share the first page is left out.

@@ -1,0 +1,174 @@
+"""Hands the requests of a job to its rings, and takes in what becomes of them. On rank 0."""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+
+from deserve.batch import Completion, Request, shared_tokens
+from deserve.comm.link import start_thread
+from deserve.comm.world import World
+from deserve.dispatch.messages import (
+    Key,
+    Portion,
+    Report,
+    decode_portion,
+    decode_report,
+    encode_portion,
+    encode_report,
+    key_of,
+)
+from deserve.report.progress import Progress
+from deserve.report.recorder import Recorder
+from deserve.scheduler.prefixes import Chain
+from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
+
+RECENT_S = 30.0  # how far back a ring's speed is measured, roughly
+TRUSTED_S = 10.0  # as long counts what was predicted of it as much as what is measured
+LAST_SAVE_S = 2.0  # for the other rings to report what is in flight when a rank has died
+REPORT, PORTION = "report", "portion"
+
+
+class Ring:
+    """A ring as rank 0 sees it. `predicted`: its speed beside that of the others."""
+
+    def __init__(self, predicted: float):
+        self.predicted = predicted
+        self.requests: dict[Key, Request] = {}  # that it has
+        self.last: Waiting | None = None  # that it was given
+        self.tokens = 0.0  # sampled lately
+        self.totals = {"requests": 0, "output_tokens": 0}
+        self.saved = self.closed = False
+
+
+class Dispatcher:
+    """Each ring gets requests when it asks for them, and near the end so many that all end together.
+
+    A ring never has more than its share, by its speed, of all that is not answered. Where `grouped`, it is given what
+    shares most with its last request, and what shares more with another ring's is left to that one while there is
+    anything else. `serve` may be called from a thread for each ring.
+    """
+
+    def __init__(
+        self,
+        requests: RequestSource,
+        recorder: Recorder,
+        progress: Progress,
+        predicted: Sequence[float],
+        page_size: int,
+        grouped: bool,
+    ):
+        self._window = Window(requests, lambda request: Chain(request.prompt[:0], page_size), page_size, SIZE, False)
+        self._recorder, self._progress = recorder, progress
+        self._page_size, self._grouped = page_size, grouped
+        self.rings = [Ring(rate / sum(predicted)) for rate in predicted]
+        self._changed = threading.Condition()
+        self._began = self._aged = time.monotonic()
+
+    def serve(self, number: int, report: Report) -> Portion:
+        """Take in the report of ring `number`; its next portion."""
+        ring = self.rings[number]
+        for outcome in report.outcomes:
+            self._recorder.put(outcome)
+        if report.tokens or report.trips:
+            self._progress.tokens(report.tokens, report.trips)
+        with self._changed:
+            self._count(ring, report)
+            self._window.fill()
+            requests = self._portion(ring, min(report.wants, self._most(ring)))
+            portion = Portion(requests, self._window.exhausted)
+        if report.saves and number == 0:
+            with self._changed:
+                self._changed.wait_for(lambda: all(each.saved or each.closed for each in self.rings), LAST_SAVE_S)
+            self._recorder.flush(LAST_SAVE_S)
+        return portion
+
+    def serve_over(self, world: World, number: int, rank: int, group: dist.ProcessGroup | None) -> None:
+        """Serve ring `number`, whose first rank is `rank`, in a thread."""
+        ring = self.rings[number]
+
+        def run() -> None:
+            while not ring.closed:
+                report = decode_report(world.receive(rank, REPORT, group), ring.requests)
+                world.send(rank, PORTION, encode_portion(self.serve(number, report)), group)
+
+        def failed(error: BaseException) -> None:
+            with self._changed:
+                ring.closed = True
+                self._changed.notify_all()
+            world.end_with(error)
+
+        start_thread(f"ring {number}", run, failed)
+
+    def wait(self) -> None:
+        """Wait until all rings have closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(ring.closed for ring in self.rings))
+
+    def _count(self, ring: Ring, report: Report) -> None:
+        for outcome in report.outcomes:
+            if isinstance(outcome, Completion):
+                del ring.requests[key_of(outcome.request)]
+                ring.totals["requests"] += outcome.request.choice == 0
+                ring.totals["output_tokens"] += len(outcome.tokens) - len(outcome.request.begun.tokens)
+        now = time.monotonic()
+        fade = math.exp((self._aged - now) / RECENT_S)
+        self._aged = now
+        for each in self.rings:
+            each.tokens *= fade
+        ring.tokens += report.tokens
+        ring.saved |= report.saves
+        ring.closed |= report.closes
+        self._changed.notify_all()
+
+    def _most(self, ring: Ring) -> int:
+        """Requests that `ring` may get beside those that it has."""
+        undone = len(self._window) + sum(len(each.requests) for each in self.rings)
+        seen = sum(each.tokens for each in self.rings)
+        trusted = max(1.0, seen) * min(1.0, TRUSTED_S / max(1e-9, self._aged - self._began))
+        share = (trusted * ring.predicted + ring.tokens) / (trusted + seen)
+        return max(1, math.ceil(share * undone)) - len(ring.requests)
+
+    def _portion(self, ring: Ring, count: int) -> list[Request]:
+        requests: list[Request] = []
+        while len(requests) < count and (waiting := self._next(ring)) is not None:
+            self._window.take(waiting)
+            ring.last = waiting
+            ring.requests[key_of(waiting.request)] = waiting.request
+            requests.append(waiting.request)
+        return requests
+
+    def _next(self, ring: Ring) -> Waiting | None:
+        """What `ring` is given next, if anything is left."""
+        if not self._grouped:
+            return next(self._window.by_cost(), None)
+        near = [] if ring.last is None else self._window.beside(ring.last)
+        for waiting, shared in sorted(near, key=lambda found: -found[1]):
+            if shared >= self._page_size and not self._leaves(ring, waiting):
+                return waiting
+        first = None
+        for waiting in self._window.by_cost():
+            if not self._leaves(ring, waiting):
+                return waiting
+            first = first or waiting
+        return first
+
+    def _leaves(self, ring: Ring, waiting: Waiting) -> bool:
+        """Whether `waiting` shares more pages with the last request of another ring."""
+        own, *others = (
+            0 if each.last is None else shared_tokens(each.last.request.prompt, waiting.request.prompt)
+            for each in (ring, *(other for other in self.rings if other is not ring))
+        )
+        return max(others, default=0) // self._page_size > own // self._page_size
+
+
+def asking(world: World, group: dist.ProcessGroup | None) -> Callable[[Report], Portion]:
+    """How the first rank of another ring exchanges reports for portions with rank 0."""
+
+    def exchange(report: Report) -> Portion:
+        world.send(0, REPORT, encode_report(report), group)
+        return decode_portion(world.receive(0, PORTION, group))
+
+    return exchange

@@ -1,0 +1,131 @@
+"""What a ring's first rank and rank 0 tell each other: reports one way, portions of requests the other; as JSON.
+
+A report names its requests by `custom_id` and `choice`: rank 0 keeps them as they were read.
+"""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from deserve.batch import Begun, Completion, IntArray, Request, SamplingParams, SoFar
+
+Key: TypeAlias = tuple[str, int]  # custom_id, choice
+Outcome: TypeAlias = Completion | list[SoFar]
+
+SAMPLING = TypeAdapter(SamplingParams)
+
+
+@dataclass
+class Report:
+    """What has become of a ring's requests since its last report, and how many more it can take.
+
+    `tokens` were sampled in so many `trips` of a sequence round the ring. `saves`: the job has failed, and all that was
+    in flight is among `outcomes`. `closes`: nothing follows.
+    """
+
+    wants: int = 0
+    outcomes: list[Outcome] = field(default_factory=list)
+    tokens: int = 0
+    trips: int = 0
+    saves: bool = False
+    closes: bool = False
+
+
+@dataclass
+class Portion:
+    """Requests for a ring. `last`: it gets no more."""
+
+    requests: list[Request] = field(default_factory=list)
+    last: bool = False
+
+
+def key_of(request: Request) -> Key:
+    return request.custom_id, request.choice
+
+
+def encode_portion(portion: Portion) -> dict[str, Any]:
+    return {"requests": [_encode_request(request) for request in portion.requests], "last": portion.last}
+
+
+def decode_portion(raw: dict[str, Any]) -> Portion:
+    return Portion([_decode_request(request) for request in raw["requests"]], raw["last"])
+
+
+def encode_report(report: Report) -> dict[str, Any]:
+    return vars(report) | {"outcomes": [_encode_outcome(outcome) for outcome in report.outcomes]}
+
+
+def decode_report(raw: dict[str, Any], requests: Mapping[Key, Request]) -> Report:
+    """`requests`: those that the ring has."""
+    return Report(**{**raw, "outcomes": [_decode_outcome(outcome, requests) for outcome in raw["outcomes"]]})
+
+
+def _encode_request(request: Request) -> dict[str, Any]:
+    begun = request.begun
+    return {
+        "custom_id": request.custom_id,
+        "choice": request.choice,
+        "prompt": _encoded(request.prompt),
+        "sampling": SAMPLING.dump_python(request.sampling),
+        "begun": [_encoded(begun.tokens), _encoded(begun.beside), begun.cached_tokens],
+    }
+
+
+def _decode_request(raw: dict[str, Any]) -> Request:
+    tokens, beside, cached = raw["begun"]
+    return Request(
+        raw["custom_id"],
+        _decoded(raw["prompt"]),
+        SAMPLING.validate_python(raw["sampling"]),
+        choice=raw["choice"],
+        begun=Begun(_decoded(tokens), _maybe_decoded(beside), cached),
+    )
+
+
+def _encode_outcome(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, list):
+        return {"so_far": [_encode_so_far(each) for each in outcome]}
+    arrays = {name: _encoded(getattr(outcome, name)) for name in ("tokens", "beside", "prompt_beside")}
+    plain = {entry.name: getattr(outcome, entry.name) for entry in fields(outcome) if entry.name not in arrays}
+    return plain | arrays | {"request": key_of(outcome.request)}
+
+
+def _decode_outcome(raw: dict[str, Any], requests: Mapping[Key, Request]) -> Outcome:
+    if "so_far" in raw:
+        return [_decode_so_far(each, requests) for each in raw["so_far"]]
+    arrays = {name: _maybe_decoded(raw[name]) for name in ("tokens", "beside", "prompt_beside")}
+    return Completion(**{**raw, **arrays, "request": requests[_key(raw["request"])]})
+
+
+def _encode_so_far(so_far: SoFar) -> list[Any]:
+    request, tokens, beside, cached = so_far
+    return [key_of(request), _encoded(tokens), _encoded(np.concatenate(beside) if beside else None), cached]
+
+
+def _decode_so_far(raw: list[Any], requests: Mapping[Key, Request]) -> SoFar:
+    key, tokens, beside, cached = raw
+    blocks = [] if beside is None else [_decoded(beside)]
+    return SoFar(requests[_key(key)], _decoded(tokens), blocks, cached)
+
+
+def _key(raw: list[Any]) -> Key:
+    return raw[0], raw[1]
+
+
+def _encoded(words: IntArray | None) -> list[Any] | None:
+    if words is None:
+        return None
+    return [list(words.shape), base64.b64encode(np.ascontiguousarray(words, "<i4").tobytes()).decode()]
+
+
+def _decoded(raw: list[Any]) -> IntArray:
+    shape, text = raw
+    return np.frombuffer(base64.b64decode(text), "<i4").astype(np.int32).reshape(shape)
+
+
+def _maybe_decoded(raw: list[Any] | None) -> IntArray | None:
+    return None if raw is None else _decoded(raw)
