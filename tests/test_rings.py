@@ -3,6 +3,7 @@
 import json
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from launch import run_jobs
 from results import code, read_results
 
 from deserve.batch import Begun, Completion, Request, Rules, SamplingParams, SoFar
+from deserve.config import load_config
 from deserve.dispatch.client import Client
 from deserve.dispatch.dispatcher import Dispatcher
 from deserve.dispatch.messages import (
@@ -27,6 +29,8 @@ from deserve.dispatch.messages import (
     encode_report,
     key_of,
 )
+from deserve.errors import UserError
+from deserve.plan import load_plan_config, plan
 
 PAGE = 4
 
@@ -192,6 +196,13 @@ def test_the_last_save_waits_for_the_other_rings() -> None:
     desk.wait()
 
 
+def unfinished(output: Path) -> set[str]:
+    """The requests whose answers so far are saved."""
+    with suppress(FileNotFoundError):
+        return {json.loads(line)["custom_id"] for line in (output / "unfinished.jsonl").read_bytes().splitlines()[1:]}
+    return set()
+
+
 def write_requests(path: Path, count: int) -> None:
     random = np.random.default_rng(0)
     with path.open("w") as file:
@@ -262,7 +273,37 @@ def test_texts_are_those_of_one_ring(tmp_path: Path) -> None:
     assert len(metrics["stages"]) == 4 and metrics["plan"]["replicas"] == 2 and metrics["requests"] == 90
     rings = metrics["rings"]
     assert [ring["ranks"] for ring in rings] == [[0, 1], [2, 3]]
-    assert sum(ring["requests"] for ring in rings) == 89 and all(ring["requests"] for ring in rings)
+    answers_given = metrics["requests"] - metrics["errors"]
+    assert sum(ring["requests"] for ring in rings) == answers_given and all(ring["requests"] for ring in rings)
     assert sum(ring["output_tokens"] for ring in rings) == metrics["output_tokens"]
     assert (tmp_path / "two" / "timeline.png").exists()
     assert "rings     ranks each" in printed and "ring 1 (ranks 2 to 3):" in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rings"),
+    [
+        (["memory_gb=40", "network.latency_ms=64"], 4),  # the model fits one rank: no ring needs a link
+        (["memory_gb=10"], 2),  # it does not: two ranks hold it, and have room for all requests
+        (["memory_gb=10", "kvcache.main_pages=1500"], 1),  # two do not hold as many pages
+    ],
+)
+def test_as_many_rings_as_are_fastest(overrides: list[str], rings: int) -> None:
+    job = ["ranks=4", "model=llama-3-8b", "workload.source=fixed64:64:0", "sampling.max_tokens=16"]
+    printed = plan(load_plan_config([*job, "pipeline.replicas=auto", *overrides]))
+    (chosen,) = (line for line in printed.splitlines() if line.endswith("<- chosen"))
+    assert int(chosen.split()[0]) == rings
+
+
+def test_numbers_of_rings_that_cannot_work() -> None:
+    job = ["ranks=4", "model=llama-3-8b", "workload.source=fixed64:64:0", "sampling.max_tokens=16"]
+    refused = {
+        "pipeline.replicas=3 does not divide 4 ranks": ["pipeline.replicas=3"],
+        "workload.concurrency=1 leaves some": ["pipeline.replicas=2", "workload.concurrency=1"],
+        "comm.activations=fp8 codes": ["pipeline.replicas=4", "comm.activations=fp8", "network.latency_ms=1"],
+    }
+    for message, overrides in refused.items():
+        with pytest.raises(UserError, match=message):
+            plan(load_plan_config([*job, *overrides]))
+    with pytest.raises(UserError, match=r"pipeline.replicas=0 must be auto or"):
+        load_config(["pipeline.replicas=0"])
