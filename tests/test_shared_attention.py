@@ -185,9 +185,15 @@ def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, 
     ),
     st.sampled_from([1, 2, 3, 4, 5, 7, 8, 11, None]),
     st.sampled_from([None, 2.0]),
+    st.sampled_from([1, 100, backends.SCORES]),
 )
-def test_windows_and_soft_caps(config: ModelConfig, drawn: list[Any], window: int | None, cap: float | None) -> None:
-    """Against attention token by token; and no page is read that lies outside of all windows, as there is NaN."""
+def test_windows_and_soft_caps(
+    config: ModelConfig, drawn: list[Any], window: int | None, cap: float | None, most: int
+) -> None:
+    """Against attention token by token; and no page is read that lies outside of all windows, as there is NaN.
+
+    However few scores are computed at a time, down to one query's.
+    """
     config = replace(config, kinds=(replace(config.kinds[0], window=window),), attention_cap=cap)
     rows = tables(drawn)
     (table,) = rows.tables
@@ -204,7 +210,9 @@ def test_windows_and_soft_caps(config: ModelConfig, drawn: list[Any], window: in
     backend = backends.TorchBackend(config, torch.float32, torch.device("cpu"), config.max_context)
     backend.begin_visit(rows)
     backend.append(KVLayer(memory, 0), k, v)
-    given = backend.attend(KVLayer(memory, 0), q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "SCORES", most)
+        given = backend.attend(KVLayer(memory, 0), q)
     token = 0
     for row, context, new in zip(table, rows.context.tolist(), rows.new_tokens.tolist(), strict=True):
         keys, values = memory[row].transpose(0, 1).flatten(1, 2)  # [positions, kv_heads, head_dim] each

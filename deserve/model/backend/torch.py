@@ -74,6 +74,8 @@ class Reads:
 SHARED_PAGES = 128
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 GATHER_BYTES = 4 << 20
+# Scores that are computed at a time where PyTorch has no kernel that keeps none: 256 MB of them.
+SCORES = 1 << 26
 
 
 class TorchBackend(Backend):
@@ -371,6 +373,16 @@ def _attend(
         attended, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=mask, scale=scale
         )
+        return attended, sums
+    rows, heads, count, _ = queries.shape
+    most = max(1, SCORES // (rows * heads * keys.shape[2]))
+    if count > most:
+        masks = [None] * -(-count // most) if mask is None else mask.split(most, 2)
+        parts = [
+            _attend(some, keys, values, part, scale, cap)
+            for some, part in zip(queries.split(most, 2), masks, strict=True)
+        ]
+        attended, sums = (torch.cat(each, 2) for each in zip(*parts, strict=True))
         return attended, sums
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scale)
     if cap is not None:
