@@ -213,6 +213,7 @@ class VisitPlan:
     scores: IntArray = field(default_factory=lambda: _empty(0))  # [rows] so many before those, by a token to score
     sorts: IntArray = field(default_factory=lambda: _empty(0))  # slots that are not UNDECIDED again
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
+    sliding_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # the same of sliding pages
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
     admissions: list[IntArray] = field(default_factory=list)  # one for each sequence that is new
@@ -287,13 +288,15 @@ class VisitPlan:
         return plan
 
     @staticmethod
-    def max_words(rows: int, pages: int, tokens: int) -> int:
+    def max_words(rows: int, pages: int, tokens: int, slides: bool = False) -> int:
         """Words of the longest plan of at most `rows` sequences and `tokens` tokens, where a micro-batch can own
         `pages` pages.
 
-        New sequences read as many prefix pages besides, each counted for each of them.
+        New sequences read as many prefix pages besides, each counted for each of them. `slides`: of sliding pages, too.
         """
-        return _HEADER_WORDS + rows * (6 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
+        sliding = 3 * (rows + pages + tokens) if slides else 0
+        rest = rows * (6 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
+        return _HEADER_WORDS + rest + sliding
 
 
 MOST_LOGPROBS = 20  # likeliest tokens that a request may ask for beside each of its own, as in OpenAI's API
@@ -322,6 +325,7 @@ _SECTIONS = {
     "scores": 1,
     "sorts": 1,
     "page_writes": 3,
+    "sliding_writes": 3,
     "stash": 2,
     "restore": 2,
 }

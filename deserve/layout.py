@@ -46,6 +46,8 @@ class Layout:
     hint: str = ""
     fp8_pages: bool = False
     visit_tokens: int = 0  # 0: as many as max_batch_tokens
+    sliding_pages: int = 0  # of layers with a window, which then have none of the others; 0: they hold whole contexts
+    window: int = 0  # tokens that those layers attend to
 
     def shard(self, rank: int, layers: int) -> Shard:
         """The share of `rank` of a model of `layers` layers."""
@@ -53,9 +55,10 @@ class Layout:
         end = layers if rank == last_rank else self.partition[rank + 1]
         return Shard(self.partition[rank], end, embeds=rank == 0, outputs=rank == last_rank)
 
-    def slab_pages(self, layers: int) -> float:
-        """The memory of the swap slab beside `layers` layers, in pages of all of them."""
-        return self.swap_pages * slab_slots(layers, self.rounds) / layers
+    def layer_pages(self, layers: int, sliding: int) -> int:
+        """The KV memory of a rank of `layers` layers, `sliding` of them with sliding pages, in pages of one layer."""
+        whole = layers - sliding
+        return whole * self.main_pages + slab_slots(whole, self.rounds) * self.swap_pages + sliding * self.sliding_pages
 
     @property
     def visit_pages(self) -> int:
@@ -77,6 +80,12 @@ def slab_slots(layers: int, rounds: int = 2) -> int:
     pages and awaits the next layer's, and what takes the place of the former comes in after its launch.
     """
     return layers if rounds == 1 else max(min(2, layers), -(-layers // 2))
+
+
+def most_sliding(window: int, page_size: int) -> int:
+    """Sliding pages that a sequence holds at most between two visits: those of the last `window` tokens, which begin
+    and end anywhere in a page, and one for draft tokens."""
+    return -(-window // page_size) + 2
 
 
 def token_budgets(stated: Any, gpu: bool) -> tuple[int, ...]:

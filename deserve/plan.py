@@ -82,6 +82,8 @@ def plan(config: PlanConfig) -> str:
         budgets=budgets,
         coded_bytes=coded_bytes(model.hidden_size),
         coded=config.comm.activations == "fp8",
+        window=model.window,
+        windowed=0.0 if config.stage.measure else len(model.sliding(0, model.num_layers)) / model.num_layers,
     )
     begin = time.perf_counter()
     rings, why = choose_rings(config, model, dtype, lengths, machine)

@@ -145,20 +145,26 @@ def load_stage(checkpoint: Checkpoint, layout: Layout, shard: Shard, dtype: torc
 def _needs(config: ModelConfig, layout: Layout, shard: Shard, dtype: torch.dtype, device: torch.device) -> str:
     """What a stage takes of which memory, for who ran out of it."""
     layers = shard.last - shard.first
-    page_bytes = layout.page_size * config.kv_spec(dtype, layout.fp8_pages).token_bytes * layers
+    sliding = len(config.sliding(shard.first, shard.last)) if layout.sliding_pages else 0
+    page_bytes = layout.page_size * config.kv_spec(dtype, layout.fp8_pages).token_bytes
     host = layout.rounds * layout.swap_pages + pool_pages(layout.host_height)
-    pages = layout.main_pages + layout.slab_pages(layers)
+    pages = layout.layer_pages(layers, sliding)
     weights_gb, pages_gb, host_gb = (
-        nbytes / 1e9 for nbytes in (parameter_bytes(config, shard, dtype), pages * page_bytes, host * page_bytes)
+        nbytes / 1e9
+        for nbytes in (
+            parameter_bytes(config, shard, dtype),
+            pages * page_bytes,
+            host * (layers - sliding) * page_bytes,
+        )
     )
     has = others = ""
     if device.type == "cuda":
         has = f" of the {torch.cuda.get_device_properties(device).total_memory / 1e9:.1f} GB of the GPU"
         others = held_by_others(device)
     return (
-        f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and {pages:.0f} KV pages "
-        f"{pages_gb:.1f} GB{has}, and {host} pages in host memory {host_gb:.1f} GB. Lower kvcache.gpu_memory_gb, "
-        f"kvcache.swap_pages or kvcache.buddy_height, or start more ranks{others}"
+        f"out of memory while loading {layers} layers: their weights take {weights_gb:.1f} GB and "
+        f"{pages / layers:.0f} KV pages {pages_gb:.1f} GB{has}, and {host} pages in host memory {host_gb:.1f} GB. "
+        f"Lower kvcache.gpu_memory_gb, kvcache.swap_pages or kvcache.buddy_height, or start more ranks{others}"
     )
 
 
@@ -185,6 +191,8 @@ def _load_stage(
         host_pages=pool_pages(layout.host_height),
         max_tokens=layout.max_batch_tokens,
         sequences=layout.concurrency,
+        sliding=config.sliding(shard.first, shard.last) if layout.sliding_pages else (),
+        sliding_pages=layout.sliding_pages,
     )
     decoder = Decoder(config, weights, make_backend(config, layout, dtype, device, len(kv.scratch)))
     graphs = None

@@ -1,7 +1,7 @@
 """Visits by CUDA graphs, emulated on a CPU: kernels are recorded with the memory that they use, and run on it again."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -297,6 +297,25 @@ def test_padding_lies_on_the_scratch_page():
     assert one.new_tokens.tolist() == [1, 2, 17] and one.context.tolist() == [5, 9, 0]
     assert one.tables[0].tolist() == [[3, 6], [4, 6], [6, 6]]
     assert padded(rows, 0, kv) is rows
+
+
+@pytest.mark.parametrize("sliding", [(), (0,), (1, 2, 4), range(5)])
+def test_sliding_pages_lie_apart(sliding: Collection[int]) -> None:
+    """Five layers, some with sliding pages: the others lie as if they were alone, and none lies on another."""
+    options: dict[str, Any] = {"main_pages": 5, "swap_pages": 3, "rounds": 2, "max_tokens": 1}
+    kv = KVPages(KVSpec(1, 4, torch.float32), 5, page_size=2, device=CPU, sliding=sliding, sliding_pages=4, **options)
+    whole = [layer for layer in range(5) if layer not in sliding]
+    alone = KVPages(KVSpec(1, 4, torch.float32), len(whole), page_size=2, device=CPU, **options)
+    size = kv.memory.stride(0)
+    where = [layer.memory.storage_offset() // size + np.arange(len(layer.memory)) for layer in kv.layers]
+    for nth, layer in enumerate(whole):
+        assert where[layer][0] == alone.layers[nth].memory.storage_offset() // size
+        assert kv.layers[layer].table == alone.layers[nth].table and len(where[layer]) == 9
+    assert kv.turn == (whole[alone.turn] if alone.turn else 0)
+    apart = [page for layer in sliding for page in where[layer]]
+    assert all(kv.scratch[kv.layers[layer].table] == 4 for layer in sliding)
+    assert len(apart) == len(set(apart)) == 5 * len(sliding)
+    assert set(apart) == set(range(len(alone.memory), len(kv.memory)))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 8])

@@ -24,6 +24,7 @@ from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.rounds import Counters
 from deserve.scheduler.scheduler import Scheduler
+from deserve.scheduler.sliding import most_sliding
 from deserve.stage import guide, load_stage
 
 OUTPUT = 24  # tokens of the reference; a shorter output is its beginning
@@ -54,9 +55,23 @@ class Reference:
     outputs: dict[bool, list[list[int]]]  # by whether pages are in fp8: then by this program, with memory for all
 
 
+# Layers with swap pages, which take each other's place, before and behind others
+WINDOW = 9
+TYPES = [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "full")]
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": TYPES, "num_hidden_layers": 5}
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    folder = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2)
+    return make_reference(make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def sliding(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return make_reference(make_checkpoint(tmp_path_factory.mktemp("qwen2"), "qwen2", **SLIDING))
+
+
+def make_reference(folder: Path) -> Reference:
     model = reference_model(folder)
     chance = np.random.default_rng(0)
     prompts = [chance.integers(0, 256, length).tolist() for length in LENGTHS]
@@ -93,6 +108,16 @@ def shared_pages_are_read_once() -> Iterator[None]:
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Reference) -> None:
+    check_answers(data, reference)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_nor_on_which_pages_windows_have_left(data: st.DataObject, sliding: Reference) -> None:
+    check_answers(data, sliding, WINDOW)
+
+
+def check_answers(data: st.DataObject, reference: Reference, window: int = 0) -> None:
     page_size = data.draw(st.sampled_from([1, 2, 4, 16]), "page size")
     swap = data.draw(st.integers(0, 60 // page_size), "swap pages")
     main = data.draw(st.integers(1 if swap else 2, 100 // page_size), "main pages")
@@ -101,14 +126,17 @@ def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Referen
         rounds=data.draw(st.integers(1, 4), "rounds"),
         micro_batch_size=data.draw(st.integers(1, 6), "micro-batch size"),
         concurrency=data.draw(st.integers(1, 16), "concurrency"),
-        max_batch_tokens=data.draw(st.sampled_from([1, 7, 16, 64]), "token budget"),
+        max_batch_tokens=(budget := data.draw(st.sampled_from([1, 7, 16, 64]), "token budget")),
         policy=data.draw(st.sampled_from(sorted(POLICIES)), "policy"),
         page_size=page_size,
         main_pages=main,
         swap_pages=swap,
         host_height=data.draw(st.integers(0, 9), "buddy height"),
-        fp8_pages=data.draw(st.booleans(), "fp8 pages"),
+        fp8_pages=not window and data.draw(st.booleans(), "fp8 pages"),
     )
+    if window:
+        spare = most_sliding(window, page_size) + budget // page_size
+        plan = replace(plan, window=window, sliding_pages=spare + data.draw(st.integers(0, 40), "sliding pages"))
     lengths = data.draw(
         st.lists(st.tuples(st.integers(0, len(LENGTHS) - 1), st.integers(1, OUTPUT)), min_size=6, max_size=14)
     )
@@ -149,7 +177,8 @@ def completed(scheduler: Scheduler, plan: Layout, checkpoint: Checkpoint, requeu
     """
     visits = 0
     pages = scheduler.pages
-    stage = load_stage(checkpoint, plan, plan.shard(0, 2), torch.float32, torch.device("cpu"))
+    shard = plan.shard(0, checkpoint.config.num_layers)
+    stage = load_stage(checkpoint, plan, shard, torch.float32, torch.device("cpu"))
     completions: list[Completion] = []
     under_way: dict[int, VisitPlan] = {}
     turn = deque((index, np.zeros(0, np.int32)) for index in range(plan.rounds))
@@ -255,3 +284,6 @@ def check_ownership(scheduler: Scheduler, pages: Pages) -> None:
     main, readers = np.unique(np.concatenate(main_owned), return_counts=True)
     assert pages.prefixes.held[main[readers > 1]].all()
     assert len(main) + pages.free_main == pages.main
+    if pages.sliding is not None:
+        held = {page for slot in scheduler.sequences.slots for page in pages.sliding.owned(slot).tolist()}
+        assert len(held) + pages.sliding.free == pages.sliding.pages

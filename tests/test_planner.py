@@ -127,6 +127,36 @@ def test_layers_that_differ_are_split_by_their_bytes() -> None:
         assert held <= 5_000_000
 
 
+@pytest.mark.parametrize("swap", [0, 20])
+def test_layers_with_a_window_hold_little_more_than_that(swap: int) -> None:
+    """Eight of twelve layers have a window of 64 tokens: 4 + 2 pages of a sequence of 32 at its end, 31 on average."""
+    raw: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 12, "vocab_size": 320}
+    raw |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    raw |= {"max_position_embeddings": 1024, "rms_norm_eps": 1e-6, "use_sliding_window": True, "sliding_window": 64}
+    raw |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4}
+    on, config = machine(2, memory=5_000_000), load_config([f"kvcache.swap_pages={swap}", "pipeline.rounds=2"])
+    found, without = (
+        choose_plan(config, parse_config(raw | more, "test"), torch.float32, lengths(400, 481, 32), on)
+        for more in ({}, {"use_sliding_window": False, "layer_types": None})
+    )
+    assert found.window == 64 and not without.sliding_pages
+    for rank in range(2):
+        shard, model = found.shard(rank, 12), parse_config(raw, "test")
+        layers, sliding = shard.last - shard.first, len(model.sliding(shard.first, shard.last))
+        pages = found.layer_pages(layers, sliding)
+        held = parameter_bytes(model, shard, torch.float32) + pages * on.page_bytes
+        assert held <= 5_000_000 < held * 1.05
+    fitting = (found.main_pages + 2 * swap) / (without.main_pages + 2 * swap)
+    assert 12 / (4 + 8 * 6 / 32) * 0.8 < fitting < 12 / (4 + 8 * 6 / 32) * 1.2
+    short = choose_plan(config, parse_config(raw, "test"), torch.float32, lengths(400, 48, 16), on)
+    assert not short.sliding_pages  # no sequence is longer than its window by much
+
+
+def test_layers_with_a_window_attend_to_no_more() -> None:
+    on = replace(machine(1), window=100, windowed=0.75)
+    assert on.attended(80) == 80 and on.attended(500) == pytest.approx(0.25 * 500 + 0.75 * 100)
+
+
 # -- the simulation against arithmetic
 
 

@@ -63,7 +63,7 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
             continue
         before = {page: digest for page, digest in pages.prefixes.digests.items() if not pages.readers[page]}
         unread = {page for page in before if page not in found.tolist()}
-        pages.begin(0, slot, links, found, links.pages)
+        pages.begin(0, slot, len(prompt), links, found, links.pages)
         pages.grow(0, np.array([slot]), np.array([len(prompt)]))
         evicted = {page for page in unread if pages.prefixes.digests.get(page) != before[page]}
         if evicted:

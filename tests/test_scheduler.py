@@ -27,11 +27,12 @@ from deserve.batch import (
     VisitResult,
 )
 from deserve.kvcache.buddy import BuddyAllocator
-from deserve.layout import Layout
+from deserve.layout import Layout, most_sliding
 from deserve.scheduler import sequences as sequences_module
 from deserve.scheduler.policy import POLICIES
 from deserve.scheduler.scheduler import Scheduler
 from deserve.scheduler.sequences import Cut, Sequences
+from deserve.scheduler.sliding import SlidingPages
 from deserve.workload.read_ahead import ReadAhead
 
 EOS = 7
@@ -87,6 +88,8 @@ class Case:
     mixed: bool = False
     stop_token: bool = False  # `EOS` is a stop token of each request, instead of the model's end of text
     begun: tuple[int, ...] = ()  # of the first requests, tokens of the answer that are known at the start
+    window: int = 0  # of some layers, with just enough sliding pages for `slides` whole sequences; 0: none has one
+    slides: int = 1
     cut: int = 0  # every answer that gets so far holds a stop string there, which ends with this token
 
     @property
@@ -102,7 +105,15 @@ class Case:
             main_pages=self.main,
             swap_pages=self.swap,
             host_height=self.height,
+            sliding_pages=self.sliding,
+            window=self.window,
         )
+
+    @property
+    def sliding(self) -> int:
+        """Sliding pages; 0: there are none."""
+        most = most_sliding(self.window, self.page_size)
+        return self.slides * most + self.max_batch_tokens // self.page_size if self.window else 0
 
     def scheduler(self, source: "Source", **options: Any) -> Scheduler:
         """Closes rounds as `gather` says, and has draft tokens of which every third is wrong."""
@@ -163,13 +174,15 @@ class Engine:
     swap: list[dict[tuple[int, int], int]] = field(default_factory=list)  # one for each micro-batch
     host: dict[tuple[int, int], int] = field(default_factory=dict)
     tables: dict[int, dict[int, int]] = field(default_factory=dict)  # slot: index: page
+    sliding: dict[tuple[int, int], int] = field(default_factory=dict)
+    sliding_tables: dict[int, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lose()
 
     def lose(self) -> None:
         """Forget all pages."""
-        self.main, self.host, self.tables = {}, {}, {}
+        self.main, self.host, self.tables, self.sliding, self.sliding_tables = {}, {}, {}, {}, {}
         self.swap = [{} for _ in range(self.case.rounds)]
 
     def memory(self, micro_batch: int, page: int) -> dict[tuple[int, int], int]:
@@ -196,6 +209,15 @@ class Engine:
                     target[page, offset] = self.host[host, offset]
         for slot, index, page in plan.page_writes.tolist():
             self.tables.setdefault(slot, {})[index] = page
+        contexts = dict(zip(plan.slots.tolist(), plan.context.tolist(), strict=True))
+        for slot, index, page in plan.sliding_writes.tolist():
+            assert 0 <= page < self.case.sliding
+            if index * size >= contexts.get(
+                slot, index * size + 1
+            ):  # no prefix page: who held it before is done with it
+                for offset in range(size):
+                    self.sliding.pop((page, offset), None)
+            self.sliding_tables.setdefault(slot, {})[index] = page
         sampled: list[int] = []
         at = read = 0
         fields = (plan.slots, plan.new_tokens, plan.context, plan.samples)
@@ -204,6 +226,8 @@ class Engine:
             for position in range(context, context + new):
                 page = self.tables[slot][position // size]
                 self.memory(plan.micro_batch, page)[page, position % size] = int(tokens[at])
+                if self.case.window:
+                    self.sliding[self.sliding_tables[slot][position // size], position % size] = int(tokens[at])
                 at += 1
         for slot, new, context, samples in rows:
             assert new >= 1 and samples <= new
@@ -212,6 +236,10 @@ class Engine:
             content = [
                 self.memory(plan.micro_batch, page)[page, position % size] for position, page in enumerate(pages)
             ]
+            if self.case.window:
+                inside = range(max(0, context - self.case.window + 1), context + new)
+                slid = [self.sliding[self.sliding_tables[slot][at // size], at % size] for at in inside]
+                assert slid == content[inside.start :], "a page is gone that a window reaches"
             for length in range(context + new - samples + 1, context + new + 1):
                 ends = {length: EOS, -length: NO_TOKEN}
                 so_far = tuple(content[:length])
@@ -334,7 +362,9 @@ def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
     assert plan.tokens == len(tokens) <= case.max_batch_tokens
     assert plan.rows <= case.micro_batch_size and len(set(plan.slots.tolist())) == plan.rows
     words = plan.encode()
-    assert len(words) <= VisitPlan.max_words(case.concurrency, case.main + case.swap, case.max_batch_tokens)
+    assert len(words) <= VisitPlan.max_words(
+        case.concurrency, case.main + case.swap, case.max_batch_tokens, case.window > 0
+    )
     again = VisitPlan.decode(words)
     for name, value in vars(plan).items():
         assert (
@@ -371,6 +401,18 @@ def check_owners(scheduler: Scheduler, engine: Engine, case: Case) -> None:
     assert len(set(main)) == case.main - pages.free_main
     assert np.array_equal(np.bincount(main, minlength=case.main), pages.readers)
     assert prefixes.unread == (prefixes.held & (pages.readers == 0)).sum()
+    if pages.sliding is not None:
+        check_sliding(pages.sliding, scheduler.sequences.slots, case)
+
+
+def check_sliding(sliding: SlidingPages, slots: list[int], case: Case) -> None:
+    """No page but a prefix page is held twice, none is lost, and nobody holds more than has been reserved."""
+    held = [sliding.owned(slot) for slot in slots]
+    assert all(len(pages) <= most_sliding(case.window, case.page_size) for pages in held)
+    readers = np.bincount(np.concatenate([np.zeros(0, np.int32), *held]), minlength=case.sliding)
+    assert np.array_equal(readers, sliding.readers) and sliding.prefixes.held[readers > 1].all()
+    assert np.count_nonzero(readers) + sliding.free == case.sliding
+    assert sliding.prefixes.unread == (sliding.prefixes.held & (readers == 0)).sum()
 
 
 def check_answers(requests: list[Request], ends: dict[str, int], completions: list[Completion], cut: int) -> None:
@@ -423,6 +465,8 @@ def cases(draw: Any) -> Case:
         mixed=draw(st.booleans()),
         stop_token=draw(st.booleans()),
         begun=tuple(draw(st.lists(st.integers(0, 40), max_size=8))),
+        window=draw(st.sampled_from([0, 1, 2, 5, 16])),
+        slides=draw(st.integers(1, 4)),
         cut=draw(st.sampled_from([0, 0, 1, 3, 12])),
     )
 

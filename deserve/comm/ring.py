@@ -65,7 +65,10 @@ def connect(
     depth = layout.rounds + 1
     first, last = ring.rank == 0, ring.is_last
     plan_bytes = 4 * VisitPlan.max_words(
-        layout.concurrency, layout.main_pages + layout.swap_pages, layout.max_batch_tokens
+        layout.concurrency,
+        layout.main_pages + layout.swap_pages,
+        layout.max_batch_tokens,
+        layout.sliding_pages > 0,
     )
     result_bytes = 4 * VisitResult.max_words(layout.max_batch_tokens, beside_width(MOST_LOGPROBS))
     token_bytes = coded_bytes(hidden) if coded[before] else hidden * dtype.itemsize

@@ -1,7 +1,8 @@
 """A stage's KV memory: the pages of its layers, and which of them each sequence owns."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,8 @@ class KVPages:
 
         main pages of layer l | swap pages, scratch page | main pages of layer l + slots
 
-    so each of them is one block of memory, indexed by a page table that all layers on the same side share.
+    so each of them is one block of memory, indexed by a page table that all layers on the same side share. The layers
+    `sliding` have none of these pages, but sliding pages: they stay on the GPU, and have tables of their own.
     """
 
     def __init__(
@@ -91,37 +93,53 @@ class KVPages:
         host_pages: int = 0,
         max_tokens: int = 0,
         sequences: int = 0,
+        sliding: Collection[int] = (),
+        sliding_pages: int = 0,
     ):
         """`swap_pages` per round, `host_pages` of the host pool; a visit has up to `max_tokens` tokens.
 
-        `sequences`: how many there can be at once. Raises MemoryError or OutOfMemoryError where memory runs short.
+        `sequences`: how many there can be at once. `sliding`: indices of layers with `sliding_pages`. Raises
+        MemoryError or OutOfMemoryError where memory runs short.
         """
         if rounds == 1:  # a single round never leaves
             main_pages, swap_pages = main_pages + swap_pages, 0
         self.page_size, self._main, self._swap = page_size, main_pages, swap_pages
         self._sequences = PageTable(sequences)
-        slots = slab_slots(layers) if swap_pages else layers
+        self._sliding = PageTable(sequences) if sliding else None
+        whole = [layer for layer in range(layers) if layer not in sliding]
+        slots = slab_slots(len(whole)) if swap_pages else len(whole)
         page = spec.page_shape(page_size)
-        pages = layers * main_pages + slots * (swap_pages + 1)
+        others = len(whole) * main_pages + slots * (swap_pages + 1)
+        pages = others + len(sliding) * (sliding_pages + 1)
         self.memory = torch.zeros(pages, *page, dtype=spec.dtype, device=device)
-        stride = main_pages + swap_pages + 1 + (main_pages if slots < layers else 0)
+        stride = main_pages + swap_pages + 1 + (main_pages if slots < len(whole) else 0)
 
-        def blocks(start: int, count: int, length: int) -> torch.Tensor:
+        def blocks(start: int, count: int, length: int, stride: int = stride) -> torch.Tensor:
             """`count` blocks of `length` pages, the first from page `start` on: [count, length, *page]."""
             size, *inner = self.memory.stride()
             return self.memory.as_strided((count, length, *page), (stride * size, size, *inner), start * size)
 
         before = blocks(0, slots, main_pages + swap_pages + 1)
-        behind = blocks(main_pages, layers - slots, swap_pages + 1 + main_pages)
-        self.layers = [KVLayer(memory, table) for table, side in enumerate((before, behind)) for memory in side]
+        behind = blocks(main_pages, len(whole) - slots, swap_pages + 1 + main_pages)
+        apart = blocks(others, len(sliding), sliding_pages + 1, sliding_pages + 1)
+        # From this layer on, pages take the place of the first layers'.
+        self.turn = whole[slots] if slots < len(whole) else 0
+        placed = [KVLayer(memory, table) for table, side in enumerate((before, behind)) for memory in side]
+        layer_of = dict(zip(whole, placed, strict=True))
+        apart_table = 1 + (self.turn > 0)
+        layer_of |= {layer: KVLayer(memory, apart_table) for layer, memory in zip(sorted(sliding), apart, strict=True)}
+        self.layers = [layer_of[layer] for layer in range(layers)]
+        self._whole = [layer not in sliding for layer in range(layers)]
+        self._before = [0, *accumulate(map(int, self._whole))]  # of the layers with main pages, those before each layer
         self._main_memory = before[:, :main_pages], behind[:, swap_pages + 1 :]
-        self.turn = slots if slots < layers else 0  # from this layer on, pages take the place of the first layers'
-        self.scratch = [int(page) for page in self.placed(np.array(main_pages + swap_pages, np.int32))]  # by table
-        self.slab = SwapSlab(before[:, main_pages:-1], layers, rounds, max_tokens) if swap_pages else None
+        scratch = self.placed(np.array(main_pages + swap_pages, np.int32))
+        self.scratch = [*map(int, scratch), *([sliding_pages] if sliding else [])]  # by table
+        swaps = swap_pages > 0 and len(whole) > 0
+        self.slab = SwapSlab(before[:, main_pages:-1], len(whole), rounds, max_tokens) if swaps else None
         self.swapped = self.slab.counters if self.slab is not None else SwapCounters()
-        self._pool = host_memory((layers, host_pages, *page), spec.dtype, device)
+        self._pool = host_memory((len(whole), host_pages, *page), spec.dtype, device)
         self._on_gpu = self.memory.is_cuda
-        if self._on_gpu and host_pages:  # compiles the kernels, which would take seconds amid the visits
+        if self._on_gpu and host_pages and whole:  # compiles the kernels, which would take seconds amid the visits
             nowhere, somewhere = (torch.full((1,), index, dtype=torch.int64, device=device) for index in (-1, 0))
             for memory in (before, *([self.slab.host(0)] if self.slab is not None else [])):
                 for target, source in ((self._pool, memory), (memory, self._pool)):
@@ -130,10 +148,12 @@ class KVPages:
     def begin_visit(self, plan: VisitPlan, timeline: Timeline = UNTIMED) -> list[IntArray]:
         """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch.
 
-        Returns the page tables [rows, width] of the plan's rows, wide enough for the longest. Entries past a row's end
-        are any valid page.
+        Returns the page tables [rows, width] of the plan's rows, wide enough for the longest, by `KVLayer.table`.
+        Entries past a row's end, and of sliding pages before the row's window, are any valid page.
         """
         self._sequences.write(plan.page_writes)
+        if self._sliding is not None:
+            self._sliding.write(plan.sliding_writes)
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):
                 self._move(plan.micro_batch, plan.stash[:, 0], plan.stash[:, 1], resume=False)
@@ -149,10 +169,11 @@ class KVPages:
                 plan.micro_batch, self._swapped(read), self._swapped(plan.restore[:, 1]), written, offsets, timeline
             )
         width = -(-int((start + plan.new_tokens).max(initial=0)) // self.page_size)
-        return self.placed(self._sequences.rows(slots, width))
+        tables = self.placed(self._sequences.rows(slots, width))
+        return tables if self._sliding is None else [*tables, self._sliding.rows(slots, width)]
 
     def placed(self, pages: IntArray) -> list[IntArray]:
-        """Page ids as indices into the layers' memory, by `KVLayer.table`."""
+        """Ids of main and swap pages as indices into the layers' memory, by `KVLayer.table`."""
         if not self.turn:
             return [pages]
         return [pages, np.where(pages < self._main, pages + (self._swap + 1), pages - self._main)]
@@ -163,11 +184,12 @@ class KVPages:
 
         Swap pages have arrived when the current stream begins, and may be replaced when it is done.
         """
-        if self.slab is not None:
-            self.slab.await_layer(index)
+        slab = self.slab if self._whole[index] else None
+        if slab is not None:
+            slab.await_layer(self._before[index])
         yield self.layers[index]
-        if self.slab is not None:
-            self.slab.leave_layer(index, tokens)
+        if slab is not None:
+            slab.leave_layer(self._before[index], tokens)
 
     def follow(self, layers: range) -> None:
         """A visit has gone through `layers`: let the swap pages come in that take the place of theirs.
@@ -175,7 +197,7 @@ class KVPages:
         To be called once for each layer before `turn`, in order, outside of CUDA graphs, before the layer that waits.
         """
         if self.slab is not None:
-            self.slab.follow(layers)
+            self.slab.follow(range(self._before[layers.start], self._before[layers.stop]))
 
     def join(self) -> None:
         """The current stream waits for what leaving layers began; due at the end of a visit and of a CUDA graph."""

@@ -128,6 +128,16 @@ class ModelConfig:
         return max(kind.rope.switch for kind in self.kinds)
 
     @property
+    def window(self) -> int:
+        """Tokens that the layers with a window attend to, which is the same for all of these. 0: no layer has one."""
+        return max(kind.window or 0 for kind in self.kinds)
+
+    def sliding(self, first: int, last: int) -> list[int]:
+        """Which of the layers `first` to `last` (exclusive) have a window, counted from `first`."""
+        kinds = self.layer_kinds[first:last]
+        return [layer for layer, kind in enumerate(kinds) if self.kinds[kind].window is not None]
+
+    @property
     def q_size(self) -> int:
         """Elements of one token's queries."""
         return self.num_heads * self.head_dim

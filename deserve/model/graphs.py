@@ -137,7 +137,7 @@ class GraphedVisits:
     def _capture(self, count: int, pool: GraphPool) -> tuple[list[tuple[Replayable, list[Step]]], list[int]]:
         """The graphs of a visit of `count` tokens, each with the steps behind it; and its launch parameters."""
         kv, nothing = self._kv, np.zeros(0, np.int32)
-        nobody = Rows(nothing, nothing, kv.placed(nothing.reshape(0, 0)))
+        nobody = Rows(nothing, nothing, [nothing.reshape(0, 0)] * len(kv.scratch))
         plan = self._begin(padded(nobody, count, kv))
         x, qkv = self._hidden[:count], None if self._qkv is None else self._qkv[:count]
         for step in self._decoder.steps(x, kv, qkv):

@@ -21,7 +21,7 @@ import torch
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
-from deserve.layout import Layout, Shard, parse_partition, slab_slots
+from deserve.layout import Layout, Shard, most_sliding, parse_partition, slab_slots
 from deserve.model.config import ModelConfig
 from deserve.model.weights import parameter_bytes
 from deserve.planner.simulator import Outcome, read_once, simulate
@@ -132,6 +132,14 @@ class _Search:
         stated = config.pipeline.max_batch_tokens
         self._budgets = machine.budgets if stated == "auto" else (int(stated),)
         self._longest = -(-min(lengths.max_total, model.max_context) // config.kvcache.page_size)
+        # Sliding pages beside each main or swap page: what is reserved for a sequence, by what it holds of those.
+        self._most_sliding = most_sliding(model.window, config.kvcache.page_size)
+        beside = min(self._most_sliding, self._sequence_pages) / self._mean_pages
+        self._beside = beside if model.window and beside < 1 else 0.0  # 0: contexts are no longer than windows
+        if self._beside:  # of a mean layer
+            whole = 1 - self._sliding_layers(1)
+            stages = tuple(replace(times, page_s=whole * times.page_s) for times in machine.stages)
+            self._machine = replace(machine, stages=stages)
         self._simulated_visits, self._effort = 0, EFFORT[2]
         # Seconds that a byte of a plan and a token's hidden state take on each link that carries them.
         forward = [(link.byte_s, link.byte_s * machine.token_bytes(r)) for r, link in enumerate(machine.links[:-1])]
@@ -322,7 +330,7 @@ class _Search:
         main = self._main_pages(partition, rounds, 0, tokens)
         short = wanted - main / rounds
         slab = max(slab_slots(layers) / layers for layers in shares)  # pages of memory for each swap page
-        if rounds == 1 or short <= 0 or pages <= 0:
+        if rounds == 1 or short <= 0 or pages <= 0 or not any(self._swapped(partition)):
             return [0]
         pace = self._pace(_Candidate(policy, partition, rounds, size, 0, tokens, tokens), rows=float(size))
         turn = max(pace.busiest, pace.trip / rounds)
@@ -336,8 +344,8 @@ class _Search:
 
     def _host_pages(self, partition: tuple[int, ...], rounds: int) -> int:
         """As many swap pages of each of `rounds` does host memory hold."""
-        each = [self._machine.page_bytes * layers * rounds for layers in self._shares(partition)]
-        return min(self._machine.host_memory // nbytes for nbytes in each)
+        each = [self._machine.page_bytes * layers * rounds for layers in self._swapped(partition)]
+        return min(self._machine.host_memory // nbytes if nbytes else ENDLESS for nbytes in each)
 
     def _partitions(self, policy: str, size: int, tokens: int) -> list[tuple[int, ...]]:
         """Layer splits worth a look: ranks that take equally long, and ranks whose pages last equally long."""
@@ -389,6 +397,11 @@ class _Search:
         """Layers of each rank."""
         return [end - first for first, end in zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
 
+    def _swapped(self, partition: tuple[int, ...]) -> list[int]:
+        """Layers of each rank that have main and swap pages."""
+        shares = self._shares(partition)
+        return [n - round(self._sliding_layers(n, first)) for n, first in zip(shares, partition, strict=True)]
+
     def _weights(self, layers: int, first: int | None = None) -> float:
         """Bytes of `layers` layers from `first` on; None: of mean ones."""
         before = self._bytes_before
@@ -409,7 +422,25 @@ class _Search:
     def _pages_of(self, rank: int, layers: int, rounds: int, swap: int, tokens: int, first: int | None = None) -> int:
         """Main pages for which `rank` has room beside the slab of `swap` pages. `first`: see `_weights`."""
         left = self._kv_bytes(rank, layers, rounds, tokens, first) / self._machine.page_bytes
-        return int((left - swap * slab_slots(layers, rounds)) // layers)
+        sliding = self._sliding_layers(layers, first)
+        left -= swap * slab_slots(round(layers - sliding), rounds)
+        left -= sliding * (1 + self._sliding_pages(0, rounds, swap, tokens))
+        return int(left // (layers - sliding + self._beside * sliding))
+
+    def _sliding_layers(self, layers: int, first: int | None = None) -> float:
+        """How many of `layers` layers from `first` on have sliding pages; None: of mean ones."""
+        if not self._beside:
+            return 0
+        if first is None:
+            return layers * len(self._model.sliding(0, self._model.num_layers)) / self._model.num_layers
+        return len(self._model.sliding(first, first + layers))
+
+    def _sliding_pages(self, main: int, rounds: int, swap: int, tokens: int) -> int:
+        """Sliding pages beside `main` main pages and the swap pages of all rounds, of visits of `tokens` tokens."""
+        if not self._beside:
+            return 0
+        beside = self._beside * (main + swap * rounds)
+        return int(beside) + self._most_sliding + tokens // self._config.kvcache.page_size
 
     def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """The same of the rank that can hold the fewest under this split."""
@@ -460,7 +491,7 @@ class _Search:
             )
         # A pool for all that the GPU cannot hold, should every sequence grow to its end, and for two more.
         useful = max(0, concurrency * self._longest - main - candidate.rounds * swap) + 2 * self._longest
-        page_bytes = self._machine.page_bytes * max(shares)
+        page_bytes = self._machine.page_bytes * max(self._swapped(candidate.partition))
         left = self._machine.host_memory - candidate.rounds * swap * page_bytes
         height = min(kv.buddy_height, useful.bit_length() + 1)
         while height and pool_pages(height) * page_bytes > left:
@@ -478,6 +509,8 @@ class _Search:
             swap_pages=swap,
             host_height=height,
             fp8_pages=kv.fp8,
+            sliding_pages=self._sliding_pages(main, rounds, swap, tokens),
+            window=self._model.window,
         )
 
     # -- the arithmetic
@@ -489,7 +522,7 @@ class _Search:
     def _load(self, rows: float, sampled: float, prefills: float = 0.0, pairs: float = 0.0) -> VisitLoad:
         """A visit in which `rows` sequences, half way through their answers, get a token each, beside prompt tokens."""
         again = read_once(self._machine, self._lengths, self._config.kvcache.page_size, rows)
-        context = self._prompt + self._output / 2
+        context = self._machine.attended(self._prompt + self._output / 2)
         return VisitLoad(rows, rows * context - again, prefills, pairs + again, sampled)
 
     def _kinds(self, policy: str, rows: float, mixes: bool, budget: int) -> list[tuple[float, VisitLoad]]:
@@ -634,7 +667,10 @@ def table(layout: Layout, layers: int, exact: bool = True) -> str:
     )
     swapping = f"{layout.swap_pages} swap pages for each round" if layout.swap_pages else "no swapping"
     pool = f"a host pool of {pool_pages(layout.host_height)}" if layout.host_height else "no host pool"
-    lines.append(f"KV memory of {layout.main_pages} main pages of {layout.page_size} tokens, {swapping}, {pool}")
+    sliding = f", {layout.sliding_pages} sliding pages for layers with a window" if layout.sliding_pages else ""
+    lines.append(
+        f"KV memory of {layout.main_pages} main pages of {layout.page_size} tokens{sliding}, {swapping}, {pool}"
+    )
     if layout.predicted is not None:
         condition = "" if exact else " if all answers are as long as max_tokens allows (less if they end earlier)"
         lines.append(

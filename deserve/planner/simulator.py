@@ -115,6 +115,9 @@ class Simulation:
         )
         context = sum(map(sum, fitting)) / max(1, len(fitting))
         coarse = replace(layout, page_size=layout.page_size // grain)
+        if layout.sliding_pages:  # beside those of sequences, as many as the tokens of `grain` visits may need
+            more = layout.max_batch_tokens // coarse.page_size - layout.max_batch_tokens // layout.page_size
+            coarse = replace(coarse, sliding_pages=layout.sliding_pages + more, window=-(-layout.window // grain))
         cycle_s = cycle_times(layout, machine, layers, context)
         self.scheduler = Scheduler(coarse, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
         self.visits = self.sampled = 0
@@ -162,6 +165,8 @@ class Simulation:
         self.visits += 1
         self.sampled += plan.sampled * self.grain
         swapped = self.layout.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
+        if self.machine.windowed:
+            plan = replace(plan, context=self.machine.attended(self.grain * plan.context) / self.grain)
         self.travel(m, self.load(plan, swapped))
         return True
 

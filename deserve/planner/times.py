@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from deserve.layout import BUDGETS, Shard, slab_slots
@@ -149,6 +150,8 @@ class Machine:
     budgets: tuple[int, ...] = BUDGETS[:1]
     coded_bytes: int = 0
     coded: bool = False
+    window: int = 0  # tokens that a layer with a window attends to
+    windowed: float = 0.0  # fraction of the layers that have one, as far as the times are those of layers without
 
     @property
     def ranks(self) -> int:
@@ -188,6 +191,10 @@ class Machine:
         """Whether one row takes at least half as long as `rows`: then further tokens of a visit cost little."""
         layer = self.stages[0].layer
         return 2 * layer(VisitLoad(decodes=1)) >= layer(VisitLoad(decodes=rows))
+
+    def attended(self, context: Any) -> Any:
+        """Of `context` tokens, an array or a number, those that a mean layer attends to."""
+        return context - self.windowed * np.maximum(0, context - self.window)
 
     def frame_bytes(self, load: VisitLoad, rank: int) -> float:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""

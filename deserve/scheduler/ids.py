@@ -1,6 +1,8 @@
-"""Free ids."""
+"""Free ids, and indices of what rows have."""
 
-from deserve.batch import IntArray
+import numpy as np
+
+from deserve.batch import IntArray, Ints
 
 
 class IdStack:
@@ -23,3 +25,9 @@ class IdStack:
         """Put `ids` back."""
         self._ids[self._top : self._top + len(ids)] = ids[::-1]
         self._top += len(ids)
+
+
+def spread(slots: Ints, begin: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """Slot and index of each of `counts` [rows] tokens or pages from index `begin` [rows] on."""
+    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(slots, counts), np.repeat(begin, counts) + nth

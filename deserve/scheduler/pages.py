@@ -5,8 +5,9 @@ import numpy as np
 from deserve.batch import IntArray, Ints, Request
 from deserve.kvcache.buddy import BuddyAllocator
 from deserve.kvcache.pages import widen
-from deserve.scheduler.ids import IdStack
+from deserve.scheduler.ids import IdStack, spread
 from deserve.scheduler.prefixes import Chain, Prefixes
+from deserve.scheduler.sliding import SlidingPages
 
 
 class Pages:
@@ -32,10 +33,14 @@ class Pages:
         *,
         shares: bool = True,
         switch: int = 0,
+        sliding: SlidingPages | None = None,
     ):
-        """Without `shares` there are no prefix pages. Prompts of more than `switch` tokens share none with others."""
+        """Without `shares` there are no prefix pages. Prompts of more than `switch` tokens share none with others.
+
+        `sliding`: the pages of layers with a window, where these have pages of their own.
+        """
         self.main, self.swap, self.page_size = main, swap, page_size
-        self._shares, self._switch = shares, switch
+        self._shares, self._switch, self.sliding = shares, switch, sliding
         self.prefixes = Prefixes(main)
         self.host = BuddyAllocator(host_height)
         self.readers = np.zeros(main, np.int32)
@@ -88,7 +93,9 @@ class Pages:
     def all_free(self) -> bool:
         """Whether nobody owns a page."""
         swap_free = all(len(swap) == self.swap for swap in self._free_swap)
-        return swap_free and self.free_main == self.main and not self.readers.any() and self.host.all_free
+        sliding_free = self.sliding is None or self.sliding.all_free
+        main_free = self.free_main == self.main and not self.readers.any()
+        return swap_free and main_free and sliding_free and self.host.all_free
 
     # -- on the GPU
 
@@ -105,9 +112,7 @@ class Pages:
         from_swap = swap.take(min(total, len(swap)))
         from_main = self._take_main(total - len(from_swap))
         pages = np.concatenate([from_swap, from_main])
-        owners = np.repeat(slots, missing)
-        nth = np.arange(total) - np.repeat(np.cumsum(missing) - missing, missing)
-        index = np.repeat(self._held[slots], missing) + nth
+        owners, index = spread(slots, self._held[slots], missing)
         self._table = widen(self._table, int(index.max()) + 1)
         self._table[owners, index] = pages
         self._held[slots] += missing
@@ -123,6 +128,11 @@ class Pages:
 
     def release(self, round_: int, slot: int) -> None:
         """Take the pages of `slot` back from `round_`; those that somebody else reads stay, and prefix pages."""
+        self._release(round_, slot)
+        if self.sliding is not None:
+            self.sliding.release(slot)
+
+    def _release(self, round_: int, slot: int) -> None:
         pages = main = self.owned(slot)
         if self.swap:
             main = pages[pages < self.main]
@@ -154,13 +164,19 @@ class Pages:
         root = b"long" if 0 < self._switch < len(prompt) else b""
         return Chain(prompt, self.page_size, reads=request.sampling.prompt_logprobs is None, root=root)
 
+    def find(self, chain: Chain) -> IntArray:
+        """The prefix pages behind which the chain's own sequence can begin."""
+        found = self.prefixes.find(chain, chain.readable)
+        return found if self.sliding is None else found[: self.sliding.readable(chain, len(found))]
+
     def unread(self, pages: IntArray) -> int:
         """How many of `pages` nobody reads."""
         return int((self.readers[pages] == 0).sum())
 
-    def begin(self, round_: int, slot: int, chain: Chain, found: IntArray, again: int | None) -> IntArray:
+    def begin(self, round_: int, slot: int, end: int, chain: Chain, found: IntArray, again: int | None) -> IntArray:
         """The sequence in `slot` of `round_`, which owns no page yet, reads the prefix pages `found`, its first ones.
 
+        It has up to `end` computed tokens.
         Others that wait will read the first `again` pages of its `chain`, None: nobody knows. It is given main pages
         for these, as long as there are any, to become prefix pages when they are computed (`computes`). Returns the
         changes in its table as `grow` does.
@@ -169,6 +185,8 @@ class Pages:
             again = 0
         else:
             self.prefixes.wanted[found] = np.arange(len(found)) < again
+        if self.sliding is not None and slot not in self._stashed:  # if it is, it still holds its sliding pages
+            self.sliding.begin(slot, end, chain, len(found), min(again, chain.pages))
         self.prefixes.take(found[self.readers[found] == 0])
         self.readers[found] += 1
         self.shared[slot] = self.found[slot] = len(found)
@@ -183,7 +201,9 @@ class Pages:
         return np.stack([np.full_like(index, slot), index, pages], 1).astype(np.int32)
 
     def computes(self, round_: int, slot: int, tokens: int) -> None:
-        """The visit of `round_` that is being planned computes the sequence in `slot` up to `tokens` tokens."""
+        """The visit of `round_` that is being planned computes the prompt in `slot` up to `tokens` tokens."""
+        if self.sliding is not None:
+            self.sliding.computes(slot, tokens)
         if slot not in self._writing:
             return
         chain, stop = self._writing[slot]
@@ -196,6 +216,18 @@ class Pages:
         self.shared[slot] = index
         if index == last:  # otherwise somebody else has computed the same, and goes on
             self._add_from(slot, index, chain, stop)
+
+    def slide(self, slots: IntArray, tokens: Ints, computed: Ints) -> IntArray:
+        """The visit that is being planned computes `slots` [rows] up to `tokens` [rows] tokens, draft tokens and all,
+        and up to `computed` [rows] for certain.
+
+        Returns what the visit changes in the tables of sliding pages, as `grow` does.
+        """
+        if self.sliding is None:
+            return np.zeros((0, 3), np.int32)
+        self.sliding.grow(slots, tokens)
+        self.sliding.slide(slots, computed)
+        return self.sliding.take_writes()
 
     def _add_from(self, slot: int, index: int, chain: Chain, stop: int) -> None:
         if index < stop:
@@ -210,6 +242,8 @@ class Pages:
     def forget_prefixes(self) -> None:
         """Forget all prefix pages, of which nobody reads any."""
         self._free_main.give(self.prefixes.forget())
+        if self.sliding is not None:
+            self.sliding.forget_prefixes()
 
     # -- in the host pool
 
@@ -222,7 +256,7 @@ class Pages:
         host = self.host.take(max(0, used - shared))
         self._stashed[slot] = shared, host
         pairs = np.stack([self._table[slot, shared:used], host], 1).astype(np.int32)
-        self.release(round_, slot)
+        self._release(round_, slot)
         return pairs
 
     def restore(self, slot: int) -> IntArray:
@@ -232,8 +266,10 @@ class Pages:
         return np.stack([host, self._table[slot, shared : shared + len(host)]], 1).astype(np.int32)
 
     def forget(self, slot: int) -> None:
-        """Free the host pages of `slot`, whose tokens nobody needs."""
+        """Free the host pages of `slot`, whose tokens nobody needs, and its sliding pages."""
         self.host.give(self._stashed.pop(slot, (0, np.zeros(0, np.int32)))[1])
+        if self.sliding is not None:
+            self.sliding.release(slot)
 
     def private(self, slot: int, tokens: int) -> int:
         """Pages that hold `tokens` tokens of `slot`, beside the prefix pages that it reads."""
@@ -259,6 +295,8 @@ class Pages:
         Should all sequences grow to their end, what does not fit on the GPU must fit in the host pool. They go there
         whole, so room for one more of the largest makes sure that enough of them do.
         """
+        if self.sliding is not None and not self.sliding.affords(end):
+            return False
         worst = self.worst.copy()
         worst[round_] += self.count(end) - read
         overshoot = self.overshoot(worst)

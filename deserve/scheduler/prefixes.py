@@ -79,9 +79,13 @@ class Prefixes:
     def find(self, chain: Chain, most: int) -> IntArray:
         """The pages that hold the beginning of `chain`, `most` at most."""
         found: list[int] = []
-        while len(found) < most and (page := self._pages.get(chain[len(found)])) is not None:
+        while len(found) < most and (page := self.page(chain[len(found)])) is not None:
             found.append(page)
         return np.array(found, np.int32)
+
+    def page(self, digest: bytes) -> int | None:
+        """The page that holds `digest`, if one does."""
+        return self._pages.get(digest)
 
     def expects(self, chain: Chain, index: int) -> bool:
         """Whether a sequence in flight is about to compute page `index` of `chain`."""

@@ -87,7 +87,8 @@ class Rounds:
         `again` as in `Pages.begin`.
         """
         self.enter(round_, slot)
-        moves.page_writes.append(self._pages.begin(round_, slot, chain, found, again))
+        end = int(self._sequences.end[slot]) - 1
+        moves.page_writes.append(self._pages.begin(round_, slot, end, chain, found, again))
         moves.found += len(found)
         moves.page_writes.append(self._pages.grow(round_, np.array([slot]), self._sequences.length[[slot]]))
 
@@ -194,7 +195,7 @@ class Rounds:
             pages.forget(slot)
             self.counters.recomputed_tokens += int(self._sequences.computed[slot])
             self._sequences.computed[slot] = 0
-        return pages.prefixes.find(chain, chain.readable)
+        return pages.find(chain)
 
     # -- the end
 

@@ -23,6 +23,7 @@ from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
 from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
 from deserve.scheduler.sequences import CutFinder, Sequences, never
+from deserve.scheduler.sliding import SlidingPages
 from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
 
 NONE = np.zeros(0, np.int32)
@@ -95,15 +96,20 @@ class Scheduler:
         self._cycle_s, self._drafter = cycle_s, drafter
         self._visit_tokens = layout.visit_tokens or layout.max_batch_tokens
         self.sequences = Sequences(layout.concurrency, eos_ids, find_cuts)
+        slots, page_size = layout.concurrency, layout.page_size
+        sliding = None
+        if layout.sliding_pages:
+            sliding = SlidingPages(layout.sliding_pages, layout.window, page_size, slots, layout.max_batch_tokens)
         self.pages = Pages(
             layout.main_pages,
             layout.swap_pages,
             layout.rounds,
             layout.host_height,
-            layout.page_size,
-            layout.concurrency,
+            page_size,
+            slots,
             shares=share_prefixes,
             switch=rope_switch,
+            sliding=sliding,
         )
         window = max(SIZE, 2 * layout.concurrency) if share_prefixes or mixed else 1
         self._window = Window(source, self.pages.chain, layout.page_size, window, grouped and share_prefixes, mixed)
@@ -270,6 +276,8 @@ class Scheduler:
         sequences, slots = self.sequences, visit.decodes
         # No use beyond the end: the token after the last draft is sampled too.
         most = np.clip(sequences.end[slots] - sequences.length[slots] - 1, 0, drafter.most)
+        if self._layout.sliding_pages:
+            most = np.minimum(most, self._layout.page_size)  # for which room is reserved
         # Prompts that have yet to find their place in this visit are worth more.
         room = visit.budget if visit.prefills or not self.waiting else visit.budget // 2
         if self.pages.growth(slots, sequences.length[slots] + most) > self.pages.free(micro_batch):
@@ -319,7 +327,7 @@ class Scheduler:
         pages, prefixes = self.pages, self.pages.prefixes
         passed = False
         for waiting in self._window.candidates():
-            found = prefixes.find(waiting.chain, waiting.chain.readable)
+            found = pages.find(waiting.chain)
             if prefixes.expects(waiting.chain, len(found)):
                 passed = True
             elif passed and (
@@ -388,6 +396,7 @@ class Scheduler:
         samples = complete.astype(np.int32)
         new_tokens[: len(visit.drafts)] += visit.drafts
         samples[: len(visit.drafts)] += visit.drafts
+        sliding_writes = self.pages.slide(slots, context + new_tokens, computed)
         batch.awaited, batch.samples = slots[complete], samples[complete]
         scores = self._scores(slots, context, computed) if self._prompt_beside else NONE
         scoring = np.flatnonzero(scores)
@@ -409,6 +418,7 @@ class Scheduler:
             scores=scores if len(scoring) else NONE,
             sorts=slots[sequences.undecided[slots]],
             page_writes=_stacked(visit.moves.page_writes, 3),
+            sliding_writes=sliding_writes,
             stash=_stacked(visit.moves.stash, 2),
             restore=_stacked(visit.moves.restore, 2),
             admissions=visit.admissions,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from deserve.batch import NO_TOKEN, UNDECIDED, IntArray, Ints, Request
 from deserve.kvcache.pages import widen
-from deserve.scheduler.ids import IdStack
+from deserve.scheduler.ids import IdStack, spread
 
 Bools = NDArray[np.bool_]
 NO_STOP = np.iinfo(np.int32).min  # no token
@@ -138,13 +138,13 @@ class Sequences:
         if not len(drafts):
             return
         self._tokens = widen(self._tokens, int((self.length[slots] + counts).max()))
-        self._tokens[_spread(slots, self.length[slots], counts)] = drafts
+        self._tokens[spread(slots, self.length[slots], counts)] = drafts
 
     def ids(self, slots: IntArray, begin: Ints, counts: IntArray) -> IntArray:
         """The token ids [T] of `counts` [rows] tokens from `begin` [rows] on of `slots` [rows], draft tokens too."""
         if (counts == 1).all():
             return self._tokens[slots, begin]
-        return self._tokens[_spread(slots, begin, counts)]
+        return self._tokens[spread(slots, begin, counts)]
 
     def chunk(self, slot: int, begin: int, count: int) -> IntArray:
         """The ids of `count` tokens from `begin` on."""
@@ -267,9 +267,3 @@ def _reason(failed: int, ended: bool) -> str:
     if failed:
         return "error" if failed == NO_TOKEN else "dead_end"
     return "stop" if ended else "length"
-
-
-def _spread(slots: Ints, begin: Ints, counts: Ints) -> tuple[Ints, Ints]:
-    """Slot and position of each of `counts` [rows] tokens from `begin` [rows] on."""
-    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.repeat(slots, counts), np.repeat(begin, counts) + nth
