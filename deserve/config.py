@@ -129,6 +129,14 @@ class OutputSection:
 
 
 @dataclass
+class ReportSection:
+    """How a run can be watched."""
+
+    metrics_port: int | None = None  # of rank 0, for Prometheus; null or 0: none
+    metrics_host: str = "127.0.0.1"  # the address that it is opened on
+
+
+@dataclass
 class ElasticSection:
     """Jobs that go on with fewer hosts (`torchrun --nnodes=MIN:MAX`)."""
 
@@ -148,6 +156,7 @@ class Config:
     sampling: SamplingSection = field(default_factory=SamplingSection)
     speculation: SpeculationSection = field(default_factory=SpeculationSection)
     output: OutputSection = field(default_factory=OutputSection)
+    report: ReportSection = field(default_factory=ReportSection)
     elastic: ElasticSection = field(default_factory=ElasticSection)
     device: str = "auto"
     trace: bool = False
@@ -315,6 +324,7 @@ def _check(config: Config) -> None:
     in_range("time_limit_s", config.time_limit_s, 0, exclusive=True)
     in_range("warmup_s", config.warmup_s, 0)
     in_range("output.grace_s", config.output.grace_s, 0)
+    in_range("report.metrics_port", config.report.metrics_port, 0, 65535)
     in_range("elastic.wait_s", config.elastic.wait_s, 0)
     in_range("output.checkpoint_s", config.output.checkpoint_s, 0, exclusive=True)
     partition = config.pipeline.partition
@@ -326,9 +336,13 @@ def _check(config: Config) -> None:
     texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if not all(isinstance(text, str) and text for text in texts):
         raise UserError(f"sampling.stop={stop} must be a string or a list of strings, none of them empty")
-    for key, text in {"model.path": config.model.path, "output.dir": config.output.dir}.items():
+    for key, text in {
+        "model.path": config.model.path,
+        "output.dir": config.output.dir,
+        "report.metrics_host": config.report.metrics_host,
+    }.items():
         if text == "":
-            raise UserError(f"{key} is empty: give a path, or leave it out")
+            raise UserError(f"{key} is empty: give {'an address' if 'host' in key else 'a path'}, or leave it out")
     architecture = config.model.architecture
     if architecture is not None:
         source = "model.architecture"

@@ -13,6 +13,7 @@ from deserve.model.tokenizer import ByteTokenizer, Tokenizer, end_ids
 from deserve.planner.cycle import cycle_times
 from deserve.planner.planner import PLANNED_POLICIES
 from deserve.planner.times import Machine
+from deserve.report.sample import Sample
 from deserve.scheduler.drafts import CycleTime, Drafts
 from deserve.scheduler.forced import Forced
 from deserve.scheduler.scheduler import Scheduler
@@ -20,6 +21,7 @@ from deserve.stop import Stop
 from deserve.text import Detokenizer, StopFinder
 from deserve.timeline import Timeline
 from deserve.tuner import Filling, Tuner
+from deserve.workload.read_ahead import ReadAhead
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Head:
         by_knob = {"policy": pipeline.policy, "tokens": pipeline.max_batch_tokens, "rows": pipeline.micro_batch_size}
         knobs = tuple(knob for knob, stated in by_knob.items() if stated == "auto" and pipeline.tune)
         return Tuner(begin, most, knobs, PLANNED_POLICIES, self.plan.sequences)
+
+    def sample(self, ahead: ReadAhead, timeline: Timeline) -> Sample:
+        """The state of this ring now; `ahead` reads the workload."""
+        return Sample.of(self._scheduler, ahead, self._drafts, timeline)
 
     def report(self) -> dict[str, Any]:
         """What `metrics.json` has of this ring beside its stages."""

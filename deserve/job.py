@@ -1,5 +1,6 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,12 +21,14 @@ from deserve.dispatch.client import Client
 from deserve.dispatch.dispatcher import Dispatcher
 from deserve.errors import LastingError
 from deserve.head import Head, RingPlan
+from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, computes_on_cpu, model_dtype
 from deserve.model.tokenizer import load_tokenizer
 from deserve.planner.replicas import choose_rings, part, ring_table
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
 from deserve.report.metrics import write_metrics
+from deserve.report.page import write_page
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder, remedy
 from deserve.report.results import UNFINISHED, WAYS_OUT, Manifest, ResultsWriter
@@ -73,6 +76,12 @@ class Job:
             self._lengths = replace(self._lengths, count=max(1, left), sizes=())  # the plan is for what is left
         self._progress = Progress(left, config.warmup_s)
         self._dispatcher: Dispatcher | None = None  # where there are several rings
+        self._exporter = None
+        if config.report.metrics_port:
+            from deserve.report.exporter import Exporter
+
+            host, port = config.report.metrics_host, config.report.metrics_port
+            self._exporter = Exporter(host, port, checkpoint.name, self._progress.now)
 
     def plan(self, machine: Machine, dtype: torch.dtype) -> list[RingPlan]:
         """The plan of each ring of this job on `machine`, shown. Raises UserError if one set by hand cannot work."""
@@ -126,6 +135,7 @@ class Job:
         make_head = partial(Head, self._config, self._checkpoint, self._tokenizer, plans[0])
         if alone:
             self.head = make_head(self._ahead)
+            self._watch(layouts, timeline)
             self._ahead.wait(concurrency)
             return self.head.controller(tokens_in, self._recorder, self._progress, stop, timeline)
         self._ahead.wait(concurrency)
@@ -143,7 +153,15 @@ class Job:
             self._dispatcher.serve_over(world, number, rank, group)
         client = Client(partial(self._dispatcher.serve, 0), plans[0].most_requests, world.end_with)
         self.head = make_head(client)
+        self._watch(layouts, timeline)
         return self.head.controller(tokens_in, client, client, stop, timeline)
+
+    def _watch(self, layouts: list[Layout], timeline: Timeline) -> None:
+        """Let progress look at rank 0's own ring, and Prometheus know what was planned for all."""
+        self._progress.sampler = lambda: self.head.sample(self._ahead, timeline)
+        rates = [each.predicted for each in layouts if each.predicted is not None]
+        if self._exporter is not None and len(rates) == len(layouts):
+            self._exporter.predicted = sum(rates)
 
     def close(self) -> None:
         """Wait for the other rings, and write what is left. The own ring has closed."""
@@ -163,15 +181,17 @@ class Job:
         spans: list[list[list[Any]]],
         stopped: str | None,
     ) -> None:
-        """Write `metrics.json` and, if `spans` of each rank were kept, the trace; say where everything lies.
+        """Write `metrics.json`, `report.html` and, if `spans` of each rank were kept, the trace; say where all lies.
 
         `heads`: the report of each ring's first rank. Raises LastingError if not all requests were answered, although
         nothing stopped the job.
         """
         self._progress.close()
+        if self._exporter is not None:
+            self._exporter.close()
         size = len(stages) // len(heads)
-        if spans:
-            ranks = [[Span(*span) for span in rank] for rank in spans]
+        ranks = [[Span(*span) for span in rank] for rank in spans]
+        if ranks:
             write_trace(self._folder / "trace.json", ranks)
             latency = self._config.network.latency_ms
             titles = [
@@ -208,9 +228,19 @@ class Job:
             ]
         write_metrics(self._folder / "metrics.json", metrics)
         print(closing_table(metrics))
-        print(f"results in {self._writer.path}", flush=True)
+        print(f"results in {self._writer.path}, and what the run did in {self._write_page(metrics, ranks)}", flush=True)
         if stopped is None:
             self._check_whole(metrics["requests"])
+
+    def _write_page(self, metrics: dict[str, Any], ranks: list[list[Span]]) -> Path:
+        """Where the run can be read about: the page, or metrics.json where there is no room for it."""
+        page = self._folder / "report.html"
+        try:
+            write_page(page, metrics, ranks)
+        except OSError as error:
+            print(f"deserve: {page} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            return self._folder / "metrics.json"
+        return page
 
     @property
     def whole(self) -> bool:

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+SECOND = 1_000_000_000  # ns
+BY_SECOND = ("compute", "receive")
 MOST_SPANS = 500_000  # kept by a rank: what Perfetto still opens at once, minutes to hours of a run
 
 
@@ -30,8 +32,33 @@ class Frames(Protocol):
         """The next frame's payload, uint8 [bytes]."""
 
 
+class History:
+    """Amounts by second since the start."""
+
+    def __init__(self) -> None:
+        self._amounts = array("d")
+
+    def add(self, second: int, amount: float) -> None:
+        """`amount` more in `second`."""
+        if second >= len(self._amounts):
+            self._amounts.extend([0.0] * (second + 1 - len(self._amounts)))
+        self._amounts[second] += amount
+
+    def __getitem__(self, seconds: slice) -> list[float]:
+        """The amounts of `seconds`, as far as there have been some."""
+        return self._amounts[seconds].tolist()
+
+    def first(self, seconds: int) -> list[float]:
+        """The amounts of the first `seconds` seconds, for JSON."""
+        amounts = self[:seconds]
+        shown = [int(amount) if amount.is_integer() else round(amount, 4) for amount in amounts]
+        return shown + [0] * (seconds - len(shown))
+
+
 class Timeline:
     """A rank's spans. `totals` holds seconds by kind; `first` and `last` bound the run (CLOCK_MONOTONIC, ns).
+
+    `history` holds, of the kinds in `BY_SECOND`, the share of each second since `first`.
 
     On a GPU, what the host only launches (`on_device`) is timed by events in the stream, read when they have passed.
     """
@@ -43,6 +70,7 @@ class Timeline:
         self.totals: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.first = self.last = 0
+        self.history = {kind: History() for kind in BY_SECOND}
         self._keep = keep
         self._device = device if device is not None and device.type == "cuda" else None
         self._launched: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -58,6 +86,13 @@ class Timeline:
         self.counts[kind] += 1
         self.first = min(self.first or begin, begin)
         self.last = max(self.last, end)
+        if kind in self.history:
+            at = begin
+            while at < end:
+                second = max(0, at - self.first) // SECOND
+                until = min(end, self.first + (second + 1) * SECOND)
+                self.history[kind].add(second, (until - at) / SECOND)
+                at = until
         if self._keep and len(self._kept) < 4 * MOST_SPANS:
             self._kept.extend((self._kinds.setdefault(kind, len(self._kinds)), micro_batch, begin, end))
 

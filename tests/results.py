@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,11 @@ def code(entry: dict[str, Any]) -> str | None:
     """The code of an error line, None for an answer."""
     error = failure(entry)
     return None if error is None else error["code"]
+
+
+def page_data(path: Path) -> dict[str, Any]:
+    """What the report.html at `path` carries; it must end where its element does."""
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    assert len(found) == 1
+    data: dict[str, Any] = json.loads(found[0])
+    return data

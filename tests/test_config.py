@@ -12,6 +12,7 @@ from deserve.plan import PlanConfig, load_plan_config
 
 # A path or a name may look like anything that fits on a line.
 TEXTS = {"model.name", "model.path", "workload.source", "workload.path", "workload.chat_template", "output.dir"}
+TEXTS |= {"report.metrics_host"}
 LISTS = {"pipeline.partition", "sampling.stop", "model.architecture.architectures", "model.architecture.eos_token_id"}
 
 
@@ -65,6 +66,8 @@ def test_every_key_refuses_what_is_of_another_type() -> None:
         "comm.timeout_s=inf",
         "output.dir=''",
         "output.resume=2",
+        "report.metrics_port=65536",
+        "report.metrics_host=''",
         "pipeline=5",
         "pipeline.partition=[emb,x]",
         "model.architecture=[1]",

@@ -27,7 +27,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_it_holds_the_package_and_its_configuration(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for file in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("deserve/**/*.py"), *ROOT.glob("deserve/**/*.c")]:
+    package = [file for kind in ("py", "c", "html") for file in ROOT.glob(f"deserve/**/*.{kind}")]
+    for file in [*ROOT.glob("conf/**/*.yaml"), *package]:
         name = file.relative_to(ROOT)
         assert str(name if name.parts[0] == "deserve" else Path("deserve") / name) in names
     assert all(name.startswith(("deserve/", "deserve-")) for name in names)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launch import torchrun
+from results import page_data
 
 from deserve.batch import Completion, Request
 from deserve.comm.host import Host
@@ -97,6 +98,15 @@ def test_all_ranks_tell_time_by_one_clock(traced: Path) -> None:
     for here, there in zip(first, second, strict=True):
         assert here.micro_batch == there.micro_batch
         assert there.begin - here.end >= LATENCY_MS * 1e6
+
+
+def test_the_page_has_the_timeline_of_both_ranks(traced: Path) -> None:
+    data = page_data(traced / "report.html")
+    metrics = json.loads((traced / "metrics.json").read_text())
+    for kinds, stage in zip(data["timeline"]["ranks"], metrics["stages"], strict=True):
+        assert sum(kinds["compute"][2::3]) / 1e6 == pytest.approx(stage["compute_s"], rel=0.02)
+        assert sum(stage["history"]["compute"]) == pytest.approx(stage["compute_s"], rel=0.02)
+    assert data["summary"] in (traced / "stdout").read_text()
 
 
 def test_pictures(traced: Path, tmp_path: Path) -> None:
@@ -186,7 +196,7 @@ def test_progress_counts(monkeypatch) -> None:
         progress.tokens(20, 20)
         if second % 10 == 5:
             progress.request(completion(100, 200))
-    progress.request(error=("invalid_value", "line 3: wrong"))
+    progress.request(error=("third", "invalid_value", "line 3: wrong"))
     progress.close()
     summary = progress.summary()
     assert (summary["requests"], summary["errors"]) == (5, 1)

@@ -75,7 +75,7 @@ async def drive(url: str, model: str, requests: list[Request], concurrency: int,
                     tokens, reason = await answer(session, request)
                 except (aiohttp.ClientError, UserError, ValueError) as error:
                     print(f"{request.custom_id}: {error}", file=sys.stderr)
-                    progress.request(error=True)
+                    progress.request(error=(request.custom_id, "failed", str(error)))
                 else:
                     progress.request(Completion(request, np.zeros(tokens, np.int32), reason))
 
@@ -95,10 +95,10 @@ async def drive(url: str, model: str, requests: list[Request], concurrency: int,
                         reason = choice.get("finish_reason") or reason
                         if choice.get("text"):
                             seen += 1
-                            progress.tokens(1)
+                            progress.tokens(1, 1)
             if told is None:
                 told = seen
-            progress.tokens(told - seen)
+            progress.tokens(told - seen, told - seen)
             return told, reason
 
         progress.start()

@@ -36,7 +36,7 @@ def main() -> None:
     progress.start()
     for index, answer in enumerate(llm.generate(prompts, sampling, use_tqdm=False)):
         tokens = np.array(answer.outputs[0].token_ids, np.int32)
-        progress.tokens(len(tokens))
+        progress.tokens(len(tokens), len(tokens))
         request = Request(str(index), np.array(lines[index]["prompt"], np.int32))
         progress.request(Completion(request, tokens, "length"))
     progress.close()

@@ -12,7 +12,8 @@ from deserve.timeline import Timeline
 def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
     """One rank's share of `metrics.json`: fractions of the time from its first to its last visit, and seconds.
 
-    `compute_s` holds `sample_s` and what a rank without a copy stream spends on swapping.
+    `history` has fractions of each second since its first visit. `compute_s` holds `sample_s` and what a rank without a
+    copy stream spends on swapping.
     """
     elapsed = max(timeline.elapsed_s, 1e-9)
     totals = timeline.totals
@@ -32,6 +33,7 @@ def stage_metrics(timeline: Timeline, stage: Stage) -> dict[str, Any]:
         "swap_in_bytes": stage.swapping.bytes_in,
         "swap_out_bytes": stage.swapping.bytes_out,
         "waited_for_pages_s": stage.swapping.waited_s,
+        "history": {kind: history.first(int(elapsed) + 1) for kind, history in timeline.history.items()},
     }
 
 

@@ -109,7 +109,7 @@ class Recorder:
 
     def _refused(self, custom_id: str, code: str, message: str) -> None:
         self._writer.error(custom_id, code, message)
-        self._progress.request(error=(code, message))
+        self._progress.request(error=(custom_id, code, message))
 
     def _non_finite_logits(self, completion: Completion) -> None:
         reason = f"NaN or infinite logits after {len(completion.tokens)} tokens in {remedy(self._dtype)}"

@@ -74,6 +74,12 @@ class Pages:
         """Main pages that nobody reads."""
         return len(self._free_main) + self.prefixes.unread
 
+    @property
+    def use(self) -> float:
+        """The fraction of all pages, swap pages of every round among them, that sequences own or read."""
+        free = self.free_main + sum(map(len, self._free_swap))
+        return 1 - free / (self.main + self.swap * len(self._free_swap))
+
     def free_swap(self, round_: int) -> int:
         """Swap pages of `round_` that no sequence of it owns."""
         return len(self._free_swap[round_])

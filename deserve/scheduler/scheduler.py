@@ -120,6 +120,7 @@ class Scheduler:
         self._prompt_beside: dict[int, list[IntArray]] = {}  # the same of prompts, by slot of those that want them
         self.admitting = True
         self._abandoned = False
+        self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted, and found in prefix pages
         self._prompts_a_visit = 0.0  # prompt tokens, of late
         self._fewer = (0, 0, False)  # sequences in flight, open rounds, and whether fewer rounds would be better
 
@@ -355,7 +356,9 @@ class Scheduler:
             return False  # rather than that all the others compute what finds no main page now
         visit.room = room
         self._window.take(waiting)
-        slot = self.sequences.add(request, cached=len(found) * self.pages.page_size)
+        cached = len(found) * self.pages.page_size
+        self.prompt_tokens, self.cached_tokens = self.prompt_tokens + len(request.prompt), self.cached_tokens + cached
+        slot = self.sequences.add(request, cached)
         self.pages.expect(end)
         if begun.beside is not None:
             self._beside[slot] = [begun.beside]

@@ -68,6 +68,11 @@ class ReadAhead:
             return None
 
     @property
+    def ready(self) -> int:
+        """Requests that are kept ready."""
+        return self._queue.qsize()
+
+    @property
     def exhausted(self) -> bool:
         # In this order: what was put before the end is in the queue by then.
         return self._ended.is_set() and self._queue.empty() and self._error is None
