@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from deserve.scheduler.drafts import SOURCES
+
 MOST_CODES, MESSAGE = 5, 160  # of errors shown, and characters of a message
 FULL = 0.85  # of a rank's time: more is hardly to be had
 
@@ -116,9 +118,8 @@ def speculation(report: dict[str, Any] | None) -> list[str]:
     """What draft tokens did: a line, or none where there were none."""
     if report is None or not report["drafted"]:
         return []
-    names = {"own_text": "a sequence's own text", "answers": "other answers"}
     sources = ", ".join(
-        f"{source['right']:,} of {source['drafted']:,} from {names[name]}"
+        f"{source['right']:,} of {source['drafted']:,} from {SOURCES[name]}"
         for name, source in report["by_source"].items()
     )
     return [f"{report['tokens_per_trip']:.2f} tokens a trip: draft tokens were right {sources}"]

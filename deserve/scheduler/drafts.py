@@ -22,7 +22,11 @@ ENTRIES = 1 << 21  # of each lookup table, 16 MB
 TEXT = 1 << 22  # tokens of finished answers that are kept, 16 MB: the last ones
 LEAD = 8  # of these, tokens of its prompt before each answer, by which its beginning is found
 OWN, ANSWERS, FORCED = range(3)  # the sequence's own text, any answer of this job, or the sequence's grammar
-SOURCES = ("own_text", "answers", "grammar")
+SOURCES = {
+    "own_text": "a sequence's own text",
+    "answers": "other answers",
+    "grammar": "a grammar",
+}
 PRIOR = 8.0  # trials that the guess at how often a match goes on stands for, until there are real ones
 MEMORY = 4096.0  # trials after which older ones count half
 FORGETS = 0.3  # a row's luck: what its last drafts weigh
