@@ -1,10 +1,10 @@
 """vLLM's CPU build and DeServe on the same prompts, on the cores of this machine; prints one Markdown table a workload.
 
-    python -m bench.peers.compare_vllm_cpu --environment FOLDER [--requests 128,640] [--repeats 3]
+    python -m bench.peers.compare_vllm_cpu --environment FOLDER [--cells 640:64:64,300:400:16] [--repeats 3]
 
 FOLDER becomes a virtual environment with vLLM, if it is none yet (`vllm_cpu_environment.sh`). SmolLM2-135M in bfloat16,
-64 tokens in, 64 out, greedy, end-of-text ignored, no latency. In turns: vLLM in one process on all cores, vLLM in two
-pipeline ranks with half the cores each, DeServe likewise. Loading and compiling are in nobody's time.
+greedy, end-of-text ignored, no latency; a cell is REQUESTS:TOKENS IN:TOKENS OUT. In turns: vLLM in one process on all
+cores, vLLM in two pipeline ranks with half the cores each, DeServe likewise. Loading and compiling are in nobody's time.
 """
 
 import argparse
@@ -14,12 +14,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.report import plot, read, table
 from deserve.model.smollm2 import ensure_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LENGTH = OUTPUT = 64  # tokens
+
+
+class Cell(NamedTuple):
+    """A workload: so many `requests` of `prompt` tokens in and `answer` out."""
+
+    requests: int
+    prompt: int
+    answer: int
+
+    def overrides(self) -> list[str]:
+        source = f"workload.source=fixed{self.requests}:{self.prompt}:0"
+        fixed = ["sampling.ignore_eos=true", "sampling.temperature=0", f"sampling.max_tokens={self.answer}"]
+        return ["model=smollm2-135m", source, *fixed]
 
 
 def execute(command: list[str], log: Path, **environment: str) -> None:
@@ -37,15 +50,15 @@ def execute(command: list[str], log: Path, **environment: str) -> None:
         sys.exit(f"{' '.join(command)}\nfailed; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
-def vllm(python: Path, ranks: int, requests: int, folder: Path, kv_gb: int) -> None:
+def vllm(python: Path, ranks: int, cell: Cell, folder: Path, kv_gb: int) -> None:
     """A run of vLLM in `ranks` pipeline ranks; its metrics go to `folder`."""
     prompts = folder / "prompts.jsonl"
-    export = [sys.executable, "-m", "bench.peers.client", f"--export={prompts}", *workload(requests)]
+    export = [sys.executable, "-m", "bench.peers.client", f"--export={prompts}", *cell.overrides()]
     execute(export, folder / "export.log")
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // ranks
     binding = "|".join(",".join(map(str, cores[rank * share : (rank + 1) * share])) for rank in range(ranks))
-    engine = {"max_model_len": 2048, "max_num_seqs": requests, "pipeline_parallel_size": ranks}
+    engine = {"max_model_len": 2048, "max_num_seqs": cell.requests, "pipeline_parallel_size": ranks}
     command = [str(python), "-m", "bench.peers.vllm_offline", str(ensure_smollm2()), str(prompts)]
     command += [str(folder / "metrics.json"), f"--engine={json.dumps(engine)}"]
     execute(
@@ -57,18 +70,11 @@ def vllm(python: Path, ranks: int, requests: int, folder: Path, kv_gb: int) -> N
     )
 
 
-def deserve(ranks: int, requests: int, folder: Path) -> None:
+def deserve(ranks: int, cell: Cell, folder: Path) -> None:
     """A run of DeServe on `ranks` ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "deserve.run", *workload(requests), f"output.dir={folder}"]
+    command = [sys.executable, *launcher, "-m", "deserve.run", *cell.overrides(), f"output.dir={folder}"]
     execute(command, folder / "log", OMP_NUM_THREADS="1")  # shared out by the program
-
-
-def workload(requests: int) -> list[str]:
-    """The overrides that name the prompts and how they are answered."""
-    source = f"workload.source=fixed{requests}:{LENGTH}:0"
-    fixed = ["sampling.ignore_eos=true", "sampling.temperature=0", f"sampling.max_tokens={OUTPUT}"]
-    return ["model=smollm2-135m", source, *fixed]
 
 
 def main() -> None:
@@ -77,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--python", default=sys.executable, help="to make it with: the version that torch's build is for"
     )
-    parser.add_argument("--requests", default="128,640")
+    parser.add_argument("--cells", default="128:64:64,640:64:64", help="REQUESTS:TOKENS IN:TOKENS OUT, ...")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--kv-gb", type=int, default=2, help="vLLM's KV memory, of each rank")
     parser.add_argument("--output", type=Path, help="keep logs, metrics and plots here")
@@ -89,7 +95,8 @@ def main() -> None:
         (environment / "ready").touch()
     python = environment / "bin" / "python"
     output = (arguments.output or Path(tempfile.mkdtemp())).absolute()
-    for requests in map(int, arguments.requests.split(",")):
+    for cell in (Cell(*map(int, each.split(":"))) for each in arguments.cells.split(",")):
+        name_of_cell = "-".join(map(str, cell))
         folders: dict[str, list[Path]] = {}
         for repeat in range(arguments.repeats):
             for name, system, ranks in (
@@ -98,17 +105,17 @@ def main() -> None:
                 ("DeServe, one rank", "deserve", 1),
                 ("DeServe, 2 ranks", "deserve", 2),
             ):
-                folder = output / f"{system}-{ranks}-{requests}-{repeat}"
+                folder = output / f"{system}-{ranks}-{name_of_cell}-{repeat}"
                 folder.mkdir(parents=True, exist_ok=True)
                 if system == "vllm":
-                    vllm(python, ranks, requests, folder, arguments.kv_gb)
+                    vllm(python, ranks, cell, folder, arguments.kv_gb)
                 else:
-                    deserve(ranks, requests, folder)
+                    deserve(ranks, cell, folder)
                 folders.setdefault(name, []).append(folder)
-                print(f"{name}, {requests} requests: {read(str(folder))['output_tokens_per_s']:,.1f}", file=sys.stderr)
+                print(f"{name}, {name_of_cell}: {read(str(folder))['output_tokens_per_s']:,.1f}", file=sys.stderr)
         runs = {name: [read(str(folder)) for folder in places] for name, places in folders.items()}
-        print(f"{requests} requests of {LENGTH} tokens in, {OUTPUT} out:\n\n{table(runs)}\n", flush=True)
-        plot(output / f"{requests}.png", runs)
+        print(f"{cell.requests} requests of {cell.prompt} tokens in, {cell.answer} out:\n\n{table(runs)}\n", flush=True)
+        plot(output / f"{name_of_cell}.png", runs)
 
 
 if __name__ == "__main__":
