@@ -105,6 +105,14 @@ def rendered(name: str, messages: Any, **options: Any) -> list[int]:
 # Prompts
 
 
+def test_a_llama_has_the_tokenizer_that_transformers_chooses(tmp_path: Path) -> None:
+    (save_tokenizer(tmp_path) / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    made, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(made._tokenizer) is type(reference)
+    assert made._tokenizer.backend_tokenizer.to_str() == reference.backend_tokenizer.to_str()
+    assert made.encode("Grüße <|end|>") == reference("Grüße <|end|>")["input_ids"]
+
+
 @pytest.mark.parametrize("name", ["hermes", "mistral", "llama3"])
 def test_tools_reach_the_template_as_transformers_documents_them(name: str) -> None:
     call = CALLED | {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
