@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deserve.errors import UserError
+from deserve.errors import UserError, as_json
 from deserve.model.config import parse_config
 from deserve.model.schemes.rounded import FORMS
 
@@ -349,4 +349,4 @@ def _check(config: Config) -> None:
         parse_config(architecture, source)
         eos = architecture.get("eos_token_id")
         if not (eos is None or all(type(token) is int for token in (eos if isinstance(eos, list) else [eos]))):
-            raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {eos!r}")
+            raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {as_json(eos)}")

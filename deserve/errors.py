@@ -5,6 +5,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -28,6 +29,22 @@ class RequestError(Exception):
 
 class LinkError(Exception):
     """A rank that this one depends on is gone, or the link to it; the message names both."""
+
+
+def as_json(value: Any, most: int = 80) -> str:
+    """A value as a file of JSON has it, for an error message: cut to `most` characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = text.encode(errors="backslashreplace").decode()  # half of a surrogate pair cannot be printed
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def brief(value: Any) -> str:
+    """The same for a value of a request, which may be long: of lists and objects only that they are."""
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, dict):
+        return "an object"
+    return as_json(value[:40] if isinstance(value, str) else value, most=60)
 
 
 def tell_torchrun(message: str) -> None:

@@ -37,6 +37,7 @@ from deserve.report.startup import Startup
 from deserve.stage import load_stage
 from deserve.stop import SIGNALS, STOPPED, Stop, stopped_line
 from deserve.timeline import Timeline
+from deserve.workload import check_source
 
 
 def run(config: Config, world: World, startup: Startup | None = None) -> int:
@@ -230,7 +231,7 @@ def keep_freed_memory() -> None:
 
 
 def main() -> int:
-    """Exit status: 0 done, 1 the job failed, 2 a mistake in the configuration, 75 stopped early and resumable."""
+    """Exit status: 0 done, 1 the job failed, 2 a wrong configuration or input file, 75 stopped early and resumable."""
     parser = argparse.ArgumentParser(prog="deserve.run", description=__doc__)
     parser.add_argument("--config", action="store_true", help="print the composed configuration and exit")
     parser.add_argument("--version", action="version", version=__version__)
@@ -239,6 +240,8 @@ def main() -> int:
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(arguments.overrides)
+        if speaks and not arguments.config:
+            check_source(config)
     except UserError as error:
         return complain(error, speaks, 2)
     if arguments.config:

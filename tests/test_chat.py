@@ -1,6 +1,7 @@
 """Chats: what a line says reaches the template as transformers has it, and what the model writes is read back."""
 
 import json
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,13 @@ import numpy as np
 import openai
 import pydantic
 import pytest
-from checkpoints import save_tokenizer
+from checkpoints import make_checkpoint, save_tokenizer
+from launch import run_here
+from openai.lib._parsing import parse_chat_completion, type_to_response_format_param
+from openai.types import completion_create_params as completion_params
 from openai.types.chat import ChatCompletion
-from results import read_results
+from openai.types.chat import completion_create_params as chat_params
+from results import code, read_results
 from transformers import AutoTokenizer
 
 from deserve.batch import AnswerForm, Completion, Request, Rules, SamplingParams
@@ -28,7 +33,7 @@ from deserve.text import AnswerReader, Detokenizer, StopFinder
 from deserve.workload import Rejected, open_workload
 from deserve.workload.intake import Intake
 from deserve.workload.item import Limits
-from deserve.workload.schema import CHAT, COMPLETIONS
+from deserve.workload.schema import CHAT, COMPLETIONS, NO_EFFECT
 
 TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
 ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -134,20 +139,20 @@ def test_tools_reach_the_template_as_transformers_documents_them(name: str) -> N
         ({"tools": [WEATHER], "tool_choice": {"type": "function"}}, "invalid_value: tool_choice is an object"),
         (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "time"}}},
-            "invalid_value: tool_choice names 'time'",
+            'invalid_value: tool_choice names "time"',
         ),
-        ({"tools": [WEATHER], "tool_choice": "any"}, "invalid_value: tool_choice is 'any'"),
-        ({"tools": [{"type": "web_search"}]}, "invalid_value: tools[0].type is 'web_search', but must be function"),
+        ({"tools": [WEATHER], "tool_choice": "any"}, 'invalid_value: tool_choice is "any"'),
+        ({"tools": [{"type": "web_search"}]}, 'invalid_value: tools[0].type is "web_search", but must be function'),
         ({"tools": [{"type": "function"}]}, "invalid_value: tools[0].function is missing"),
         ({"tools": [{"type": "function", "function": {}}]}, "invalid_value: tools[0].function.name is missing"),
-        ({"tools": "weather"}, "invalid_value: tools is 'weather', but must be a list of objects"),
+        ({"tools": "weather"}, 'invalid_value: tools is "weather", but must be a list of objects'),
         (
             {"messages": [USER | {"tool_calls": [CALLED]}]},
             "invalid_value: messages[0].tool_calls belongs to the turn of an assistant",
         ),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "["}}]}]},
-            "invalid_value: messages[0].tool_calls[0].function.arguments is '[', but must be a JSON object",
+            'invalid_value: messages[0].tool_calls[0].function.arguments is "[", but must be a JSON object',
         ),
     ],
 )
@@ -266,6 +271,18 @@ EXAMPLES = [
         "body": {"model": "any", "prompt": ["Once", "Twice"], "echo": True, "logprobs": 5, "max_tokens": 0},
     },
 ]
+
+
+class Verdict(pydantic.BaseModel):
+    """What a caller of `client.chat.completions.parse` wants to have."""
+
+    rain: bool
+    unit: Literal["C", "F"]
+
+
+FORM = type_to_response_format_param(Verdict)
+EXAMPLES.append(line("parsed", model="gpt-4o", messages=[USER], response_format=FORM, temperature=1.5))
+EXAMPLES.append(line("called", model="gpt-4o", messages=[USER], tools=[tool_of_the_client()], tool_choice="required"))
 ELSEWHERE = [
     {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"model": "e5", "input": "You are helpful."}},
     {"custom_id": "s", "method": "POST", "url": "/v1/score", "body": {"model": "bge", "text_1": "a", "text_2": ["b"]}},
@@ -283,6 +300,122 @@ def test_example_files_run_unchanged(tmp_path: Path) -> None:
     for item, entry in zip((embeddings, score), ELSEWHERE, strict=True):
         assert isinstance(item, Rejected)
         assert item.code == "unsupported_url" and f"{entry['url']} is not supported" in item.message
+
+
+# The keys of vLLM's requests that OpenAI's client does not have, as of vLLM's main branch in November 2026
+OF_VLLM = """add_special_tokens allowed_token_ids bad_words cache_salt ec_transfer_params ignore_eos
+    include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids min_p min_tokens priority
+    prompt_logprobs repetition_detection repetition_penalty request_id response_format return_mm_kwargs return_token_ids
+    return_token_offsets return_tokens_as_token_ids routed_experts_prompt_start session_id skip_special_tokens
+    spaces_between_special_tokens stop_token_ids stream stream_interval structured_outputs thinking_token_budget top_k
+    truncate_prompt_tokens truncation_side use_beam_search vllm_xargs watermarking"""
+OF_VLLM_CHATS = """add_generation_prompt chat_template chat_template_kwargs continue_final_message documents echo
+    include_reasoning media_io_kwargs mm_processor_kwargs return_prompt_text"""
+# A value of each key that asks for something, where it is not 1; and what must come with it
+ASKING: dict[str, Any] = {
+    "messages": [USER],
+    **dict.fromkeys(("prompt", "suffix", "model", "user", "chat_template", "cache_salt", "prompt_cache_key"), "a"),
+    **dict.fromkeys(("safety_identifier", "request_id", "session_id"), "a"),
+    **{key: ["a"] for key in ("stop", "bad_words")},
+    **{key: [5] for key in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")},
+    **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "return_token_ids", "stream", "store"), True),
+    **dict.fromkeys(("use_beam_search", "watermarking", "echo", "add_special_tokens", "return_prompt_text"), True),
+    **dict.fromkeys(("return_tokens_as_token_ids", "return_token_offsets", "continue_final_message"), True),
+    **dict.fromkeys(("add_generation_prompt", "include_reasoning", "parallel_tool_calls", "return_mm_kwargs"), False),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), False),
+    **dict.fromkeys(("length_penalty", "top_p", "min_p"), 0.5),
+    **dict.fromkeys(("reasoning_effort", "verbosity"), "low"),
+    "best_of": 2,
+    "chat_template_kwargs": {"style": "terse"},
+    "documents": [{"text": "a"}],
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "logit_bias": {"5": 1},
+    "metadata": {"a": "b"},
+    "modalities": ["text", "audio"],
+    "prediction": {"type": "content", "content": "a"},
+    "prompt_cache_retention": "24h",
+    "response_format": {"type": "json_object"},
+    "service_tier": "flex",
+    "stream_options": {"include_usage": True},
+    "structured_outputs": {"choice": ["a"]},
+    "tool_choice": "required",
+    "tools": [WEATHER],
+    "truncation_side": "right",
+}
+COMPANIONS: dict[str, dict[str, Any]] = {
+    **{key: {"documents": [{"text": "b"}]} for key in ("chat_template_kwargs", "reasoning_effort")},
+    "continue_final_message": {"add_generation_prompt": False},
+    "tool_choice": {"tools": [WEATHER]},
+    "top_logprobs": {"logprobs": True},
+}
+# Variables of chat templates, which this one lacks, and tools, which the other lacks
+TEMPLATE_OF = dict.fromkeys(("chat_template_kwargs", "documents", "reasoning_effort"), "variables")
+
+
+def documented() -> dict[str, set[str]]:
+    """The keys in the first columns of the tables of docs/requests.md, by the heading above them."""
+    page = (Path(__file__).parent.parent / "docs" / "requests.md").read_text()
+    sections = (section.partition("\n") for section in page.split("\n## "))
+    rows = {
+        title: [row.split("|")[1] for row in text.splitlines() if row.startswith("| ")] for title, _, text in sections
+    }
+    return {title: {key for row in columns for key in re.findall(r"`(\w+)`", row)} for title, columns in rows.items()}
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS])
+def test_each_key_of_openai_and_vllm_becomes_what_the_documentation_says(endpoint: str) -> None:
+    if endpoint == CHAT:
+        main: dict[str, Any] = {"messages": [USER]}
+        keys = {*chat_params.CompletionCreateParamsBase.__annotations__, *OF_VLLM.split(), *OF_VLLM_CHATS.split()}
+    else:
+        main = {"prompt": "a"}
+        keys = {*completion_params.CompletionCreateParamsBase.__annotations__, *OF_VLLM.split(), "prompt_embeds"}
+    outcomes: dict[str, str] = {}
+    for key in sorted(keys):
+        asking = ASKING.get(key, True if (endpoint, key) == (CHAT, "logprobs") else 1)
+        try:
+            request = intake(TEMPLATE_OF.get(key, "all")).request(
+                "a", 1, endpoint, main | {key: asking} | COMPANIONS.get(key, {})
+            )
+        except RequestError as error:
+            assert (error.code, str(error).split("=")[0]) == ("unsupported_parameter", key), error
+            outcomes[key] = "Refused"
+        else:
+            outcomes[key] = "Without effect" if key in NO_EFFECT else "Done"
+            assert key not in NO_EFFECT or _same(request, intake("all").request("a", 1, endpoint, main))
+    said = documented()
+    assert not {key: outcome for key, outcome in outcomes.items() if key not in said[outcome]}
+
+
+def _same(one: Request, other: Request) -> bool:
+    parts = [(request.prompt.tolist(), request.sampling, request.form) for request in (one, other)]
+    return parts[0] == parts[1]
+
+
+def test_example_files_are_answered(tmp_path: Path) -> None:
+    """By a whole job, and what the client's own parser reads of the answers."""
+    model = make_checkpoint(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=700)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model / file).write_bytes((folder("all") / file).read_bytes())
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in EXAMPLES + ELSEWHERE))
+    job = [f"model.path={model}", "device=cpu", f"workload.source={path}", "workload.model_names=any"]
+    assert run_here(*job, f"output.dir={tmp_path}/out") == 0
+    found = {entry["custom_id"]: entry for entry in read_results(tmp_path / "out")}
+    assert found.keys() == {entry["custom_id"] for entry in EXAMPLES + ELSEWHERE}
+    assert {name for name, entry in found.items() if code(entry) is not None} == {"e", "s"}
+
+    def parsed(name: str, **asked: Any) -> Any:
+        completion = ChatCompletion.model_validate(found[name]["response"]["body"])
+        (choice,) = parse_chat_completion(chat_completion=completion, **asked).choices
+        return choice.message
+
+    verdict = parsed("parsed", response_format=Verdict, input_tools=openai.omit).parsed
+    assert isinstance(verdict, Verdict)
+    tool = tool_of_the_client()
+    (call,) = parsed("called", response_format=openai.omit, input_tools=[tool]).tool_calls
+    assert set(call.function.parsed_arguments.model_dump()) == {"city", "unit"}
 
 
 def test_an_answer_put_back_is_a_message(tmp_path: Path) -> None:

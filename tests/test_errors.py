@@ -55,6 +55,9 @@ def test_missing_input(tmp_path: Path) -> None:
         ("sampling.stop=5", "sampling.stop"),
         ("kvcache.page_size=0", "kvcache.page_size"),
         ("model=gpt-5", "gpt-5"),
+        ("workload.source=none.jsonl", "No such file"),
+        ("workload.source=squad", "squad"),
+        ("workload.source=pyproject.toml", "plain text"),
     ],
 )
 def test_overrides_that_cannot_be(

@@ -109,7 +109,7 @@ def test_yarn_may_reach_beyond_the_stated_context(rope, context):
         ({"architectures": ["GemmaForCausalLM"]}, ["architectures", "GemmaForCausalLM", "Qwen3ForCausalLM"]),
         ({"architectures": None}, ["architectures", "missing"]),
         ({"hidden_size": None}, ["hidden_size", "missing"]),
-        ({"hidden_size": "64"}, ["hidden_size", "whole number", "'64'"]),
+        ({"hidden_size": "64"}, ["hidden_size", "whole number", '"64"']),
         ({"hidden_size": True}, ["hidden_size", "whole number"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers", "at least 1"]),
         ({"rms_norm_eps": "1e-5"}, ["rms_norm_eps", "number"]),

@@ -258,8 +258,8 @@ def test_metrics_and_closing_table(traced: Path) -> None:
         stages = [stage | {"busy": busy, "plan_s": 0, "send_s": 0} for stage in metrics["stages"]]
         assert (thin["hint"] in closing_table(metrics | {"plan": thin, "stages": stages})) == (busy < 0.5)
     assert "as long as max_tokens" not in table and "ignore" not in table and "were cut" not in table
-    metrics["errors_by_code"] = {"invalid_value": {"count": 1200, "first": "line 3: temperature is 'hot'"}}
-    assert "\n1,200 invalid_value, the first: line 3: temperature is 'hot'\n" in closing_table(metrics)
+    metrics["errors_by_code"] = {"invalid_value": {"count": 1200, "first": 'line 3: temperature is "hot"'}}
+    assert '\n1,200 invalid_value, the first: line 3: temperature is "hot"\n' in closing_table(metrics)
     metrics |= {"ignored_keys": {"n": 1200, "answer": 2}, "cut_by_default_max_tokens": 7}
     assert "unknown_keys=ignore: answer (2 times), n (1,200 times)\n" in closing_table(metrics)
     assert "7 answers were cut at sampling.max_tokens=16, the default" in closing_table(metrics)

@@ -132,7 +132,7 @@ def test_fixed_beyond_the_context_fails_at_open() -> None:
 
 
 def test_unknown_source() -> None:
-    with pytest.raises(UserError, match=r"workload\.source=squad must be"):
+    with pytest.raises(UserError, match=r"workload\.source=squad is no file"):
         open_workload(configure("squad"), Bytes(), LIMITS)
 
 
@@ -174,8 +174,8 @@ def test_what_only_python_reads_is_refused_under_the_line_s_own_name(tmp_path: P
         (name, "invalid_json") for name in ("nan", "twice", "long", "inside")
     ]
     messages = [item.message for item in items if isinstance(item, Rejected)]
-    assert "NaN is not a JSON value" in messages[0] and "key 'seed' twice" in messages[1]
-    assert "thousands of digits" in messages[2] and "key 'content' twice" in messages[3]
+    assert "NaN is not a JSON value" in messages[0] and 'key "seed" twice' in messages[1]
+    assert "thousands of digits" in messages[2] and 'key "content" twice' in messages[3]
     assert "method is true" in messages[4]
 
 
@@ -245,7 +245,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"messages": ["hi"]}, "invalid_value", "messages[0]"),
         ({"messages": [{"content": "hi"}]}, "invalid_value", "role"),
         ({"messages": [{"role": "tool", "content": "hi"}]}, "unsupported_parameter", "messages[0].role"),
-        ({"messages": [{"role": "robot", "content": "hi"}]}, "invalid_value", "messages[0].role is 'robot'"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "invalid_value", 'messages[0].role is "robot"'),
         ({"messages": [{"role": "user"}]}, "invalid_value", "content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_parameter", "text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "invalid_value", "content[0].text"),
@@ -283,8 +283,8 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "logprobs": True}, "invalid_value", "logprobs is true"),
         ({"messages": [{"role": "user", "content": "c"}], "top_logprobs": 2}, "invalid_value", "logprobs: true"),
         ({"prompt": "a", "presence_penalty": 3}, "invalid_value", "presence_penalty is 3"),
-        ({"prompt": "a", "logit_bias": {"300": 1}}, "invalid_value", "logit_bias holds '300'"),
-        ({"prompt": "a", "logit_bias": {"-1": 1}}, "invalid_value", "logit_bias holds '-1'"),
+        ({"prompt": "a", "logit_bias": {"300": 1}}, "invalid_value", 'logit_bias holds "300"'),
+        ({"prompt": "a", "logit_bias": {"-1": 1}}, "invalid_value", 'logit_bias holds "-1"'),
         ({"prompt": "a", "allowed_token_ids": [257]}, "invalid_value", "allowed_token_ids holds 257"),
         ({"prompt": "a", "allowed_token_ids": []}, "invalid_value", "allowed_token_ids is empty"),
         ({"prompt": "a", "bad_words": [""]}, "invalid_value", "bad_words"),
@@ -366,9 +366,9 @@ def test_what_shapes_an_answer(tmp_path: Path, said: Any, wanted: SamplingParams
             "unknown_parameter",
             ("temprature=0", "did you mean temperature", "leave it"),
         ),
-        ({"prompt": "a", "answer": "b"}, "unknown_parameter", ("answer='b'", COMPLETIONS, "unknown_keys=ignore")),
+        ({"prompt": "a", "answer": "b"}, "unknown_parameter", ('answer="b"', COMPLETIONS, "unknown_keys=ignore")),
         ({"prompt": "a", "extra_body": {"top_k": 1}}, "unsupported_parameter", ("extra_body", "client")),
-        ({"url": CHAT, "body": {"messages": [], "prompt": "a"}}, "unknown_parameter", ("prompt='a'", CHAT)),
+        ({"url": CHAT, "body": {"messages": [], "prompt": "a"}}, "unknown_parameter", ('prompt="a"', CHAT)),
         ({"url": CHAT, "max_tokens": 5, "body": {"messages": []}}, "unknown_parameter", ("max_tokens=5", "beside")),
         *(
             ({"messages": [{"role": "user", "content": "hi"}], key: value}, "unsupported_parameter", (key,))
@@ -383,7 +383,7 @@ def test_what_shapes_an_answer(tmp_path: Path, said: Any, wanted: SamplingParams
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi", "image": "b"}]}]},
             "unknown_parameter",
-            ("messages[0].content[0].image='b'", "a part"),
+            ('messages[0].content[0].image="b"', "a part"),
         ),
         (
             {"messages": [{"role": "user", "content": "hi", "tool_call": 1}]},
@@ -447,7 +447,7 @@ def test_a_request_for_another_model(tmp_path: Path) -> None:
         items = list(open_workload(config, Bytes(), LIMITS))
         for item in items:
             if isinstance(item, Rejected):
-                rejected(item, "model_not_found", "model is '", "runs small", "workload.model_names=any")
+                rejected(item, "model_not_found", 'model is "', "runs small", "workload.model_names=any")
         return [name for name, item in zip(names, items, strict=True) if isinstance(item, Request)]
 
     assert accepted("auto", None) == ["small"]
@@ -515,7 +515,14 @@ def test_a_file_that_is_not_utf8(tmp_path: Path, encoding: str) -> None:
     [
         (gzip.compress(b'{"prompt": "a"}'), "compressed with gzip.*gunzip"),
         (b"PAR1....", "a Parquet file"),
-        (b'[\n  {"prompt": "a"}\n]', r"spread over lines.*jq -c"),
+        (b'[\n  {"prompt": "a"}\n]', r"a JSON array.*jq -c '\.\[\]'"),
+        (b'[{"prompt": "a"},\n {"prompt": "b"}]', "a JSON array"),
+        (b'\xef\xbb\xbf["' + b"a" * 100_000 + b'"]', "a JSON array"),
+        (b'{"prompt":\n  "a"}', r"spread over lines.*jq -c"),
+        (b'{"prompt": "a"},\r\n\r\n{"prompt": "b"},\r\n', "a comma behind each line.*sed"),
+        (b"prompt,max_tokens\nOnce upon a time,5\n", r"a table with commas \(CSV\?\).*read_csv"),
+        (b"id\tprompt\n1\tOnce\n", "a table with tabs"),
+        (b"Once upon a time", r"plain text.*jq -Rc '\{prompt: \.\}'"),
         (b'{\n  "prompt": "a"\n}', r"spread over lines.*jq -c"),
     ],
 )
@@ -524,6 +531,22 @@ def test_a_file_that_is_not_of_lines(tmp_path: Path, data: bytes, words: str) ->
     path.write_bytes(data)
     with pytest.raises(UserError, match=words):
         open_workload(configure(path), Bytes(), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'oops\n{"prompt": "a"}',
+        b'{"prompt": "a"}\noops\n',
+        b'[1]\n{"prompt": "a"}',
+        b"\n",
+        b'{"prompt": "' + b"a" * 100_000 + b'"}\noops',
+    ],
+)
+def test_a_file_of_which_a_line_is_wrong_is_read(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(data)
+    assert len(read(configure(path))) == len([line for line in data.split(b"\n") if line])
 
 
 def test_long_lines(tmp_path: Path) -> None:
@@ -570,7 +593,7 @@ def test_custom_ids_are_unique(tmp_path: Path) -> None:
         {"custom_id": "line-2", "prompt": "x"},
     )
     assert [item.custom_id for item in items] == ["a", "line-2", "line-4", "line-4'", "line-5"]
-    rejected(items[1], "duplicate_custom_id", "line 2", "'a'", "line 1")
+    rejected(items[1], "duplicate_custom_id", "line 2", '"a"', "line 1")
     rejected(items[4], "duplicate_custom_id", "line 5", "line 2")
 
 
@@ -639,7 +662,7 @@ def test_what_no_request_can_survive_is_refused_at_the_start(tmp_path: Path) -> 
     config = configure(path)
     path.write_text('{"prompt": "a", "model": "gpt-4o"}\n{"prompt": "b", "model": "gpt-5"}\n')
     with pytest.raises(
-        UserError, match=r"in\.jsonl: none of the 2 .*line 1: model is 'gpt-4o'.* runs small.*model_names"
+        UserError, match=r"in\.jsonl: none of the 2 .*line 1: model is .gpt-4o..* runs small.*model_names"
     ):
         peek_lengths(config, Bytes(), LIMITS)
     path.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "hi"}]}\n')

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from deserve.comm.gloo import PATIENCE, cause
 from deserve.comm.host import Host, this_host
 from deserve.comm.pulse import Pulse, Word
-from deserve.errors import LastingError, LinkError, UserError, tell_torchrun
+from deserve.errors import LastingError, LinkError, UserError, as_json, tell_torchrun
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
 MEETING_S = 60.0  # for processes that are there to connect
@@ -229,8 +229,9 @@ class World:
                 for key in sorted(facts.keys() | other.keys()):
                     if facts.get(key) != other.get(key):
                         raise UserError(
-                            f"rank {rank} differs from rank 0 in {key}: {other.get(key)!r} there, "
-                            f"{facts.get(key)!r} here; start all ranks with the same program, model and overrides"
+                            f"rank {rank} differs from rank 0 in {key}: {as_json(other.get(key))} there, "
+                            f"{as_json(facts.get(key))} here; "
+                            "start all ranks with the same program, model and overrides"
                         )
 
     def nccl_edges(self, everywhere: bool) -> list[dist.ProcessGroup | None]:

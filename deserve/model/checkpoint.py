@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deserve.errors import UserError
+from deserve.errors import UserError, as_json
 from deserve.layout import Shard
 from deserve.model import smollm2
 from deserve.model.config import DTYPES, ModelConfig, parse_config
@@ -213,7 +213,7 @@ def _eos_ids(raw: dict[str, Any], source: str) -> tuple[int, ...]:
         return ()
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-        raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {value!r}")
+        raise UserError(f"{source}: eos_token_id must be a token id or a list of them, not {as_json(value)}")
     return tuple(ids)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from deserve.errors import UserError
+from deserve.errors import UserError, as_json
 from deserve.kvcache.spec import KVSpec
 from deserve.model.keys import Keys
 from deserve.model.schemes.base import Quantisation
@@ -365,7 +365,7 @@ def _architecture(keys: Keys) -> str:
     if not (isinstance(names, list) and len(names) == 1 and names[0] in [*FAMILIES]):
         lacks = MISSING.get(str(names[0]), "") if isinstance(names, list) and names else ""
         needs = f" ({lacks} are missing)" if lacks else ""
-        raise keys.fail("architectures", f"{names!r} is not supported{needs}; supported are {', '.join(FAMILIES)}")
+        raise keys.fail("architectures", f"{as_json(names)} is not supported{needs}; supported: {', '.join(FAMILIES)}")
     return str(names[0])
 
 
@@ -391,7 +391,7 @@ def _dtype(keys: Keys) -> torch.dtype:
     key = "dtype" if keys.raw.get("dtype") is not None else "torch_dtype"  # transformers 5, and before
     name = keys.text(key, default="float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise keys.fail(key, f"{name!r} is not supported; supported are {', '.join(DTYPES)}")
+        raise keys.fail(key, f"{as_json(name)} is not supported; supported are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -452,7 +452,7 @@ def _rope(keys: Keys, family: _Family, head_dim: int, layer_type: str) -> Rope:
     if family.phi and kind in ("su", "yarn"):  # its names for longrope, before that had one
         kind = "longrope"
     if kind not in ROPE_KINDS:
-        raise rope.fail(kind_key, f"{kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise rope.fail(kind_key, f"{as_json(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
     context = keys.count("max_position_embeddings")
     parameters: dict[str, Any] = {}
     if kind in ("llama3", "yarn", "longrope"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Container, Sequence
 from typing import Any
 
-from deserve.errors import UserError
+from deserve.errors import UserError, as_json
 
 
 class Keys:
@@ -24,7 +24,7 @@ class Keys:
             return default
         # bool is an int to Python, but no count or factor to anybody
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise self.fail(key, f"must be {noun}, not {value!r}")
+            raise self.fail(key, f"must be {noun}, not {as_json(value)}")
         return value
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
@@ -54,21 +54,21 @@ class Keys:
         """A list of strings, which may be missing or null."""
         value = self._get(key, (list,), "a list of strings", [])
         if not all(isinstance(item, str) for item in value):
-            raise self.fail(key, f"must be a list of strings, not {value!r}")
+            raise self.fail(key, f"must be a list of strings, not {as_json(value)}")
         return tuple(value)
 
     def indices(self, key: str, count: int) -> set[int]:
         """A list of numbers below `count`, which may be missing or null."""
         value = self._get(key, (list,), "a list of whole numbers", [])
         if not all(type(item) is int and 0 <= item < count for item in value):
-            raise self.fail(key, f"must be a list of whole numbers from 0 to {count - 1}, not {value!r}")
+            raise self.fail(key, f"must be a list of whole numbers from 0 to {count - 1}, not {as_json(value)}")
         return set(value)
 
     def numbers(self, key: str, count: int) -> list[float]:
         """A list of `count` positive numbers."""
         value = self._get(key, (list,), "a list of numbers", None)
         if len(value) != count or not all(type(item) in (int, float) and 0 < item < math.inf for item in value):
-            raise self.fail(key, f"must be {count} positive numbers, not {value!r:.80}")
+            raise self.fail(key, f"must be {count} positive numbers, not {as_json(value)}")
         return [float(item) for item in value]
 
     def sizes(self, key: str) -> tuple[int, int] | None:
@@ -77,7 +77,7 @@ class Keys:
         if value is None:
             return None
         if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
-            raise self.fail(key, f"must be two whole numbers, not {value!r}")
+            raise self.fail(key, f"must be two whole numbers, not {as_json(value)}")
         return value[0], value[1]
 
     def one_of(self, key: str, allowed: Sequence[Any], default: Any = None) -> Any:
@@ -89,11 +89,11 @@ class Keys:
             raise self.fail(key, "is missing")
         if value not in allowed or type(value) not in {type(item) for item in allowed}:
             supported = ", ".join(str(item) for item in allowed)
-            raise self.fail(key, f"{value!r} is not supported; supported: {supported}")
+            raise self.fail(key, f"{as_json(value)} is not supported; supported: {supported}")
         return value
 
     def refuse_others(self, known: Container[str]) -> None:
         """Raise UserError for a key that is not `known`, unless its value says nothing (null, false, empty)."""
         for key, value in self.raw.items():
             if key not in known and value:
-                raise self.fail(key, f"({value!r:.80}) is not supported")
+                raise self.fail(key, f"({as_json(value)}) is not supported")

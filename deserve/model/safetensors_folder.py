@@ -141,7 +141,7 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: cannot read the weight_map: {error!r}") from error
+        raise UserError(f"{index}: holds no readable weight_map ({type(error).__name__}: {error})") from error
 
 
 def _single_file(folder: Path) -> Path:

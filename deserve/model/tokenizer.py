@@ -238,7 +238,7 @@ class ByteTokenizer:
         try:
             lines = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         except (KeyError, TypeError) as error:
-            raise RequestError("invalid_messages", f"a message needs role and content: {error!r}") from error
+            raise RequestError("invalid_messages", "a message needs role and content") from error
         if options.get("continue_final_message"):
             return lines.removesuffix("\n")
         return f"{lines}assistant: " if options.get("add_generation_prompt", True) else lines

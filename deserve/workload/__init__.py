@@ -2,7 +2,7 @@
 
 from deserve.workload.item import Answered, Item, Lengths, Limits, Rejected, Tokenizer
 from deserve.workload.sampling import default_sampling
-from deserve.workload.source import data_paths, open_workload, peek_lengths
+from deserve.workload.source import check_source, data_paths, open_workload, peek_lengths
 
 __all__ = [
     "Answered",
@@ -11,6 +11,7 @@ __all__ = [
     "Limits",
     "Rejected",
     "Tokenizer",
+    "check_source",
     "data_paths",
     "default_sampling",
     "open_workload",

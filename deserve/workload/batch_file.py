@@ -9,13 +9,15 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from deserve.errors import RequestError, UserError
+from deserve.errors import RequestError, UserError, brief
 from deserve.workload.intake import Intake
 from deserve.workload.item import Answered, Item, Rejected
 from deserve.workload.records import MB
-from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, brief, check_keys, validated
+from deserve.workload.schema import CHAT, COMPLETIONS, Id, Line, check_keys, validated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors put it before the first line
+HEAD = 1 << 16  # bytes of a file that are looked at to tell its form
+ARRAY = re.compile(rb'\[\s*(["{]|$)')  # of objects or texts
 FIRST_KEY = re.compile(rb'\s*\{\s*"custom_id"\s*:\s*"([^"\\]+)"')  # as most programs write lines
 URLS = {CHAT: CHAT, COMPLETIONS: COMPLETIONS, "/chat/completions": CHAT, "/completions": COMPLETIONS}  # Azure's lack v1
 # Endpoints of OpenAI's and vLLM's batches that generate no text from a prompt, or not in these forms.
@@ -53,30 +55,56 @@ OTHERS = {
 def lines(path: Path, max_line_mb: float) -> Iterator[tuple[int, bytes | None]]:
     """The lines that are not blank, with their 1-based numbers; None in place of one of more than `max_line_mb`.
 
-    Raises UserError where reading fails, or the file is not one of lines in UTF-8.
+    Raises UserError where reading fails, or the file is not one of JSON lines in UTF-8.
     """
     most = int(max_line_mb * MB)
     try:
-        with path.open("rb") as file:
-            _refuse_foreign(path, file.peek(4))
+        with path.open("rb", buffering=HEAD) as file:
+            _refuse_foreign(path, file.peek(HEAD))
             for number, raw in enumerate(_bounded(file, most), start=1):
                 if number == 1 and raw is not None:
                     raw = raw.removeprefix(BYTE_ORDER_MARK)
-                    if raw.strip() in (b"{", b"["):
-                        raise UserError(
-                            f"workload.source={path} holds JSON that is spread over lines; each request needs a line "
-                            "of its own: convert it with jq -c . (for an array: jq -c '.[]')"
-                        )
                 if raw is None or (raw and not raw.isspace()):
                     yield number, raw
     except OSError as error:
         raise UserError(f"workload.source={path} cannot be read: {error.strerror}") from error
 
 
-def _refuse_foreign(path: Path, begin: bytes) -> None:
+def _refuse_foreign(path: Path, head: bytes) -> None:
+    """Raises UserError if a file that begins with `head` is in another form than lines of JSON in UTF-8."""
     for magic, (what, remedy) in FOREIGN.items():
-        if begin.startswith(magic):
+        if head.startswith(magic):
             raise UserError(f"workload.source={path} is {what}, but must hold lines in UTF-8: {remedy}")
+    begins = [line.strip() for line in head.removeprefix(BYTE_ORDER_MARK).split(b"\n") if line.strip()]
+    if len(begins) < 3 and len(head) == HEAD:  # the second line goes on beyond it, if there is one
+        begins = begins[:1] if begins[0].startswith(b"[") else []
+    found = _form(begins[0], begins[min(1, len(begins) - 1)]) if begins else None
+    if found is not None:
+        what, remedy = found
+        raise UserError(
+            f"workload.source={path} holds {what}, but each request must be a JSON object on a line of its own, such "
+            f'as {{"prompt": "Once upon a time"}}: {remedy}'
+        )
+
+
+def _form(first: bytes, second: bytes) -> tuple[str, str] | None:
+    """What a file holds that begins with these lines, and how to convert it; None if one of them may be a request."""
+    if ARRAY.match(first):
+        return "a JSON array", "convert it with jq -c '.[]' FILE"
+    if first.startswith(b"{") and not first.endswith((b"}", b"},")) and not second.startswith(b"{"):
+        return "JSON that is spread over lines", "convert it with jq -c . FILE"
+    if first.startswith(b"{") and first.endswith(b"},"):
+        return "JSON with a comma behind each line", "take the commas away with sed 's/,[[:space:]]*$//' FILE"
+    if not first or first[:1] in b"{[" or second[:1] in b"{[":
+        return None
+    for separator, name in ((b"\t", "tabs"), (b",", "commas"), (b";", "semicolons")):
+        if first.count(separator) == second.count(separator) > 0:
+            return (
+                f"a table with {name} (CSV?)",
+                "convert it with pandas, read_csv(FILE).to_json(OUT, orient='records', lines=True), where its column "
+                "of prompts is named prompt",
+            )
+    return "plain text", "if each line is a prompt, convert it with jq -Rc '{prompt: .}' FILE"
 
 
 def _bounded(file: BufferedReader, most: int) -> Iterator[bytes | None]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deserve.errors import RequestError, UserError
+from deserve.errors import RequestError, UserError, brief
 from deserve.workload.intake import Intake
 from deserve.workload.item import Answered, Item, Rejected
 from deserve.workload.records import data_files, read_records
-from deserve.workload.schema import CHAT, brief
+from deserve.workload.schema import CHAT
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from deserve.batch import AnswerForm, Request, SamplingParams
-from deserve.errors import RequestError
+from deserve.errors import RequestError, brief
 from deserve.model.tokenizer import ChatTemplate
 from deserve.workload.item import Limits, ModelNames, Tokenizer
 from deserve.workload.sampling import request_sampling, with_derived_seed
@@ -18,7 +18,6 @@ from deserve.workload.schema import (
     CompletionBody,
     Message,
     Part,
-    brief,
     check_keys,
     encodable,
     validated,
@@ -172,7 +171,7 @@ class Intake:
             return message.content
         if message.content is None:  # as for OpenAI, of assistants alone
             if message.role != "assistant":
-                raise RequestError("invalid_value", f"{name} is None, but must be a string or a list of parts")
+                raise RequestError("invalid_value", f"{name} is null, but must be a string or a list of parts")
             return ""
         return "".join(self._part(part, f"{name}[{index}]") for index, part in enumerate(message.content))
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deserve.batch import MOST_LOGPROBS
-from deserve.errors import RequestError
+from deserve.errors import RequestError, brief
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -29,12 +29,15 @@ NO_EFFECT = {
     "prediction": "expected output, to answer sooner",
     "prompt_cache_key": "prefix caching",
     "prompt_cache_retention": "prefix caching",
+    "prompt_cache_options": "prefix caching",
     "cache_salt": "prefix caching",
     "request_id": "names the request in the server's log",
     "session_id": "names the conversation in the server's log",
     "stream_options": "streaming, which is refused",
     "stream_interval": "streaming, which is refused",
     "guided_decoding_backend": "which library keeps answers to a grammar",
+    "return_mm_kwargs": "an endpoint that only makes prompts",
+    "return_token_offsets": "an endpoint that only makes prompts",
 }
 
 # Keys that would change the answer and are not done, with the values at which they ask for nothing (null never does).
@@ -64,6 +67,8 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
+    "moderation": (),
+    "routed_experts_prompt_start": (0,),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "watermarking": (False,),
@@ -88,18 +93,6 @@ HINTS = {
     "extra_body": "it is an argument of OpenAI's Python client, which puts its keys into the body: do that",
     "chat_template": "give the job one, workload.chat_template=FILE",
 }
-
-
-def brief(value: Any) -> str:
-    """A JSON value for an error message: short whatever it holds."""
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "an object"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    text = repr(value[:40] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def encodable(text: str) -> str:

@@ -6,13 +6,13 @@ from functools import lru_cache
 from typing import Any
 
 from deserve.batch import ADMISSION_ROOM, Rules, SamplingParams
-from deserve.errors import RequestError
+from deserve.errors import RequestError, brief
 from deserve.model.admissions import extra_words
 from deserve.model.grammar import Kind, checked_grammar
 from deserve.model.tools import MARKS
 from deserve.model.tools import grammar as call_grammar
 from deserve.workload.item import Limits, Tokenizer
-from deserve.workload.schema import Body, ChatBody, CompletionBody, NamedTool, Shaping, brief
+from deserve.workload.schema import Body, ChatBody, CompletionBody, NamedTool, Shaping
 
 CHECKED = 4096  # grammars that need no checking when they come again
 KEYS = {*Shaping.model_fields, "logprobs", "top_logprobs", "tool_choice"}

@@ -27,6 +27,17 @@ T = TypeVar("T")
 CAUSED_BY_THE_JOB = ("no_tokenizer", "no_chat_template", "model_not_found")
 
 
+def check_source(config: Config) -> None:
+    """Look at `workload.source` without reading it. Raises UserError if it is missing or in no known form."""
+    source, path = config.workload.source, _batch_file(config.workload.source)
+    if path is not None:
+        next(batch_file.lines(path, config.workload.max_line_mb), None)
+    elif source in dialogues.SOURCES:
+        data_paths(config)
+    else:
+        Fixed.parse(source, config.workload.shared_tokens)
+
+
 def open_workload(
     config: Config,
     tokenizer: Tokenizer | None,
@@ -183,11 +194,6 @@ def _items(config: Config, intake: Intake, done: Container[str]) -> Iterator[Ite
                 "has one, or prompts of token ids"
             )
         return _started(dialogues.items(source, config.workload.path, intake, most, done))
-    if not source.startswith("fixed"):
-        raise UserError(
-            f"workload.source={source} must be fixedCOUNT:LENGTH:VARIATION, "
-            f"{', '.join(dialogues.SOURCES)}, or the path of a .jsonl file"
-        )
     fixed = Fixed.parse(source, config.workload.shared_tokens)
     fixed.check_fits(intake.limits, intake.defaults.max_tokens)
     return fixed.requests(intake.limits, intake.defaults, done)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deserve.errors import as_json
 from deserve.model.keys import Keys
 from deserve.model.packed import Form, Packed, pair, split
 from deserve.model.safetensors_folder import FLOATS
@@ -55,7 +56,7 @@ def parse(keys: Keys) -> Quantisation:
     keys.one_of("zero_point", (True,))
     for key in ("version", "format"):
         if keys.text(key, default="gemm").lower() != "gemm":
-            raise keys.fail(key, f"{keys.raw[key]!r} is not supported; only gemm is")
+            raise keys.fail(key, f"{as_json(keys.raw[key])} is not supported; only gemm is")
     group = keys.count("group_size", least=-1)
     if group == 0:
         raise keys.fail("group_size", "must be at least 1, or -1 for one group")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deserve.errors import as_json
 from deserve.model.keys import Keys
 from deserve.model.packed import MX_BLOCK, Form, Packed, split
 from deserve.model.safetensors_folder import FLOATS
@@ -123,7 +124,7 @@ def _scheme(weights: Keys, layout: str) -> CompressedTensors:
     order = weights.one_of("actorder", ("weight", "static", "group", "dynamic", False), default=False)
     reordered = order in ("group", "dynamic")
     if reordered and (layout != "pack-quantized" or strategy != "group"):
-        raise weights.fail("actorder", f"{order!r} is not supported in the format {layout} and strategy {strategy}")
+        raise weights.fail("actorder", f"{as_json(order)} is not supported in the format {layout}, strategy {strategy}")
     weights.one_of("dynamic", (False,), default=False)
     zeros = not weights.flag("symmetric", default=True)
     weights.refuse_others(
@@ -142,7 +143,7 @@ def _scheme(weights: Keys, layout: str) -> CompressedTensors:
     if kind == "fp4" and (block != (1, MX_BLOCK) or zeros):
         raise weights.fail("group_size", f"must be {MX_BLOCK}, symmetric, for MXFP4")
     if words and strategy not in ("channel", "group"):
-        raise weights.fail("strategy", f"{strategy!r} is not supported in the format {layout}")
+        raise weights.fail("strategy", f"{as_json(strategy)} is not supported in the format {layout}")
     if kind == "fp8" and zeros:
         raise weights.fail("symmetric", "must be true for fp8")
     return CompressedTensors(kind, words, block, zeros, reordered)
@@ -156,5 +157,5 @@ def _pattern(keys: Keys, key: str, name: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise keys.fail(key, f"has no regular expression in {name!r}: {error}") from error
+        raise keys.fail(key, f"has no regular expression in {as_json(name)}: {error}") from error
     return pattern
