@@ -1,12 +1,14 @@
 """The typed schema of `conf/`, and the composition of a run's configuration from overrides."""
 
+import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -228,14 +230,43 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def _one_line(error: Exception, overrides: list[str]) -> str:
-    """Hydra's message without its advice for Hydra's own developers."""
+    """What Hydra or OmegaConf say, in the words of this program; without its advice for Hydra's own developers."""
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override} is not key=value, such as workload.source=prompts.jsonl or sampling.stop=[a,b]; a value "
+            "with special characters goes into quotes within quotes: 'workload.source=\"a=b.jsonl\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        own = "; a folder or hub id of yours goes into model.path" if group == "model" else ""
+        return f"{group}={name} is not one of {', '.join(error.options)}{own}"
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = f"{error}".strip() or f"{cause}"
+    if match := re.match(r"Could not override '(.*)'", text):
+        return f"{match[1]} is not a key{_meant(match[1])}: python -m deserve.run --config prints all keys"
+    if match := re.match(r"Ambiguous value for argument '((.*?)=(.*))'\n", text):
+        _, key, value = match.groups()
+        return f"{match[1]} has a comma: write a list as {key}=[{value}], and a text as '{key}=\"{value}\"'"
+    if match := re.match(
+        r"Value '(.*)' of type '\w+' could not be converted to (Float|Integer)\s+full_key: (\S+)", text
+    ):
+        return f"{match[3]}={match[1]} must be a {'whole ' * (match[2] == 'Integer')}number"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("To append", "reference_type", "object_type"))]
     return " ".join(kept) + f" (overrides: {' '.join(overrides) or 'none'})"
+
+
+def _meant(key: str) -> str:
+    """The key that was probably meant by `key`, for a message."""
+    keys: list[str] = []
+    for section in fields(Config):
+        made: Any = section.default_factory
+        keys += [f"{section.name}.{entry.name}" for entry in fields(made)] if is_dataclass(made) else [section.name]
+    near = [other for other in keys if other.rpartition(".")[2] == key]
+    near = near or difflib.get_close_matches(key, [*keys, *(field.name for field in fields(Config))], n=1)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _check_kinds(section: DictConfig, schema: Any, prefix: str = "") -> None:
@@ -335,7 +366,7 @@ def _check(config: Config) -> None:
     stop = config.sampling.stop
     texts = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"sampling.stop={stop} must be a string or a list of strings, none of them empty")
+        raise UserError(f"sampling.stop={as_json(stop)} must be a string or a list of strings, none of them empty")
     for key, text in {
         "model.path": config.model.path,
         "output.dir": config.output.dir,

@@ -486,6 +486,21 @@ def test_suspended_sequences_lose_nothing(policy: str) -> None:
     assert not scheduler.counters.recomputed_tokens
 
 
+@pytest.mark.parametrize("main", [28, 36, 600])
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_last_token_of_a_shared_prompt_is_asked_for_again(main: int, drafts: int) -> None:
+    """With pages of one token, a prompt's last page is a prefix page that longer prompts read while it is written anew;
+    and whoever is suspended between the two has more prefix pages than computed tokens."""
+    prompts = [(12, 9, 0), (12, 9, 0), (20, 9, 0), (12, 1, 0), (16, 9, 0)] * 4
+    common = ((0, 12), (0, 12), (0, 12), (0, 12), (0, 16)) * 4
+    case = Case(
+        prompts, page_size=1, main=main, height=7, max_batch_tokens=64, common=common, drafts=drafts, undecided=1
+    )
+    for policy in sorted(POLICIES):
+        scheduler = run(replace(case, policy=policy))
+        assert bool(scheduler.counters.suspensions) == (main < 600)
+
+
 def test_without_a_host_pool_only_what_fits_to_its_end_is_admitted() -> None:
     scheduler = run(Case([(6, 30, 0)] * 8, rounds=3, main=12, height=0, max_batch_tokens=16))
     assert not scheduler.counters.suspensions and not scheduler.counters.recomputed_tokens

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Fixed:
         `shared`."""
         match = PATTERN.fullmatch(source)
         if match is None:
+            if Path(source).expanduser().is_dir():
+                raise UserError(f"workload.source={source} is a folder: name the .jsonl file in it")
             raise UserError(
                 f"workload.source={source} is no file, no data set, and does not read fixedCOUNT:LENGTH:VARIATION, as "
                 "in fixed512:256:0 (512 prompts of 256 tokens, give or take none)"
