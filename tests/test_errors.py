@@ -65,7 +65,7 @@ def test_missing_input(tmp_path: Path) -> None:
         ("workload.source=tests", "is a folder"),
         ("workload.source=none.jsonl", "No such file"),
         ("workload.source=squad", "squad"),
-        ("workload.source=pyproject.toml", "plain text"),
+        ("workload.source=README.md", "plain text"),
     ],
 )
 def test_overrides_that_cannot_be(

@@ -59,7 +59,7 @@ def lines(path: Path, max_line_mb: float) -> Iterator[tuple[int, bytes | None]]:
     """
     most = int(max_line_mb * MB)
     try:
-        with path.open("rb", buffering=HEAD) as file:
+        with BufferedReader(path.open("rb", buffering=0), HEAD) as file:
             _refuse_foreign(path, file.peek(HEAD))
             for number, raw in enumerate(_bounded(file, most), start=1):
                 if number == 1 and raw is not None:
