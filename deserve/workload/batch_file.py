@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from deserve.errors import RequestError, UserError, brief
 from deserve.workload.intake import Intake
@@ -107,7 +107,7 @@ def _form(first: bytes, second: bytes) -> tuple[str, str] | None:
     return "plain text", "if each line is a prompt, convert it with jq -Rc '{prompt: .}' FILE"
 
 
-def _bounded(file: BufferedReader, most: int) -> Iterator[bytes | None]:
+def _bounded(file: BinaryIO, most: int) -> Iterator[bytes | None]:
     while raw := file.readline(most + 1):
         if len(raw) <= most or raw.endswith(b"\n"):
             yield raw
