@@ -1,6 +1,7 @@
 """Quantised checkpoints: what they hold, what the model computes with them, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -325,6 +326,22 @@ def test_what_is_not_done_is_refused_by_name(case, changes, words, folders):
     message = str(caught.value)
     assert all(word in message for word in ["config.json: quantization_config", *words]), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", ["gptq", "awq", "fp8-blocks", "autofp8", "ct-fp8-channel", "ct-w4a16", "ct-mxfp4"])
+def test_scales_that_lack_or_that_nobody_reads_are_named(case, folders, tmp_path):
+    """Those of pages in fp8, `k_scale` and `v_scale`, are none that are read."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders(case), folder)
+    stored = load_file(folder / "model.safetensors")
+    scale = next(name for name in sorted(stored) if "scale" in name and "input" not in name)
+    save_file({name: tensor for name, tensor in stored.items() if name != scale}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=scale.replace(".", r"\.")):
+        check_weights(folder, config_of(folder))
+    for name in ("model.layers.0.self_attn.k_scale", "model.layers.1.self_attn.v_proj.v_scale"):
+        save_file(stored | {name: torch.ones(1)}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            check_weights(folder, config_of(folder))
 
 
 def test_keys_that_say_nothing_are_no_obstacle(folders):
