@@ -65,6 +65,7 @@ class Controller:
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._outcomes, self._counts = requests, outcomes, counts
         self._tuner = tuner
+        self.planned: Callable[[VisitPlan], object] = lambda plan: None  # who is to be told of each visit
         self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
         self._deciding = threading.Lock()  # held while the scheduler's state changes
         self._under_way: deque[tuple[int, VisitPlan]] = deque()  # micro-batches whose tokens are to come
@@ -84,6 +85,7 @@ class Controller:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
         with self._timeline.span("plan", micro_batch), self._deciding:
             plan, tokens = self._scheduler.plan(micro_batch)
+            self.planned(plan)
         self._tokens_in.expect()
         self._under_way.append((micro_batch, plan))
         return plan, tokens

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -24,6 +24,7 @@ from deserve.head import Head, RingPlan
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, computes_on_cpu, model_dtype
 from deserve.model.tokenizer import load_tokenizer
+from deserve.planner.pace import Pace
 from deserve.planner.replicas import choose_rings, part, ring_table
 from deserve.planner.simulator import simulate
 from deserve.planner.times import Machine
@@ -82,6 +83,7 @@ class Job:
 
             host, port = config.report.metrics_host, config.report.metrics_port
             self._exporter = Exporter(host, port, checkpoint.name, self._progress.now)
+        self._pace: Pace | None = None  # where there is one
 
     def plan(self, machine: Machine, dtype: torch.dtype) -> list[RingPlan]:
         """The plan of each ring of this job on `machine`, shown. Raises UserError if one set by hand cannot work."""
@@ -94,9 +96,19 @@ class Job:
             other = model.dtype != dtype
             why = f": this CPU has no instructions for {name_of(model.dtype)}, the checkpoint's dtype" if other else ""
             print(f"computes in {name_of(dtype)}{why}", flush=True)
+        for rank, times in enumerate(machine.stages):
+            if times.slow > 1:
+                print(f"rank {rank} is planned {times.slow:.1f}x as slow as surveyed: so it was in an earlier start")
+        self._machine = machine
         context = self._lengths.mean_prompt + self._lengths.mean_output
         sequences = part(self._lengths, len(rings)).sequences
         return [RingPlan(layout, ring, context, sequences) for layout, ring in rings]
+
+    def pace(self, layout: Layout, names: list[str], changed: Callable[[list[float]], object]) -> Pace:
+        """What watches for stragglers among the ranks, which have `names`; `changed`: see `Pace`."""
+        self._pace = Pace(layout, self._machine, self._checkpoint.config.num_layers, names, changed)
+        self._progress.stragglers = self._pace.stragglers
+        return self._pace
 
     def controller(
         self,
@@ -211,6 +223,7 @@ class Job:
             "resumed_answers": self._unfinished.resumed,
             "resumed_tokens": self._unfinished.resumed_tokens,
             "stages": stages,
+            "stragglers": "" if self._pace is None else self._pace.closing([stage["compute_s"] for stage in stages]),
             **in_sum(heads),
             "config": as_dict(self._config),
         }

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from deserve.model.checkpoint import Checkpoint, check_files, model_dtype, resol
 from deserve.model.config import DTYPES
 from deserve.model.tokenizer import load_tokenizer
 from deserve.pipeline import run_pipeline
-from deserve.planner.survey import survey
+from deserve.planner.survey import keep_pace, survey
 from deserve.report.clock import shifted, to_rank_0s_clock
 from deserve.report.metrics import stage_metrics
 from deserve.report.startup import Startup
@@ -93,11 +94,16 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = head = None
     world.visits = lambda: timeline.counts["compute"]
+    timeline.report = world.tell_pace
     startup.done("links")
     with world.step("ready"):
         if job is not None and links.tokens_in is not None:
             controller = job.controller(plans, links.tokens_in, stop, timeline, startup, world, heads)
             head = job.head
+            if len(plans) == 1:  # a slow ring gets fewer requests; a straggler in one of several is not named
+                names = [f"rank {rank} on {host.name}" for rank, host in enumerate(world.hosts)]
+                pace = job.pace(layout, names, partial(keep_pace, kept))
+                controller.planned, world.paced = pace.planned, pace.report
             stop.begin_visits()
         elif links.tokens_in is not None:
             plan = plans[ring.number]

@@ -3,7 +3,7 @@
 import time
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 SECOND = 1_000_000_000  # ns
 BY_SECOND = ("compute", "receive")
+PACE_VISITS = 256  # between two reports of how long a rank computes
 MOST_SPANS = 500_000  # kept by a rank: what Perfetto still opens at once, minutes to hours of a run
 
 
@@ -71,6 +72,7 @@ class Timeline:
         self.counts: dict[str, int] = defaultdict(int)
         self.first = self.last = 0
         self.history = {kind: History() for kind in BY_SECOND}
+        self.report: Callable[[float], None] = lambda seconds: None  # computed, told after every PACE_VISITS visits
         self._keep = keep
         self._device = device if device is not None and device.type == "cuda" else None
         self._launched: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -84,6 +86,8 @@ class Timeline:
         """`kind` of work on `micro_batch` took from `begin` to `end` (CLOCK_MONOTONIC, ns)."""
         self.totals[kind] += (end - begin) / 1e9
         self.counts[kind] += 1
+        if kind == "compute" and self.counts[kind] % PACE_VISITS == 0:
+            self.report(self.totals[kind])
         self.first = min(self.first or begin, begin)
         self.last = max(self.last, end)
         if kind in self.history:

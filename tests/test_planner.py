@@ -627,6 +627,11 @@ def test_a_stage_is_measured(tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_p
     measure("kvcache.page_size=32")
     assert kept.read_text() != written
     assert measure() == first  # what was measured before is still known
+    surveying.keep_pace(kept, [2.0])
+    assert measure() == replace(first, slow=2.0) and measure("kvcache.page_size=32").slow == 1
+    load = VisitLoad(tokens, tokens, sampled=tokens)
+    assert measure().compute_s(load, 4, True) == first.compute_s(load, 4, True) < first.seconds(load, 4, True, True)
+    assert measure().seconds(load, 4, True, True) > first.seconds(load, 4, True, True)
     kept.write_text(written[:100])  # cut short
     assert measure().layer.tokens.at == first.layer.tokens.at
 

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-BEAT, FAREWELL, STOP, QUIT = range(4)
+BEAT, FAREWELL, STOP, QUIT, PACE = range(5)
 PATIENCE = timedelta(days=365)  # in place of Gloo's own timeout
 
 
 class Word(NamedTuple):
     """`kind`: BEAT, FAREWELL, or what `rank` has to say for `cause`: STOP or QUIT (`deserve.stop`).
 
-    The `cause` of a beat is how many visits its sender has made.
+    The `cause` of a beat is how many visits its sender has made, that of PACE how long `rank` has computed (us).
     """
 
     kind: int
@@ -37,7 +37,7 @@ class Pulse:
 
     `names` is what to call each rank, `visits` gives the visits that this one has made. `lost` is called, in a thread,
     with what happened when a neighbour's connection breaks or it has been silent for `timeout_s` seconds; `heard` with
-    each STOP or QUIT that a neighbour tells. All ranks construct it together.
+    each STOP, QUIT or PACE that a neighbour tells. All ranks construct it together.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Pulse:
             word = Word(*message.tolist())
             if word.kind == BEAT:
                 self._visited[peer] = word.cause
-            elif word.kind in (STOP, QUIT):
+            elif word.kind in (STOP, QUIT, PACE):
                 self._heard(word)
         self._last_heard[peer] = float("inf")  # it need not be heard of again
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from deserve.comm.gloo import PATIENCE, cause
 from deserve.comm.host import Host, this_host
-from deserve.comm.pulse import Pulse, Word
+from deserve.comm.pulse import PACE, Pulse, Word
 from deserve.errors import LastingError, LinkError, UserError, as_json, tell_torchrun
 
 ARRIVAL_S = 300.0  # for all processes to be there, wherever they were started
@@ -79,8 +79,11 @@ class World:
         self._pulse = None
         self._failing = threading.Lock()
         self._hearing = threading.Lock()
+        self._pacing = threading.Lock()
         self.visits: Callable[[], int] = lambda: 0  # that this rank has made
         self.save: Callable[[], None] = lambda: None  # what a failure must not lose
+        self.paced: Callable[[int, float], None] = lambda rank, seconds: None  # rank 0's, see `tell_pace`
+        self._computed: dict[int, int] = {}  # microseconds by rank, the last that was told
         self._act: Callable[[Word], None] | None = None
         self._missed: list[Word] = []
         self._notice_board: dist.Store = dist.HashStore()
@@ -280,7 +283,24 @@ class World:
         for word in missed:
             self._hear(word)
 
+    def tell_pace(self, seconds: float) -> None:
+        """Tell rank 0 that this rank has computed for `seconds` so far: there `paced` is called, in any thread."""
+        self._pass_pace(Word(PACE, self.rank, round(1e6 * seconds)))
+
+    def _pass_pace(self, word: Word) -> None:
+        with self._pacing:  # what comes round both ways counts once, and in its order
+            if word.cause <= self._computed.get(word.rank, 0):
+                return
+            self._computed[word.rank] = word.cause
+            if self.rank == 0:
+                self.paced(word.rank, word.cause / 1e6)
+            else:
+                self.tell(word)
+
     def _hear(self, word: Word) -> None:
+        if word.kind == PACE:
+            self._pass_pace(word)
+            return
         with self._hearing:
             act = self._act
             if act is None:

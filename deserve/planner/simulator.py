@@ -172,21 +172,11 @@ class Simulation:
 
     def load(self, plan: VisitPlan, swapped: int) -> VisitLoad:
         """One of the visits for which `plan` stands. `swapped`: pages that come in."""
-        new, context, grain = plan.new_tokens, plan.context, self.grain
-        decoding = new == 1
-        if plan.admissions:  # a prompt of one token
-            decoding &= ~np.isin(plan.slots, [admission[0] for admission in plan.admissions])
-        decodes, prompts = int(np.count_nonzero(decoding)), new[~decoding]
-        again = 0.0 if self.sharing is None else read_once(self.machine, self.sharing, self.layout.page_size, decodes)
-        return VisitLoad(
-            decodes=decodes,
-            decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2) - again,
-            prefills=int(prompts.sum()),
-            pairs=float(grain * (prompts * (context[~decoding] + prompts)).sum()) + again,
-            sampled=decodes + (plan.sampled - decodes) / grain,
-            swapped=swapped,
-            moved=(len(plan.stash) + len(plan.restore)) / grain,
-        )
+        load = VisitLoad.of(plan, swapped, self.grain)
+        if self.sharing is None:
+            return load
+        again = read_once(self.machine, self.sharing, self.layout.page_size, load.decodes)
+        return load._replace(decode_kv=load.decode_kv - again, pairs=load.pairs + again)
 
     def travel(self, m: int, load: VisitLoad) -> None:
         """The visit's way round the ring: each rank in turn as soon as it is free and the frame is there."""

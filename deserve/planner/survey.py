@@ -41,6 +41,7 @@ from deserve.model.weights import parameter_bytes
 from deserve.pipeline import run_pipeline
 from deserve.planner.simulator import Requests
 from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
+from deserve.report.files import replace_file
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.scheduler import Scheduler
 from deserve.stage import Stage, load_stage
@@ -116,10 +117,9 @@ def survey(
         del probe
         free_cached(device)
         known = world.gather("survey/stages", own)
-        if kept is not None and world.rank == 0:
-            others = [other for other in read_surveys(kept) if other["key"] != key][: MOST_KEPT - 1]
-            with suppress(OSError):  # it would only have saved time
-                kept.write_text(json.dumps({"key": key, "stages": known, "others": others}) + "\n")
+    if kept is not None and world.rank == 0:
+        others = [other for other in read_surveys(kept) if other["key"] != key][: MOST_KEPT - 1]
+        write_surveys(kept, [{"key": key, "stages": known}, *others])
     found = world.gather("survey", [list(astuple(link)), memory, host_memory])
     if not found:
         return None
@@ -177,6 +177,21 @@ def read_surveys(kept: Path) -> list[dict[str, Any]]:
         return [{"key": survey["key"], "stages": survey["stages"]} for survey in surveys]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or cut short
         return []
+
+
+def write_surveys(kept: Path, surveys: list[dict[str, Any]]) -> None:
+    """Keep `surveys`, that of this start first."""
+    with suppress(OSError):  # it would only have saved time
+        replace_file(kept, json.dumps({**surveys[0], "others": surveys[1:]}).encode() + b"\n")
+
+
+def keep_pace(kept: Path, slow: Sequence[float]) -> None:
+    """Note in `kept` how many times slower than surveyed this start has found each rank: the next one plans for it."""
+    surveys = read_surveys(kept)
+    if surveys and len(surveys[0]["stages"]) == len(slow):
+        for (times, _), factor in zip(surveys[0]["stages"], slow, strict=True):
+            times["slow"] = factor
+        write_surveys(kept, surveys)
 
 
 def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:

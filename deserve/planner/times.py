@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from deserve.batch import VisitPlan
 from deserve.layout import BUDGETS, Shard, slab_slots
 from deserve.model.config import ExpertConfig, ModelConfig
 from deserve.model.weights import parameter_bytes, unpack_bytes
@@ -30,6 +31,27 @@ class VisitLoad(NamedTuple):
     @property
     def tokens(self) -> float:
         return self.decodes + self.prefills
+
+    @staticmethod
+    def of(plan: VisitPlan, swapped: int = 0, grain: int = 1) -> "VisitLoad":
+        """One of `grain` visits for which `plan` stands (see Simulator).
+
+        `swapped`: pages that come in.
+        """
+        new, context = plan.new_tokens, plan.context
+        decoding = new == 1
+        if plan.admissions:  # a prompt of one token
+            decoding &= ~np.isin(plan.slots, [admission[0] for admission in plan.admissions])
+        decodes, prompts = int(np.count_nonzero(decoding)), new[~decoding]
+        return VisitLoad(
+            decodes=decodes,
+            decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2),
+            prefills=int(prompts.sum()),
+            pairs=float(grain * (prompts * (context[~decoding] + prompts)).sum()),
+            sampled=decodes + (plan.sampled - decodes) / grain,
+            swapped=swapped,
+            moved=(len(plan.stash) + len(plan.restore)) / grain,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,17 +105,21 @@ class StageTimes:
     ahead: bool = False  # a device computes while its host works on the next visits and pages are brought in
     start_s: float = 0.0  # from the arrival of a visit's frame until its work begins on an idle rank
     request_s: float = 0.0  # admitting a request, and writing its result; rank 0 only
+    slow: float = 1.0  # times what was measured, by which an earlier start found the rank's visits to be slower
 
     def seconds(self, load: VisitLoad, layers: int, first: bool, last: bool) -> float:
         """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
-        seconds = layers * (self.layer(load) + self.page_s * load.moved) + self.visit(load)
-        if last:
-            seconds += self.head(load.sampled)
+        seconds = self.slow * self.compute_s(load, layers, last)
         host = self.host_s(load, first)
         if self.ahead:
             # When a visit begins, the slab holds the pages of some layers; the others come in meanwhile.
             return max(seconds, self.copies(load, layers - slab_slots(layers)), host)
         return seconds + host + self.copies(load, layers)
+
+    def compute_s(self, load: VisitLoad, layers: int, last: bool) -> float:
+        """What a visit computes, as measured by the survey."""
+        seconds = layers * (self.layer(load) + self.page_s * load.moved) + self.visit(load)
+        return seconds + self.head(load.sampled) if last else seconds
 
     def host_s(self, load: VisitLoad, first: bool) -> float:
         """What the host does for a visit beside its layers."""

@@ -39,6 +39,7 @@ class Progress:
         self._errors: dict[str, dict[str, Any]] = {}  # by code: how many, and the first one's message
         self._finish_reasons: Counter[str] = Counter()  # of answers
         self.startup: Startup | None = None  # what came before the first token
+        self.stragglers: Callable[[], str] = lambda: ""
         self._lock = threading.Lock()
         self._bar: Any = None
 
@@ -194,7 +195,7 @@ class Progress:
             words.append(f"{hit_rate:.0%} of prompt tokens shared")
         if a_trip >= 1.01:
             words.append(f"{a_trip:.2f} tokens a trip")
-        text = ", ".join(words)
+        text = ", ".join(filter(None, [*words, self.stragglers()]))
         if self._bar is not None:
             self._bar.n = done
             self._bar.set_postfix_str(text)

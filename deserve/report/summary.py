@@ -67,6 +67,8 @@ def closing_table(metrics: dict[str, Any]) -> str:
             f"{rank:<6}  {_percent(stage['busy'])}  {_percent(stage['bubble'])}         {_percent(waits)}    "
             f"{_percent(plans)}   {_percent(sends)}  {stage['visits']:7,}  {swapped}"
         )
+    if metrics["stragglers"]:
+        lines.append(f"straggler: {metrics['stragglers']}; the next start gives it fewer layers, unless it recovers")
     pressure = metrics["memory_pressure"]
     if pressure["suspensions"]:
         lines.append(
