@@ -4,16 +4,17 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from background import Running, answers, running, torchrun_command, wait_until
+from background import Running, answers, line_count, running, torchrun_command, wait_until
 from launch import run_here
 
 NET = "10.79.0"
-COUNT = 48
+COUNT, IN_FLIGHT = 48, 8
 JOB = ["model=tiny", f"workload.source=fixed{COUNT}:24:12", "sampling.max_tokens=48", "sampling.ignore_eos=true"]
 
 
@@ -62,12 +63,23 @@ def start(hosts: list[str], tmp_path: Path) -> Iterator[Callable[..., list[Runni
         yield begin
 
 
-def test_same_answers_as_on_one_host_even_after_a_restart(start: Callable[..., list[Running]], tmp_path: Path) -> None:
+def test_same_answers_as_on_one_host_after_an_interruption_and_a_restart(
+    start: Callable[..., list[Running]], hosts: list[str], tmp_path: Path
+) -> None:
+    """The link is down for less than comm.timeout_s: the job waits, and goes on where it was. Then a rank is killed."""
     assert run_here(*JOB, f"output.dir={tmp_path / 'single'}") == 0
     # A slow network and small micro-batches, so that the job lasts some seconds
-    slow = ["network.latency_ms=10", "pipeline.rounds=2", "pipeline.micro_batch_size=4"]
+    slow = ["network.latency_ms=10", "pipeline.rounds=2", f"pipeline.micro_batch_size={IN_FLIGHT // 2}"]
     jobs = start(*JOB, *slow, restarts=1)
     jobs[0].until_answers(COUNT // 8)
+    ranks = [jobs[0].rank(0), jobs[1].rank(1)]
+    assert ip("-n", hosts[0], "link", "set", "wan", "down")
+    while_down = line_count(tmp_path / "out")
+    threading.Event().wait(2)
+    assert line_count(tmp_path / "out") <= while_down + IN_FLIGHT
+    assert ip("-n", hosts[0], "link", "set", "wan", "up")
+    jobs[0].until_answers(while_down + IN_FLIGHT + 1)
+    assert [jobs[0].rank(0), jobs[1].rank(1)] == ranks and not jobs[0].errors + jobs[1].errors
     jobs[1].rank(1).kill()
     assert [job.wait() for job in jobs] == [0, 0], jobs[0].log + jobs[1].log
     found = answers(tmp_path / "out")
