@@ -127,7 +127,7 @@ class OutputSection:
     errors: str = "same"  # the file that errors go to: results.jsonl; separate: errors.jsonl
     retry_errors: str = "auto"  # auto: those that another plan, setting or model folder may mend; all; none
     grace_s: float = 20.0  # time for visits in flight after SIGTERM
-    checkpoint_s: float = 10.0  # between two copies of the answers in flight, in unfinished.jsonl
+    checkpoint_s: float = 10.0  # between two copies of the answers in flight, in unfinished.jsonl, at most
 
 
 @dataclass

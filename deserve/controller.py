@@ -32,6 +32,9 @@ class Outcomes(Protocol):
     def put(self, outcome: Completion | list[SoFar]) -> None:
         """Have `outcome` written, or how far the answers in flight have come after all that was put before."""
 
+    def save_due_s(self, checkpoint_s: float) -> float:
+        """Seconds from one copy of the answers in flight to the next."""
+
     def flush(self, timeout_s: float) -> None:
         """Wait until all that was put is written, for `timeout_s` at most: the job has failed."""
 
@@ -61,7 +64,7 @@ class Controller:
         tuner: Tuner,
         checkpoint_s: float,
     ):
-        """The answers in flight are saved every `checkpoint_s` seconds."""
+        """The answers in flight are saved every `checkpoint_s` seconds, sooner where that costs little."""
         self._scheduler, self._tokens_in, self._stop, self._timeline = scheduler, tokens_in, stop, timeline
         self._requests, self._outcomes, self._counts = requests, outcomes, counts
         self._tuner = tuner
@@ -79,7 +82,7 @@ class Controller:
             if self._stop.overdue and self._scheduler.in_flight:
                 self._save()
                 self._scheduler.abandon()
-        elif time.monotonic() - self._saved >= self._checkpoint_s:
+        elif time.monotonic() - self._saved >= self._outcomes.save_due_s(self._checkpoint_s):
             self._save()
         if not self._scheduler.in_flight and not self._scheduler.waiting and self._scheduler.admitting:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile

@@ -180,3 +180,14 @@ def test_what_does_not_fit_is_not_used(tmp_path: Path, capsys: pytest.CaptureFix
     cannot_write, cannot_read = capsys.readouterr().err.splitlines()
     assert "cannot be written: Is a directory" in cannot_write and "cannot be read (Is a directory)" in cannot_read
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_copies_come_often_where_they_are_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Unfinished(tmp_path / "unfinished.jsonl", "model")
+    now = [0.0]
+    monkeypatch.setattr("deserve.report.unfinished.time.monotonic", lambda: now[0])
+    for took, due in ((0.0, 1.0), (0.01, 1.0), (0.1, 5.0), (0.3, 10.0), (2.0, 40.0)):
+        monkeypatch.setattr(kept, "write", lambda took=took: now.__setitem__(0, now[0] + took))
+        kept.save([so_far(request("a"), 4)])
+        assert kept.due_s(10) == pytest.approx(due)
+    assert Unfinished(tmp_path / "unfinished.jsonl", "model").due_s(0.5) == 0.5

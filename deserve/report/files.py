@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, *data: bytes) -> None:
     """Give the file at `path` the content `data` in one step: a crash leaves the old file or the new one.
 
     Raises OSError, and leaves the old file, where that fails.
@@ -12,7 +12,7 @@ def replace_file(path: Path, data: bytes) -> None:
     scratch = path.with_suffix(".tmp")
     try:
         with scratch.open("wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

@@ -52,6 +52,10 @@ class Recorder:
             raise self._error
         self._queue.put(outcome)
 
+    def save_due_s(self, checkpoint_s: float) -> float:
+        """Seconds from one copy of the answers in flight to the next; see `Unfinished`."""
+        return self._unfinished.due_s(checkpoint_s)
+
     def flush(self, timeout_s: float) -> None:
         """Wait until all that was put is written, for `timeout_s` at most."""
         written = threading.Event()
@@ -74,8 +78,7 @@ class Recorder:
                 elif isinstance(outcome, threading.Event):
                     outcome.set()
                 elif isinstance(outcome, list):
-                    self._unfinished.note(outcome)
-                    self._unfinished.write()
+                    self._unfinished.save(outcome)
                 else:
                     answers = [*self._answers.pop(outcome.request.custom_id, []), outcome]
                     if len(answers) < outcome.request.answers:
