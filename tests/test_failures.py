@@ -200,6 +200,16 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, truth: dict[str, str]) ->
     resume(output, truth)
 
 
+def test_a_disk_that_may_only_be_read(small_disk: Path) -> None:
+    """At the start, and for the resume of a job."""
+    output = small_disk / "out"
+    assert run_here("model=tiny", "workload.source=fixed2:4:0", "sampling.max_tokens=2", f"output.dir={output}") == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for folder in (output, small_disk / "new"):
+        with pytest.raises(UserError, match=r"^output\.dir=.* cannot be written: .*Read-only file system"):
+            run_here("model=tiny", "workload.source=fixed2:4:0", "sampling.max_tokens=2", f"output.dir={folder}")
+
+
 def start_by_hand(tmp_path: Path, *overrides: list[str]) -> str:
     """Start one rank with each list of overrides, as a launcher of one's own would; what they say when they refuse."""
     port = str(free_port())
