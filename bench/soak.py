@@ -10,6 +10,13 @@
 3. every request must have one line of results, with the same text as in the undisturbed job, and no more than 1.1 times
    its tokens may have been sampled.
 
+    sudo python bench/soak.py --minutes 30 --requests 400
+
+disturbs two hosts, played by network namespaces, for so many minutes: one or all ranks are killed, a rank is stopped
+(SIGSTOP) for less than comm.timeout_s, the link is cut for 1 to 30 s, or both torchruns get SIGTERM. What has ended is
+started again, as by a batch system. Job follows on job; each must answer every request once and as undisturbed. At the
+end no process, shared memory or file may be left, and no rank that lived long may have grown.
+
 With `--victims all` every kill takes all ranks at once. `--job` changes the job. `computed` counts what visits compute:
 prompts, tokens, draft tokens, and what a start prefills anew.
 
@@ -24,10 +31,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +52,14 @@ from deserve.run import main as run_rank
 COUNTING = "--count-tokens"  # for the ranks, which run this file
 STARTUP_S = 120.0  # for the ranks to come up on a busy machine
 MOST_SAMPLED = 1.1  # times the tokens of the undisturbed job
+TIMEOUT_S = 10  # comm.timeout_s with --minutes
+LONGEST_CUT_S = 30.0
+STUCK_S = 240.0  # without a token
+NET = "10.79.1"
+KINDS = ("kill one", "kill all", "stop", "cut", "terminate")
+OWN_FILES = {"results.jsonl", "manifest.json", "metrics.json", "survey.json", ".lock", "tokens.txt"}
+LONG_LIFE = 200  # samples, one or two a second, of a process whose growth counts
+GROWN_FILES = 8  # open ones, of a process in the same time
 GROWTH_MB = 16.0  # of a rank between the second quarter of the undisturbed job and its end: more is a leak
 
 
@@ -50,6 +68,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--victims", choices=("one", "all"), default="one")
     parser.add_argument("--job", nargs="+", default=[], metavar="key=value")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,6 +88,8 @@ def main() -> int:
         "output.checkpoint_s=2",
         *options.job,
     ]
+    if options.minutes is not None:
+        return disturb(options, [*job, f"comm.timeout_s={TIMEOUT_S}", "output.grace_s=5"])
     memory: list[dict[int, float]] = []
     calm = start(options.ranks, [*job, f"output.dir={options.out}/calm"], 0, options.out / "calm.log")
     begin = time.monotonic()
@@ -159,6 +180,231 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
         "elapsed_s": time.monotonic() - begin,
         "starts": log.count("rank      layers"),
     }
+
+
+class Ring:
+    """One job on two hosts, started again whenever a torchrun has ended with an error."""
+
+    def __init__(self, hosts: list[str], job: list[str], log: Path, environment: dict[str, str]):
+        self._hosts, self._job, self._log, self._environment = hosts, job, log, environment
+        self.launches = 0
+        self.launchers: list[subprocess.Popen[bytes]] = []
+        self.seen: dict[int, psutil.Process] = {}
+        self.samples: dict[int, list[tuple[float, int]]] = defaultdict(list)  # MB and open files, by process
+        self._launch()
+
+    def _launch(self) -> None:
+        self.launches += 1
+        self.launchers = []
+        for index, host in enumerate(self._hosts):
+            meeting = ["--nnodes=2", f"--node-rank={index}", f"--master-addr={NET}.1", "--master-port=29500"]
+            launcher = [*meeting, "--nproc-per-node=1", "--max-restarts=9999", "--monitor-interval=0.1"]
+            command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *launcher]
+            with self._log.open("ab") as file:
+                process = subprocess.Popen(
+                    [*command, __file__, COUNTING, *self._job],
+                    env=self._environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+            self.launchers.append(process)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Those that live, and note what they take."""
+        found = [rank for launcher in self.launchers for rank in ranks_of(launcher).values()]
+        with contextlib.suppress(psutil.Error):
+            for process in [*found, *(psutil.Process(launcher.pid) for launcher in self.launchers)]:
+                self.seen.setdefault(process.pid, process)
+                self.samples[process.pid].append((process.memory_info().rss / 1e6, process.num_fds()))
+        return found
+
+    def ended(self) -> bool:
+        """Whether all is done. What has failed is ended on the other host too, and started again."""
+        statuses = [launcher.poll() for launcher in self.launchers]
+        if all(status == 0 for status in statuses):
+            return True
+        if any(status not in (None, 0) for status in statuses):
+            self.end()
+            self._launch()
+        return False
+
+    def end(self) -> None:
+        for launcher in self.launchers:
+            if launcher.poll() is None:
+                launcher.terminate()
+        for launcher in self.launchers:
+            try:
+                launcher.wait(60)
+            except subprocess.TimeoutExpired:
+                launcher.kill()
+                launcher.wait()
+        psutil.wait_procs(list(self.seen.values()), 60)  # ranks whose torchrun was killed end by themselves
+
+    def growth(self) -> tuple[float, int]:
+        """Of the process that grew most, between the second quarter of its life and the last: MB, and open files."""
+        lives = [samples for samples in self.samples.values() if len(samples) >= LONG_LIFE]
+        grown = [
+            [max(late) - max(early) for early, late in zip(_columns(life, 1), _columns(life, 3), strict=True)]
+            for life in lives
+        ]
+        return max((mb for mb, _ in grown), default=0.0), int(max((files for _, files in grown), default=0))
+
+
+def _columns(life: list[tuple[float, int]], quarter: int) -> Iterator[tuple[float, ...]]:
+    return zip(*life[quarter * len(life) // 4 : (quarter + 1) * len(life) // 4], strict=True)
+
+
+def disturb(options: argparse.Namespace, job: list[str]) -> int:
+    """The soak of `--minutes`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it has started ends with it
+    out = options.out.resolve()
+    chance = random.Random(options.seed)
+    calm = start(2, [*job, f"output.dir={out}/calm"], 0, out / "calm.log").wait()
+    truth, _ = read(out / "calm")
+    print(f"undisturbed: exit status {calm}, {len(truth)} answers", flush=True)
+    scratch = out / "tmp"
+    scratch.mkdir()
+    # torch asks for the names of addresses, and there is nobody to answer.
+    quick = {"RES_OPTIONS": "timeout:1 attempts:1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | quick | {"TMPDIR": str(scratch)}
+    shared = set(os.listdir("/dev/shm"))
+    wrong: list[str] = []
+    kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    counts: Counter[str] = Counter()
+    launches = jobs = 0
+    growth = 0.0, 0
+    deadline = time.monotonic() + 60 * options.minutes
+    with two_hosts() as hosts:
+        while time.monotonic() < deadline:
+            output = out / f"job{jobs}"
+            ring = Ring(hosts, [*job, f"output.dir={output}"], out / f"job{jobs}.log", environment)
+            events: list[tuple[str, float]] = []
+            try:
+                while not ring.ended():
+                    ranks = ring.ranks()
+                    quiet = time.time() - max(last_token(output), events[-1][1] if events else 0, output_began(output))
+                    if quiet > STUCK_S:
+                        wrong.append(f"job {jobs} is stuck after {events[-1:]}")
+                        break
+                    went_on = len(ranks) == 2 and last_token(output) > (events[-1][1] if events else 0)
+                    if went_on and time.monotonic() < deadline:
+                        time.sleep(chance.uniform(0, 5))
+                        kind = chance.choice(KINDS)
+                        apply(kind, chance, hosts, ring)
+                        events.append((kind, time.time()))
+                        print(f"{kind} at {line_count(output)} answers", flush=True)
+                    time.sleep(0.25)
+            finally:
+                ring.end()
+            counts.update(kind for kind, _ in events)
+            for kind, seconds in next_tokens(output, events):
+                kinds[kind].append(seconds)
+            texts, repeated = read(output)
+            expected = {f"fixed-{index}" for index in range(options.requests)}
+            checks = {
+                "twice": bool(repeated),
+                "missing": texts.keys() != expected,
+                "other text": any(text != truth.get(name) for name, text in texts.items()),
+                f"left in {output}: {set(os.listdir(output)) - OWN_FILES}": bool(set(os.listdir(output)) - OWN_FILES),
+                "processes left": any(process.is_running() for process in ring.seen.values()),
+            }
+            wrong += [f"job {jobs}: {name}" for name, found in checks.items() if found]
+            growth = max(growth[0], ring.growth()[0]), max(growth[1], ring.growth()[1])
+            print(f"job {jobs}: {len(texts)} answers, {len(events)} disturbances, {ring.launches} launches", flush=True)
+            launches, jobs = launches + ring.launches, jobs + 1
+    left = sorted(set(os.listdir("/dev/shm")) - shared)
+    own_logs = [name for name in os.listdir(scratch) if name.startswith("torchelastic_")]  # torchrun keeps its logs
+    others = sorted(set(os.listdir(scratch)) - set(own_logs))
+    wrong += [f"left in /dev/shm: {left}"] if left else []
+    wrong += [f"temporary files left: {others}"] if others else []
+    wrong += [f"grown by {growth[0]:.1f} MB"] if growth[0] > GROWTH_MB else []
+    wrong += [f"{growth[1]} more open files"] if growth[1] > GROWN_FILES else []
+    figures: dict[str, Any] = {
+        "minutes": options.minutes,
+        "jobs": jobs,
+        "requests_of_each": options.requests,
+        "launches": launches,
+        "disturbances": dict(counts),
+        "seconds_to_next_token": {kind: spread(seconds) for kind, seconds in kinds.items()},
+        "most_growth_mb": round(growth[0], 1),
+        "most_growth_files": growth[1],
+        "log_folders_of_torchrun": len(own_logs),
+        "wrong": wrong,
+    }
+    (out / "soak.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print("\n| figure | value |\n| --- | --- |")
+    for name, value in figures.items():
+        print(f"| {name} | {value} |")
+    return 1 if wrong else 0
+
+
+def apply(kind: str, chance: random.Random, hosts: list[str], ring: Ring) -> None:
+    """Disturb `ring`; returns when the disturbance is over."""
+    ranks = ring.ranks()
+    with contextlib.suppress(psutil.Error, IndexError):
+        if kind == "kill one":
+            chance.choice(ranks).kill()
+        elif kind == "kill all":
+            for rank in ranks:
+                rank.kill()
+        elif kind == "stop":
+            victim = chance.choice(ranks)
+            victim.suspend()
+            time.sleep(chance.uniform(0.5, 0.6 * TIMEOUT_S))
+            victim.resume()
+        elif kind == "cut":
+            subprocess.run(["ip", "-n", hosts[0], "link", "set", "wan", "down"], check=True)
+            time.sleep(chance.uniform(1, LONGEST_CUT_S))
+            subprocess.run(["ip", "-n", hosts[0], "link", "set", "wan", "up"], check=True)
+        else:
+            for launcher in ring.launchers:
+                launcher.terminate()
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[list[str]]:
+    """Two network namespaces, `NET`.1 and `NET`.2, with a cable between their interfaces `wan`. Needs root."""
+    names = [f"soak{os.getpid()}-{index}" for index in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("-n", names[0], "link", "add", "wan", "type", "veth", "peer", "name", "wan", "netns", names[1])
+        for index, name in enumerate(names):
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "addr", "add", f"{NET}.{index + 1}/24", "dev", "wan")
+            ip("-n", name, "link", "set", "wan", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
+def output_began(output: Path) -> float:
+    """When the job's folder was made; now, as long as there is none."""
+    return output.stat().st_ctime if output.exists() else time.time()
+
+
+def last_token(output: Path) -> float:
+    """When the last token was sampled, 0 if none was."""
+    notes = notes_of(output) if (output / "tokens.txt").exists() else []
+    return next((when for when, kind, count in reversed(notes) if kind == "sampled" and count), 0.0)
+
+
+def next_tokens(output: Path, events: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The kind of each disturbance, and the seconds from its end to the next token, if one came before the next.
+
+    After a kill a survivor may take in a token that was under way: those of the first second do not count.
+    """
+    sampled = [when for when, kind, count in notes_of(output) if kind == "sampled" and count]
+    found = []
+    for kind, ended in events:
+        since = ended + (kind in ("kill one", "kill all", "terminate"))
+        found += [(kind, when - ended) for when in sampled if when > since][:1]
+    return found
 
 
 def start(ranks: int, overrides: list[str], restarts: int, log: Path) -> subprocess.Popen[bytes]:
