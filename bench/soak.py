@@ -54,6 +54,7 @@ STARTUP_S = 120.0  # for the ranks to come up on a busy machine
 MOST_SAMPLED = 1.1  # times the tokens of the undisturbed job
 TIMEOUT_S = 10  # comm.timeout_s with --minutes
 LONGEST_CUT_S = 30.0
+SETTLED_S = 2.0  # since the last token: the ranks are past their start
 STUCK_S = 240.0  # without a token
 NET = "10.79.1"
 KINDS = ("kill one", "kill all", "stop", "cut", "terminate")
@@ -210,13 +211,16 @@ class Ring:
             self.launchers.append(process)
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that live, and note what they take."""
+        """Those that live."""
         found = [rank for launcher in self.launchers for rank in ranks_of(launcher).values()]
-        with contextlib.suppress(psutil.Error):
-            for process in [*found, *(psutil.Process(launcher.pid) for launcher in self.launchers)]:
-                self.seen.setdefault(process.pid, process)
-                self.samples[process.pid].append((process.memory_info().rss / 1e6, process.num_fds()))
+        self.seen.update((rank.pid, rank) for rank in found)
         return found
+
+    def sample(self) -> None:
+        """Note what ranks and launchers take. Only while tokens come: a start grows by nature."""
+        with contextlib.suppress(psutil.Error):
+            for process in [*self.ranks(), *(psutil.Process(launcher.pid) for launcher in self.launchers)]:
+                self.samples[process.pid].append((process.memory_info().rss / 1e6, process.num_fds()))
 
     def ended(self) -> bool:
         """Whether all is done. What has failed is ended on the other host too, and started again."""
@@ -282,6 +286,8 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
             try:
                 while not ring.ended():
                     ranks = ring.ranks()
+                    if time.time() - last_token(output) < SETTLED_S:
+                        ring.sample()
                     quiet = time.time() - max(last_token(output), events[-1][1] if events else 0, output_began(output))
                     if quiet > STUCK_S:
                         wrong.append(f"job {jobs} is stuck after {events[-1:]}")
