@@ -242,7 +242,7 @@ def tool_of_the_client() -> dict[str, Any]:
     class Weather(pydantic.BaseModel):
         """The weather in a city."""
 
-        city: str
+        city: Literal["Oslo", "Lima"]  # a random model would not end a string
         unit: Literal["C", "F"] = "C"
 
     return dict(openai.pydantic_function_tool(Weather))

@@ -87,7 +87,7 @@ def test_a_stop_far_away_and_short_of_memory_changes_nothing(tmp_path: Path) -> 
     output = tmp_path / "out"
     command = torchrun_command(2, *job, *far, f"output.dir={output}")
     with running(command, output, tmp_path / "log") as stopped:
-        stopped.until_answers(COUNT // 4, timeout_s=300)
+        stopped.until_answers(COUNT // 2, timeout_s=300)
         stopped.rank(1).terminate()
         assert stopped.wait(300) != 0 and not stopped.errors
     metrics = json.loads((output / "metrics.json").read_text())
