@@ -513,7 +513,7 @@ def test_a_file_that_is_not_utf8(tmp_path: Path, encoding: str) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (gzip.compress(b'{"prompt": "a"}'), "compressed with gzip.*gunzip"),
+        (gzip.compress(b'{"prompt": "a"}', mtime=0), "compressed with gzip.*gunzip"),
         (b"PAR1....", "a Parquet file"),
         (b'[\n  {"prompt": "a"}\n]', r"a JSON array.*jq -c '\.\[\]'"),
         (b'[{"prompt": "a"},\n {"prompt": "b"}]', "a JSON array"),
