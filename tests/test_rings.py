@@ -40,13 +40,18 @@ def ids(*tokens: int) -> np.ndarray:
 
 
 class Source:
-    """Requests that are all there."""
+    """Requests of which `ready` more are there whenever there were no more."""
 
-    def __init__(self, requests: list[Request]):
-        self._left = list(reversed(requests))
+    def __init__(self, requests: list[Request], ready: int | None = None):
+        self._left, self._burst = list(reversed(requests)), ready or len(requests)
+        self._ready = self._burst
 
     def poll(self) -> Request | None:
-        return self._left.pop() if self._left else None
+        self._ready -= 1
+        if self._ready < 0 or not self._left:
+            self._ready = self._burst
+            return None
+        return self._left.pop()
 
     @property
     def exhausted(self) -> bool:
@@ -70,9 +75,11 @@ class Desk:
         self.counted += count
 
 
-def dispatcher(requests: list[Request], rings: int, grouped: bool = True) -> tuple[Dispatcher, Desk]:
+def dispatcher(
+    requests: list[Request], rings: int, grouped: bool = True, ready: int | None = None
+) -> tuple[Dispatcher, Desk]:
     desk: Any = Desk()
-    return Dispatcher(Source(requests), desk, desk, [1.0] * rings, PAGE, grouped), desk
+    return Dispatcher(Source(requests, ready), desk, desk, [1.0] * rings, PAGE, grouped), desk
 
 
 def answered(request: Request) -> Completion:
@@ -151,9 +158,10 @@ def test_a_faster_ring_gets_more_of_the_last_requests(monkeypatch: pytest.Monkey
     assert len(desk.serve(1, Report(1000)).requests) in range(55, 60)
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-def test_requests_that_share_go_to_one_ring(scattered: bool) -> None:
-    """50 documents with 20 questions each, in any order: hardly a document is computed by two rings."""
+@pytest.mark.parametrize(("scattered", "ready"), [(False, None), (True, None), (True, 64)])
+def test_requests_that_share_go_to_one_ring(scattered: bool, ready: int | None) -> None:
+    """50 documents with 20 questions each, in any order and read in pieces: hardly a document is computed by
+    two rings."""
     document = np.random.default_rng(0).integers(0, 300, (50, 10 * PAGE), np.int32)
     requests = [
         Request(f"{doc}-{question}", np.concatenate([ids(*range(PAGE)), document[doc], ids(question)]))
@@ -162,7 +170,7 @@ def test_requests_that_share_go_to_one_ring(scattered: bool) -> None:
     ]
     if scattered:
         np.random.default_rng(1).shuffle(requests)  # type: ignore[arg-type]
-    desk, _ = dispatcher(requests, 2)
+    desk, _ = dispatcher(requests, 2, ready=ready)
     held: list[list[Request]] = [[], []]
     seen: list[set[str]] = [set(), set()]
     while any(held) or not seen[0]:

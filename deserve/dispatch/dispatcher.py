@@ -3,8 +3,10 @@
 import math
 import threading
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch.distributed as dist
 
 from deserve.batch import Completion, Request, shared_tokens
@@ -38,17 +40,32 @@ class Ring:
         self.predicted = predicted
         self.requests: dict[Key, Request] = {}  # that it has
         self.last: Waiting | None = None  # that it was given
+        self._given: list[bytes] = []  # the prompts that it was given, sorted
         self.tokens = 0.0  # sampled lately
         self.totals = {"requests": 0, "output_tokens": 0}
         self.saved = self.closed = False
+
+    def give(self, waiting: Waiting) -> None:
+        """It is given `waiting`."""
+        self.last = waiting
+        self.requests[key_of(waiting.request)] = waiting.request
+        insort(self._given, waiting.key[0])
+        if len(self._given) > SIZE:  # those between others that are alike are missed least
+            self._given = self._given[::2]
+
+    def shared(self, waiting: Waiting) -> int:
+        """The first tokens that `waiting` has in common with any prompt that it was given."""
+        at = bisect_left(self._given, waiting.key[0])
+        near = (np.frombuffer(key, np.int32) for key in self._given[max(0, at - 1) : at + 1])
+        return max((shared_tokens(waiting.request.prompt, prompt) for prompt in near), default=0)
 
 
 class Dispatcher:
     """Each ring gets requests when it asks for them, and near the end so many that all end together.
 
     A ring never has more than its share, by its speed, of all that is not answered. Where `grouped`, it is given what
-    shares most with its last request, and what shares more with another ring's is left to that one while there is
-    anything else. `serve` may be called from a thread for each ring.
+    shares most with its last request, and what shares more with another ring's requests is left to that one while
+    there is anything else. `serve` may be called from a thread for each ring.
     """
 
     def __init__(
@@ -135,8 +152,7 @@ class Dispatcher:
         requests: list[Request] = []
         while len(requests) < count and (waiting := self._next(ring)) is not None:
             self._window.take(waiting)
-            ring.last = waiting
-            ring.requests[key_of(waiting.request)] = waiting.request
+            ring.give(waiting)
             requests.append(waiting.request)
         return requests
 
@@ -156,11 +172,8 @@ class Dispatcher:
         return first
 
     def _leaves(self, ring: Ring, waiting: Waiting) -> bool:
-        """Whether `waiting` shares more pages with the last request of another ring."""
-        own, *others = (
-            0 if each.last is None else shared_tokens(each.last.request.prompt, waiting.request.prompt)
-            for each in (ring, *(other for other in self.rings if other is not ring))
-        )
+        """Whether `waiting` shares more pages with what another ring was given."""
+        own, *others = (each.shared(waiting) for each in (ring, *(each for each in self.rings if each is not ring)))
         return max(others, default=0) // self._page_size > own // self._page_size
 
 
