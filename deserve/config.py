@@ -116,6 +116,7 @@ class SpeculationSection:
     """Tokens that are guessed, and verified by the visit that samples the next one. They change no answer."""
 
     tokens: Any = "auto"  # of a sequence and visit: auto, as many as are worth it; at most so many; 0: none
+    model: str | None = None  # the folder of a small model of the same vocabulary, which guesses on rank 0
 
 
 @dataclass
@@ -335,6 +336,8 @@ def _check(config: Config) -> None:
     _auto_or_int("kvcache.main_pages", config.kvcache.main_pages, 1)
     _auto_or_int("kvcache.swap_pages", config.kvcache.swap_pages, 0)
     _auto_or_int("speculation.tokens", config.speculation.tokens, 0)
+    if config.speculation.model is not None and config.speculation.tokens == 0:
+        raise UserError("speculation.model makes draft tokens, and speculation.tokens=0 wants none: leave one out")
     _auto_or_int("workload.concurrency", config.workload.concurrency, 1)
     _auto_or_int("pipeline.max_batch_tokens", config.pipeline.max_batch_tokens, 1)
     in_range("kvcache.page_size", config.kvcache.page_size, 1)
@@ -369,6 +372,7 @@ def _check(config: Config) -> None:
         raise UserError(f"sampling.stop={as_json(stop)} must be a string or a list of strings, none of them empty")
     for key, text in {
         "model.path": config.model.path,
+        "speculation.model": config.speculation.model,
         "output.dir": config.output.dir,
         "report.metrics_host": config.report.metrics_host,
     }.items():

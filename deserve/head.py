@@ -7,6 +7,7 @@ from typing import Any
 from deserve.comm.link import Receiver
 from deserve.config import Config
 from deserve.controller import Controller, Outcomes, Requests, TokenCounts
+from deserve.draft_model import DraftModel
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.tokenizer import ByteTokenizer, Tokenizer, end_ids
@@ -59,13 +60,14 @@ class Head:
         checkpoint: Checkpoint,
         tokenizer: Tokenizer | ByteTokenizer | None,
         plan: RingPlan,
+        draft_model: DraftModel | None,
         requests: Requests,
     ):
         self.plan, self._config, self._requests = plan, config, requests
         layout, machine = plan.layout, plan.machine
         reorders = config.workload.order == "auto"
         cycle_s = cycle_times(layout, machine, checkpoint.config.num_layers, plan.context)
-        self._drafts = self._make_drafts(checkpoint, tokenizer, cycle_s)
+        self._drafts = self._make_drafts(checkpoint, tokenizer, cycle_s, draft_model)
         self._scheduler = Scheduler(
             layout,
             requests,
@@ -97,7 +99,11 @@ class Head:
         )
 
     def _make_drafts(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer | ByteTokenizer | None, cycle_s: CycleTime
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | ByteTokenizer | None,
+        cycle_s: CycleTime,
+        draft_model: DraftModel | None,
     ) -> Drafts | None:
         """What guesses draft tokens, if any are to be guessed."""
         tokens = self._config.speculation.tokens
@@ -107,7 +113,7 @@ class Head:
         if tokenizer is not None:
             guide = partial(tokenizer.guide, checkpoint.config.vocab_size, end_ids(checkpoint, tokenizer))
             forced = Forced(guide)
-        return Drafts(self.plan.layout.concurrency, cycle_s, None if tokens == "auto" else tokens, forced)
+        return Drafts(self.plan.layout.concurrency, cycle_s, None if tokens == "auto" else tokens, forced, draft_model)
 
     def _make_tuner(self, layout: Layout) -> Tuner:
         """The tuner of what `layout` leaves to it: nothing that was set by hand."""

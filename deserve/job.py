@@ -19,7 +19,8 @@ from deserve.config import Config, as_dict
 from deserve.controller import Controller
 from deserve.dispatch.client import Client
 from deserve.dispatch.dispatcher import Dispatcher
-from deserve.errors import LastingError
+from deserve.draft_model import DraftMemory, DraftModel, draft_checkpoint
+from deserve.errors import LastingError, UserError
 from deserve.head import Head, RingPlan
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, computes_on_cpu, model_dtype
@@ -72,6 +73,12 @@ class Job:
         self._changed: Path | None = None  # a file that was not read as it was at the start
         self._lengths = peek_lengths(config, self._tokenizer, self._limits, defaults=self._defaults)
         self._count = self._lengths.count
+        draft_model = config.speculation.model
+        self._draft_checkpoint = (
+            None if draft_model is None else draft_checkpoint(draft_model, checkpoint, self._tokenizer)
+        )
+        self._draft_memory: DraftMemory | None = None
+        self._draft_model: DraftModel | None = None
         left = None if self._count is None else self._count - len(self._writer.done)
         if left is not None and left != self._count:
             self._lengths = replace(self._lengths, count=max(1, left), sizes=())  # the plan is for what is left
@@ -88,7 +95,18 @@ class Job:
     def plan(self, machine: Machine, dtype: torch.dtype) -> list[RingPlan]:
         """The plan of each ring of this job on `machine`, shown. Raises UserError if one set by hand cannot work."""
         model = self._checkpoint.config
-        rings, why = choose_rings(self._config, model, dtype, self._lengths, machine)
+        config = self._config
+        if self._draft_checkpoint is not None:
+            if config.pipeline.replicas not in ("auto", 1):
+                raise UserError(
+                    f"speculation.model is for one ring, and pipeline.replicas={config.pipeline.replicas} makes several: "
+                    "leave one of them out"
+                )
+            config = replace(config, pipeline=replace(config.pipeline, replicas=1))
+            first, *others = machine.memory
+            self._draft_memory = DraftMemory.within(self._draft_checkpoint, first, config.kvcache.page_size, dtype)
+            machine = replace(machine, memory=(first - self._draft_memory.bytes, *others))
+        rings, why = choose_rings(config, model, dtype, self._lengths, machine)
         if why:
             print(why)
         print(ring_table([layout for layout, _ in rings], model.num_layers, self._lengths.exact), flush=True)
@@ -109,6 +127,13 @@ class Job:
         self._pace = Pace(layout, self._machine, self._checkpoint.config.num_layers, names, changed)
         self._progress.stragglers = self._pace.stragglers
         return self._pace
+
+    def load_draft_model(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        """Load what `speculation.model` names, if anything, and see how fast it is."""
+        if self._draft_memory is not None:
+            vocab = self._checkpoint.config.vocab_size
+            self._draft_model = DraftModel(self._draft_memory, layout, vocab, dtype, device)
+            print(self._draft_model, flush=True)
 
     def controller(
         self,
@@ -144,7 +169,7 @@ class Job:
         until = None if self._config.pipeline.tune or not alone else lambda: stop.reason is not None
         concurrency = sum(each.concurrency for each in layouts)
         self._ahead = ReadAhead(items, done, continued, record, max(1024, 2 * concurrency), until)
-        make_head = partial(Head, self._config, self._checkpoint, self._tokenizer, plans[0])
+        make_head = partial(Head, self._config, self._checkpoint, self._tokenizer, plans[0], self._draft_model)
         if alone:
             self.head = make_head(self._ahead)
             self._watch(layouts, timeline)

@@ -87,6 +87,8 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     layout = plans[ring.number].layout
     with world.step("load"):
         stage = load_stage(checkpoint, layout, layout.shard(ring.rank, checkpoint.config.num_layers), dtype, device)
+        if job is not None:
+            job.load_draft_model(layout, dtype, device)
     startup.done("loading", capture=stage.capture_s)
     links = connect(world, config, layout, checkpoint.config.hidden_size, dtype, device, ring)
     heads = world.heads(len(plans))
@@ -108,7 +110,7 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
         elif links.tokens_in is not None:
             plan = plans[ring.number]
             client = Client(asking(world, heads), plan.most_requests, world.end_with)
-            head = Head(config, checkpoint, load_tokenizer(checkpoint), plan, client)
+            head = Head(config, checkpoint, load_tokenizer(checkpoint), plan, None, client)
             controller = head.controller(links.tokens_in, client, client, stop, timeline)
         if controller is not None:
             world.save = controller.save_now
@@ -192,7 +194,7 @@ def facts(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
         for name, section in sections.items()
         for key, value in (section.items() if isinstance(section, dict) else [("", section)])
     }
-    del settings["model.path"], settings["model.name"]
+    del settings["model.path"], settings["model.name"], settings["speculation.model"]
     return {"the version of deserve": __version__, "the model's files": checkpoint.fingerprint(), **settings}
 
 

@@ -34,3 +34,7 @@ def test_the_longest_of_trip_queue_and_wire() -> None:
         machine = Machine((replace(stage, request_s=request_s), stage), (near, near), (1, 1), 1, 1000, 1)
         drafts.append(cycle_times(layout, machine, 4, 100.0)(1, 10, 0, 40))
     assert drafts == [pytest.approx(4 * 6 * MS)] * 2
+    # A draft model takes rank 0's time: of the trip, or of every round where rank 0 is the slowest.
+    times = cycle_times(layout, Machine((stage, stage), (far, far), (1, 1), 1, 1000, 1), 4, 100.0)
+    assert times(2, 20, drafting_s=5 * MS) == pytest.approx(141 * MS)
+    assert times(30, 300, drafting_s=5 * MS) == pytest.approx(30 * 11 * MS)

@@ -4,9 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deserve.batch import Request, SamplingParams
+from deserve.batch import IntArray, Request, SamplingParams
 from deserve.model.grammar import checked_grammar
 from deserve.model.tokenizer import ByteTokenizer
+from deserve.report.summary import speculation
 from deserve.scheduler.drafts import COMPARED, LEAD, MOST, Drafts
 from deserve.scheduler.forced import Forced
 from deserve.scheduler.sequences import Sequences, never
@@ -89,7 +90,7 @@ def test_as_many_as_are_worth_it() -> None:
     """None where a token costs as much as it brings at best; all where it costs nothing; some between."""
 
     def cycle(each: float):
-        return lambda rounds, sequences, prompts=0, drafts=0: 1.0 + each * drafts
+        return lambda rounds, sequences, prompts=0, drafts=0, drafting_s=0.0: 1.0 + each * drafts
 
     text = list(range(100, 140))
     counts = []
@@ -107,7 +108,7 @@ def test_drafts_that_are_always_wrong_are_given_up_and_right_ones_kept() -> None
     def drafted(text: list[int], each: float = 0.2) -> list[int]:
         """How many drafts each visit of a sequence has whose answer is `text`."""
         sequences = Sequences(1, (EOS,), never)
-        drafts = Drafts(1, lambda rounds, sequences, prompts=0, drafts=0: 1.0 + each * drafts)
+        drafts = Drafts(1, lambda rounds, sequences, prompts=0, drafts=0, drafting_s=0.0: 1.0 + each * drafts)
         slot, counts = add(sequences, [1], [], room=len(text) + MOST), []
         while len(output := sequences.output(slot)) < len(text) - MOST:
             tokens = proposed(drafts, sequences, slot)
@@ -154,6 +155,45 @@ def test_what_a_grammar_forces_and_what_followed_it_elsewhere() -> None:
     assert bytes(proposed(drafts, sequences, again)) == b"ne is red "
     by_source = drafts.report()["by_source"]
     assert by_source == {"grammar": {"drafted": 2, "right": 2}}
+    assert speculation(drafts.report()) == ["1.33 tokens a trip: draft tokens were right 2 of 2 from a grammar"]
+
+
+def test_a_draft_model_is_asked_for_as_much_as_it_is_worth() -> None:
+    """Where no text has been right more often, and not for longer than its own time allows."""
+
+    class Counting:
+        """Guesses that each token is followed by the next number."""
+
+        def __init__(self, step_s: float):
+            self.step_s = step_s
+
+        def seconds(self, rows: int, steps: int) -> float:
+            return self.step_s * steps
+
+        def draft(self, sequences: Sequences, slots: IntArray, steps: int) -> IntArray:
+            last = sequences.text(slots, sequences.length[slots, None] - 1)
+            return last + np.arange(1, steps + 1, dtype=np.int32)
+
+        def forget(self, slot: int) -> None:
+            pass
+
+    def cycle(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0, drafting_s: float = 0.0) -> float:
+        return 1.0 + 0.05 * drafts + drafting_s
+
+    def drafted(step_s: float, answer: list[int]) -> list[list[int]]:
+        sequences, drafts = Sequences(2, (EOS,), never), Drafts(2, cycle, model=Counting(step_s))
+        slot, tokens = add(sequences, [50, 51], []), []
+        for begin in range(0, len(answer), 20):
+            tokens.append(proposed(drafts, sequences, slot))
+            grow(sequences, slot, answer[begin : begin + 20])
+        return tokens
+
+    right = drafted(0.05, list(range(52, 152)))
+    assert right[0] == list(range(52, 52 + len(right[0]))) and 2 < len(right[0]) < len(right[-1]) <= MOST
+    assert 0 < len(drafted(0.3, [52])[0]) < len(right[0])
+    assert not any(drafted(1.0, list(range(52, 72))))
+    wrong = drafted(0.05, list(range(300, 9300, 4)))
+    assert wrong[0] and not wrong[-1]
 
 
 @settings(max_examples=60, deadline=None)

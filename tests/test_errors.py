@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, save_tokenizer
 from launch import run_here, run_jobs, torchrun
 from results import code, read_results
 from safetensors.torch import load_file, save_file
@@ -76,6 +76,26 @@ def test_overrides_that_cannot_be(
     assert main() == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("deserve: error:") and named in message
+
+
+def test_models_that_cannot_make_drafts(tmp_path: Path, folder: Path) -> None:
+    small = "workload.source=fixed2:8:0", "sampling.max_tokens=4"
+
+    def message(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            output = f"output.dir={tmp_path}/{len(list(tmp_path.iterdir()))}"
+            run_here(f"model.path={folder}", *small, output, *overrides)
+        return str(caught.value)
+
+    assert "speculation.tokens=0" in message(f"speculation.model={folder}", "speculation.tokens=0")
+    assert "speculation.model=/nowhere: give a folder" in message("speculation.model=/nowhere")
+    other = make_checkpoint(tmp_path / "other", vocab_size=300)
+    assert "other has 300 tokens, and model has 320" in message(f"speculation.model={other}")
+    for name in (folder, other):
+        save_tokenizer(name)
+    changed = (other / "tokenizer.json").read_text().replace("<|user|>", "<|human|>")
+    (other / "tokenizer.json").write_text(changed)
+    assert "other tokens than that of model" in message(f"speculation.model={other}")
 
 
 def test_an_unknown_override_under_torchrun(tmp_path: Path) -> None:

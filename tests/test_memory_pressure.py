@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from deserve.batch import Completion, Request, Rules, SamplingParams, VisitPlan, VisitResult
 from deserve.config import load_config
+from deserve.draft_model import DraftMemory, DraftModel
 from deserve.layout import Layout
 from deserve.model.checkpoint import Checkpoint, resolve
 from deserve.model.grammar import checked_grammar
@@ -201,6 +202,31 @@ def completed(scheduler: Scheduler, plan: Layout, checkpoint: Checkpoint, requeu
     counters = scheduler.counters  # whose prefix is evicted meanwhile is computed again
     assert counters.resumptions == counters.suspensions or (pages.prefixes.evicted and counters.recomputed_tokens)
     return completions
+
+
+@pytest.mark.parametrize(("fixed", "memory"), [(4, 10**8), (3, 600_000), (None, 10**8)])
+def test_a_model_that_makes_drafts_for_itself(fixed: int | None, memory: int, reference: Reference) -> None:
+    """Nearly all are right, what short memory does to sequences or to the drafts' own pages notwithstanding."""
+    room = Layout((0,), 3, 4, 12, 16, "decode_first", 2, main_pages=90, swap_pages=6, host_height=11)
+    requests = [
+        Request(f"{index}", np.array(prompt, np.int32), SamplingParams(max_tokens=OUTPUT, ignore_eos=True))
+        for index, prompt in enumerate(reference.prompts)
+    ]
+    vocab = reference.checkpoint.config.vocab_size
+    of_drafts = DraftMemory.within(reference.checkpoint, memory, room.page_size, torch.float32)
+    model = DraftModel(of_drafts, room, vocab, torch.float32, torch.device("cpu"))
+    drafts = Drafts(room.concurrency, lambda *load: 1.0 + 1e-3 * sum(load[3:4]), fixed, model=model)
+    scheduler = Scheduler(room, Queue(requests), share_prefixes=True, drafter=drafts)
+    completions = completed(scheduler, room, reference.checkpoint, requeues=9)
+    assert scheduler.counters.suspensions and scheduler.counters.recomputed_tokens
+    assert len(completions) == len(requests)
+    for completion in completions:
+        assert completion.tokens.tolist() == reference.outputs[False][by_id(completion)]
+    report = drafts.report()
+    counts = report["by_source"]["model"]
+    assert counts["right"] >= 0.97 * counts["drafted"] > 100, "but for the last tokens"
+    assert report["tokens_per_trip"] > (2 if memory > 10**6 else 1.1)
+    assert model.free_pages == model.pages
 
 
 def wanted(prompts: list[list[int]]) -> list[Request]:

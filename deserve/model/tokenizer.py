@@ -101,6 +101,11 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder
         return {token.content: number for number, token in added.items() if token.special}
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens, by the tokenizer's own spelling of them."""
+        return dict(self._tokenizer.get_vocab())
+
     def guide(self, vocab_size: int, ends: tuple[int, ...]) -> "LLTokenizer":
         """What grammars need to know of the tokens; one of `ends` follows a complete text. Takes a second."""
         from llguidance.hf import from_tokenizer

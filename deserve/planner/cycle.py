@@ -18,7 +18,7 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
     measured = [replace(times, request_s=0.0) for times in machine.stages]  # what is sampled beside rows are drafts
 
     @lru_cache(4096)
-    def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0) -> float:
+    def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0, drafting_s: float = 0.0) -> float:
         rows = -(-sequences // rounds)
         load = VisitLoad(
             decodes=rows,
@@ -32,6 +32,7 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
             stages.append(times.seconds(load, shard.last - shard.first, shard.embeds, shard.outputs))
             starts.append(times.start_s)
             wires.append(machine.links[rank].byte_s * machine.frame_bytes(load, rank))
+        stages[0] += drafting_s
         trip = sum(stages) + sum(starts) + sum(wires) + machine.latency_s
         return max(trip, rounds * max(stages), rounds * max(wires))
 

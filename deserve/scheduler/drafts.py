@@ -21,12 +21,14 @@ MOST = 16  # draft tokens of a row
 ENTRIES = 1 << 21  # of each lookup table, 16 MB
 TEXT = 1 << 22  # tokens of finished answers that are kept, 16 MB: the last ones
 LEAD = 8  # of these, tokens of its prompt before each answer, by which its beginning is found
-OWN, ANSWERS, FORCED = range(3)  # the sequence's own text, any answer of this job, or the sequence's grammar
+OWN, ANSWERS, FORCED, MODEL = range(4)  # the own text, any answer of this job, the sequence's grammar, a draft model
 SOURCES = {
     "own_text": "a sequence's own text",
     "answers": "other answers",
     "grammar": "a grammar",
+    "model": "the draft model",
 }
+HOPE = 0.8  # of a draft model, before there are trials
 PRIOR = 8.0  # trials that the guess at how often a match goes on stands for, until there are real ones
 MEMORY = 4096.0  # trials after which older ones count half
 FORGETS = 0.3  # a row's luck: what its last drafts weigh
@@ -38,8 +40,26 @@ GAIN = 1.03  # predicted of drafts, or there are none: the prediction is not bet
 class CycleTime(Protocol):
     """Seconds between two visits of a round."""
 
-    def __call__(self, rounds: int, sequences: int, prompts: int = 0, drafts: int = 0) -> float:
-        """Where so many rounds share so many sequences, and each visit has so many prompt and draft tokens besides."""
+    def __call__(
+        self, rounds: int, sequences: int, prompts: int = 0, drafts: int = 0, drafting_s: float = 0.0
+    ) -> float:
+        """Where so many rounds share so many sequences, and each visit has so many prompt and draft tokens besides.
+
+        A draft model takes `drafting_s` of rank 0 for each.
+        """
+
+
+class Model(Protocol):
+    """A draft model."""
+
+    def seconds(self, rows: int, steps: int) -> float:
+        """What `steps` drafts for each of `rows` sequences take."""
+
+    def draft(self, sequences: Sequences, slots: IntArray, steps: int) -> IntArray:
+        """The likeliest next `steps` tokens of each of `slots` [rows], -1 where there is none: [rows, steps]."""
+
+    def forget(self, slot: int) -> None:
+        """The sequence in `slot` is complete."""
 
 
 class Drafts:
@@ -55,9 +75,10 @@ class Drafts:
         cycle_s: CycleTime | None = None,
         fixed: int | None = None,
         forced: Forced | None = None,
+        model: Model | None = None,
     ):
         assert cycle_s is not None or fixed is not None
-        self._cycle_s, self._fixed, self._forced = cycle_s, fixed, forced
+        self._cycle_s, self._fixed, self._forced, self._model = cycle_s, fixed, forced, model
         self._most = MOST if fixed is None else fixed
         self._store = slots  # the finished answers stand for one more slot
         self._text = np.full(TEXT, -1, np.int32)
@@ -74,6 +95,7 @@ class Drafts:
         self._tried, self._right = np.zeros((2, len(SOURCES) * (COMPARED + 1)))
         self._tried += PRIOR
         self._right += PRIOR * np.tile(np.linspace(0.2, 0.95, COMPARED + 1), len(SOURCES))
+        self._right[_bucket(MODEL, 0) :] = PRIOR * HOPE
         self._counts: Counter[str] = Counter()
 
     def report(self) -> dict[str, Any]:
@@ -104,16 +126,28 @@ class Drafts:
         self._settle(sequences, slots)
         most = np.clip(most, 0, self._most)
         room = min(room, int(most.sum()))
-        certain = np.ones(room)
-        if not room or not self._allowed(len(slots), certain, rounds, sequences.in_flight, prompts):
+        certain, load = np.ones(room), (rounds, sequences.in_flight, prompts)
+        if not room or not self._allowed(len(slots), certain, *load):
             return np.zeros(len(slots), np.int64)
         self._index(sequences, slots)
         found, bucket = self._find(sequences, slots)
         chances = self._chances(slots, found, bucket)
+        drafting_s = 0.0
+        if self._model is not None:
+            rate = self._model_rate()
+            rows = np.flatnonzero((chances[:, 0] < rate[0]) & (most > 0))
+            steps = self._steps(self._model, len(slots), len(rows), min(room, int(most[rows].max(initial=0))), *load)
+            if steps:
+                drafting_s = self._model.seconds(len(rows), steps)
+                found[rows, steps:], bucket[rows] = -1, _bucket(MODEL, np.minimum(np.arange(self._most), COMPARED))
+                found[rows, :steps] = self._model.draft(sequences, slots[rows], steps)
+                if self._forced is not None:
+                    self._forced.cut(sequences, slots, found)
+                chances = self._chances(slots, found, bucket)
         possible = np.where(np.arange(self._most) < most[:, None], chances, 0.0)
         # The likeliest of all rows' drafts; none is likelier than the one before it in its row.
         order = np.argsort(-possible, axis=None, kind="stable")[: min(room, int(np.count_nonzero(possible)))]
-        allowed = self._allowed(len(slots), possible.flat[order], rounds, sequences.in_flight, prompts)
+        allowed = self._allowed(len(slots), possible.flat[order], *load, drafting_s)
         counts = np.bincount(order[:allowed] // self._most, minlength=len(slots))
         sequences.propose(slots, counts.astype(np.int32), found[np.arange(self._most) < counts[:, None]])
         self._length[slots], self._verified[slots] = sequences.length[slots], counts
@@ -125,6 +159,8 @@ class Drafts:
         self._settle(sequences, np.array([slot]))
         if self._forced is not None:
             self._forced.forget(slot)
+        if self._model is not None:
+            self._model.forget(slot)
         answer = sequences.output(slot)
         while len(answer) and sequences.ends_text(int(answer[-1])):
             answer = answer[:-1]
@@ -141,18 +177,49 @@ class Drafts:
 
     # -- what drafts are worth
 
-    def _allowed(self, rows: int, chances: NDArray[Any], rounds: int, sequences: int, prompts: int) -> int:
-        """How many of a visit's drafts are worth it beside its `rows`; `chances` [n] fall from one to the next."""
+    def _allowed(
+        self,
+        rows: int,
+        chances: NDArray[Any],
+        rounds: int,
+        sequences: int,
+        prompts: int,
+        drafting_s: float = 0.0,
+    ) -> int:
+        """How many of a visit's drafts are worth it beside its `rows`; `chances` [n] fall from one to the next.
+
+        Making them took `drafting_s`, whether they are verified or not.
+        """
         most = len(chances)
         if self._fixed is not None or not most:
             return most
         assert self._cycle_s is not None
         gains = np.cumsum(chances)
-        best, count = GAIN * rows / self._cycle_s(rounds, sequences, prompts, 0), 0
+        best, count = GAIN * rows / self._cycle_s(rounds, sequences, prompts, 0, drafting_s), 0
         for some in sorted({max(1, most * eighth // 8) for eighth in range(1, 9)}):
-            rate = (rows + gains[some - 1]) / self._cycle_s(rounds, sequences, prompts, some)
+            rate = (rows + gains[some - 1]) / self._cycle_s(rounds, sequences, prompts, some, drafting_s)
             if rate > best:
                 best, count = rate, some
+        return count
+
+    def _model_rate(self) -> NDArray[np.float64]:
+        """How likely each draft of the model's is right behind right ones: [most]."""
+        nth = _bucket(MODEL, np.minimum(np.arange(self._most), COMPARED))
+        return np.minimum(self._right[nth] / self._tried[nth], SURE)
+
+    def _steps(
+        self, model: Model, rows: int, drafted: int, most: int, rounds: int, sequences: int, prompts: int
+    ) -> int:
+        """How many drafts, of `most`, the model is to make for `drafted` of a visit's `rows`."""
+        if self._fixed is not None or not drafted or not most:
+            return most if drafted else 0
+        assert self._cycle_s is not None
+        gains = drafted * self._model_rate().cumprod().cumsum()
+        best, count = GAIN * rows / self._cycle_s(rounds, sequences, prompts), 0
+        for steps in range(1, most + 1):
+            cycle_s = self._cycle_s(rounds, sequences, prompts, drafted * steps, model.seconds(drafted, steps))
+            if (rows + gains[steps - 1]) / cycle_s > best:
+                best, count = (rows + gains[steps - 1]) / cycle_s, steps
         return count
 
     def _chances(self, slots: IntArray, found: IntArray, bucket: Ints) -> NDArray[np.float64]:
@@ -204,7 +271,7 @@ class Drafts:
         found = np.where(nth < begin, forced, np.take_along_axis(behind, np.maximum(nth - begin, 0), 1))
         found = np.where((found >= 0).cumprod(1), found, np.int32(-1))
         length = np.where(nth < begin, COMPARED, np.minimum(match[:, None] + np.maximum(nth - begin, 0), COMPARED))
-        bucket = np.where(nth < begin, FORCED, source[:, None]) * (COMPARED + 1) + length
+        bucket = _bucket(np.where(nth < begin, FORCED, source[:, None]), length)
         if self._forced is not None:
             self._forced.cut(sequences, slots, found)
         return found, bucket
@@ -278,6 +345,11 @@ class Drafts:
         held = slot < self._store
         flying = sequences.text(np.where(held, slot, 0), position)
         return np.where(held[:, None], flying, stored)
+
+
+def _bucket(source: Any, length: Any) -> Any:
+    """That of drafts from `source` after so many tokens that match; of a model's, after so many of its drafts."""
+    return source * (COMPARED + 1) + length
 
 
 def _hashes(windows: IntArray) -> NDArray[np.uint64]:
