@@ -99,8 +99,8 @@ class Job:
         if self._draft_checkpoint is not None:
             if config.pipeline.replicas not in ("auto", 1):
                 raise UserError(
-                    f"speculation.model is for one ring, and pipeline.replicas={config.pipeline.replicas} makes several: "
-                    "leave one of them out"
+                    f"speculation.model is for one ring, and pipeline.replicas={config.pipeline.replicas} makes "
+                    "several: leave one of them out"
                 )
             config = replace(config, pipeline=replace(config.pipeline, replicas=1))
             first, *others = machine.memory
