@@ -12,7 +12,7 @@ from deserve.plan import PlanConfig, load_plan_config
 
 # A path or a name may look like anything that fits on a line.
 TEXTS = {"model.name", "model.path", "workload.source", "workload.path", "workload.chat_template", "output.dir"}
-TEXTS |= {"report.metrics_host"}
+TEXTS |= {"speculation.model", "report.metrics_host"}
 LISTS = {"pipeline.partition", "sampling.stop", "model.architecture.architectures", "model.architecture.eos_token_id"}
 
 
