@@ -257,12 +257,12 @@ class Job:
             elapsed = max(metrics["elapsed_s"], 1e-9)
             metrics["rings"] = [
                 {
-                    **ring.totals,
-                    "output_tokens_per_s": ring.totals["output_tokens"] / elapsed,
+                    **ledger.totals,
+                    "output_tokens_per_s": ledger.totals["output_tokens"] / elapsed,
                     "ranks": [*range(number * size, (number + 1) * size)],
                     **head,
                 }
-                for number, (ring, head) in enumerate(zip(self._dispatcher.rings, heads, strict=True))
+                for number, (ledger, head) in enumerate(zip(self._dispatcher.ledgers, heads, strict=True))
             ]
         write_metrics(self._folder / "metrics.json", metrics)
         print(closing_table(metrics))

@@ -143,7 +143,7 @@ def test_rings_share_all_requests_and_end_together(rings: int, count: int, data:
         assert portion.last or held[number] or any(held)
     assert given_out == Counter(f"{n}" for n in range(count))
     assert sorted(int(each.request.custom_id) for each in sink.outcomes) == list(range(count))
-    assert sum(ring.totals["requests"] for ring in desk.rings) == count
+    assert sum(ledger.totals["requests"] for ledger in desk.ledgers) == count
 
 
 def test_a_faster_ring_gets_more_of_the_last_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_the_last_save_waits_for_the_other_rings() -> None:
     client.put(answered(request))
     client.tokens(2, 1)
     client.close()
-    assert sink.counted == 2 and desk.rings[0].closed and not desk.rings[0].requests
+    assert sink.counted == 2 and desk.ledgers[0].closed and not desk.ledgers[0].requests
     desk.serve(1, Report(closes=True))
     desk.wait()
 

@@ -33,8 +33,8 @@ LAST_SAVE_S = 2.0  # for the other rings to report what is in flight when a rank
 REPORT, PORTION = "report", "portion"
 
 
-class Ring:
-    """A ring as rank 0 sees it. `predicted`: its speed beside that of the others."""
+class Ledger:
+    """What rank 0 has given to a ring and got back. `predicted`: the ring's speed beside that of the others."""
 
     def __init__(self, predicted: float):
         self.predicted = predicted
@@ -80,40 +80,40 @@ class Dispatcher:
         self._window = Window(requests, lambda request: Chain(request.prompt[:0], page_size), page_size, SIZE, False)
         self._recorder, self._progress = recorder, progress
         self._page_size, self._grouped = page_size, grouped
-        self.rings = [Ring(rate / sum(predicted)) for rate in predicted]
+        self.ledgers = [Ledger(rate / sum(predicted)) for rate in predicted]
         self._changed = threading.Condition()
         self._began = self._aged = time.monotonic()
 
     def serve(self, number: int, report: Report) -> Portion:
         """Take in the report of ring `number`; its next portion."""
-        ring = self.rings[number]
+        ledger = self.ledgers[number]
         for outcome in report.outcomes:
             self._recorder.put(outcome)
         if report.tokens or report.trips:
             self._progress.tokens(report.tokens, report.trips)
         with self._changed:
-            self._count(ring, report)
+            self._count(ledger, report)
             self._window.fill()
-            requests = self._portion(ring, min(report.wants, self._most(ring)))
+            requests = self._portion(ledger, min(report.wants, self._most(ledger)))
             portion = Portion(requests, self._window.exhausted)
         if report.saves and number == 0:
             with self._changed:
-                self._changed.wait_for(lambda: all(each.saved or each.closed for each in self.rings), LAST_SAVE_S)
+                self._changed.wait_for(lambda: all(each.saved or each.closed for each in self.ledgers), LAST_SAVE_S)
             self._recorder.flush(LAST_SAVE_S)
         return portion
 
     def serve_over(self, world: World, number: int, rank: int, group: dist.ProcessGroup | None) -> None:
         """Serve ring `number`, whose first rank is `rank`, in a thread."""
-        ring = self.rings[number]
+        ledger = self.ledgers[number]
 
         def run() -> None:
-            while not ring.closed:
-                report = decode_report(world.receive(rank, REPORT, group), ring.requests)
+            while not ledger.closed:
+                report = decode_report(world.receive(rank, REPORT, group), ledger.requests)
                 world.send(rank, PORTION, encode_portion(self.serve(number, report)), group)
 
         def failed(error: BaseException) -> None:
             with self._changed:
-                ring.closed = True
+                ledger.closed = True
                 self._changed.notify_all()
             world.end_with(error)
 
@@ -122,59 +122,59 @@ class Dispatcher:
     def wait(self) -> None:
         """Wait until all rings have closed."""
         with self._changed:
-            self._changed.wait_for(lambda: all(ring.closed for ring in self.rings))
+            self._changed.wait_for(lambda: all(ledger.closed for ledger in self.ledgers))
 
-    def _count(self, ring: Ring, report: Report) -> None:
+    def _count(self, ledger: Ledger, report: Report) -> None:
         for outcome in report.outcomes:
             if isinstance(outcome, Completion):
-                del ring.requests[key_of(outcome.request)]
-                ring.totals["requests"] += outcome.request.choice == 0
-                ring.totals["output_tokens"] += len(outcome.tokens) - len(outcome.request.begun.tokens)
+                del ledger.requests[key_of(outcome.request)]
+                ledger.totals["requests"] += outcome.request.choice == 0
+                ledger.totals["output_tokens"] += len(outcome.tokens) - len(outcome.request.begun.tokens)
         now = time.monotonic()
         fade = math.exp((self._aged - now) / RECENT_S)
         self._aged = now
-        for each in self.rings:
+        for each in self.ledgers:
             each.tokens *= fade
-        ring.tokens += report.tokens
-        ring.saved |= report.saves
-        ring.closed |= report.closes
+        ledger.tokens += report.tokens
+        ledger.saved |= report.saves
+        ledger.closed |= report.closes
         self._changed.notify_all()
 
-    def _most(self, ring: Ring) -> int:
-        """Requests that `ring` may get beside those that it has."""
-        undone = len(self._window) + sum(len(each.requests) for each in self.rings)
-        seen = sum(each.tokens for each in self.rings)
+    def _most(self, ledger: Ledger) -> int:
+        """Requests that the ring of `ledger` may get beside those that it has."""
+        undone = len(self._window) + sum(len(each.requests) for each in self.ledgers)
+        seen = sum(each.tokens for each in self.ledgers)
         trusted = max(1.0, seen) * min(1.0, TRUSTED_S / max(1e-9, self._aged - self._began))
-        share = (trusted * ring.predicted + ring.tokens) / (trusted + seen)
-        return max(1, math.ceil(share * undone)) - len(ring.requests)
+        share = (trusted * ledger.predicted + ledger.tokens) / (trusted + seen)
+        return max(1, math.ceil(share * undone)) - len(ledger.requests)
 
-    def _portion(self, ring: Ring, count: int) -> list[Request]:
+    def _portion(self, ledger: Ledger, count: int) -> list[Request]:
         requests: list[Request] = []
-        while len(requests) < count and (waiting := self._next(ring)) is not None:
+        while len(requests) < count and (waiting := self._next(ledger)) is not None:
             self._window.take(waiting)
-            ring.give(waiting)
+            ledger.give(waiting)
             requests.append(waiting.request)
         return requests
 
-    def _next(self, ring: Ring) -> Waiting | None:
-        """What `ring` is given next, if anything is left."""
+    def _next(self, ledger: Ledger) -> Waiting | None:
+        """What the ring of `ledger` is given next, if anything is left."""
         if not self._grouped:
             return next(self._window.by_cost(), None)
-        near = [] if ring.last is None else self._window.beside(ring.last)
+        near = [] if ledger.last is None else self._window.beside(ledger.last)
         for waiting, shared in sorted(near, key=lambda found: -found[1]):
-            if shared >= self._page_size and not self._leaves(ring, waiting):
+            if shared >= self._page_size and not self._leaves(ledger, waiting):
                 return waiting
         first = None
         for waiting in self._window.by_cost():
-            if not self._leaves(ring, waiting):
+            if not self._leaves(ledger, waiting):
                 return waiting
             first = first or waiting
         return first
 
-    def _leaves(self, ring: Ring, waiting: Waiting) -> bool:
+    def _leaves(self, ledger: Ledger, waiting: Waiting) -> bool:
         """Whether `waiting` shares more pages with what another ring was given."""
-        own, *others = (each.shared(waiting) for each in (ring, *(each for each in self.rings if each is not ring)))
-        return max(others, default=0) // self._page_size > own // self._page_size
+        others = (each.shared(waiting) for each in self.ledgers if each is not ledger)
+        return max(others, default=0) // self._page_size > ledger.shared(waiting) // self._page_size
 
 
 def asking(world: World, group: dist.ProcessGroup | None) -> Callable[[Report], Portion]:
