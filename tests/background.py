@@ -1,6 +1,7 @@
 """Starts the project in the background, for tests that disturb it while it runs."""
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -127,3 +128,10 @@ def answers(output: Path) -> dict[str, str]:
         assert code(entry) is None and entry["custom_id"] not in found, entry
         found[entry["custom_id"]] = entry["response"]["body"]["choices"][0]["text"]
     return found
+
+
+def unfinished(output: Path) -> set[str]:
+    """The requests whose answers so far are saved."""
+    with contextlib.suppress(FileNotFoundError):
+        return {json.loads(line)["custom_id"] for line in (output / "unfinished.jsonl").read_bytes().splitlines()[1:]}
+    return set()

@@ -9,12 +9,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from background import answers, free_port, line_count, running, torchrun_command, wait_until
+from background import answers, free_port, line_count, running, torchrun_command, unfinished, wait_until
 from checkpoints import make_checkpoint
 from launch import ROOT, run_here, shared_survey
 
@@ -38,13 +37,6 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     found = answers(output)
     assert len(found) == COUNT and len(set(found.values())) > COUNT // 2
     return found
-
-
-def unfinished(output: Path) -> set[str]:
-    """The requests whose answers so far are saved."""
-    with suppress(FileNotFoundError):
-        return {json.loads(line)["custom_id"] for line in (output / "unfinished.jsonl").read_bytes().splitlines()[1:]}
-    return set()
 
 
 def resume(output: Path, truth: dict[str, str]) -> None:

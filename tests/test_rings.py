@@ -3,17 +3,17 @@
 import json
 import threading
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from background import line_count, running, torchrun_command, unfinished
 from checkpoints import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import run_jobs
+from launch import run_here, run_jobs
 from results import code, read_results
 
 from deserve.batch import Begun, Completion, Request, Rules, SamplingParams, SoFar
@@ -33,6 +33,7 @@ from deserve.errors import UserError
 from deserve.plan import load_plan_config, plan
 
 PAGE = 4
+COUNT = 160
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -204,19 +205,12 @@ def test_the_last_save_waits_for_the_other_rings() -> None:
     desk.wait()
 
 
-def unfinished(output: Path) -> set[str]:
-    """The requests whose answers so far are saved."""
-    with suppress(FileNotFoundError):
-        return {json.loads(line)["custom_id"] for line in (output / "unfinished.jsonl").read_bytes().splitlines()[1:]}
-    return set()
-
-
-def write_requests(path: Path, count: int) -> None:
+def write_requests(path: Path, count: int, longest: int = 24) -> None:
     random = np.random.default_rng(0)
     with path.open("w") as file:
         for number in range(count):
             prompt = random.integers(0, 320, int(random.integers(1, 60))).tolist()
-            line: dict[str, Any] = {"prompt": prompt, "custom_id": f"r{number}", "max_tokens": 1 + number % 24}
+            line: dict[str, Any] = {"prompt": prompt, "custom_id": f"r{number}", "max_tokens": 1 + number % longest}
             if number % 7 == 1:
                 line |= {"n": 2, "temperature": 1.0, "seed": number}
             if number % 7 == 2:
@@ -286,6 +280,34 @@ def test_texts_are_those_of_one_ring(tmp_path: Path) -> None:
     assert sum(ring["output_tokens"] for ring in rings) == metrics["output_tokens"]
     assert (tmp_path / "two" / "timeline.png").exists()
     assert "rings     ranks each" in printed and "ring 1 (ranks 2 to 3):" in printed
+
+
+def test_a_killed_ring_and_a_stop_in_the_middle(tmp_path: Path) -> None:
+    """SIGKILL of one of two rings, SIGTERM after the restart, and the rest by one ring: the texts are that one's."""
+    folder, source, output = make_checkpoint(tmp_path / "model"), tmp_path / "in.jsonl", tmp_path / "out"
+    write_requests(source, COUNT, longest=96)
+    job = [f"model.path={folder}", "model.dtype=float32", f"workload.source={source}"]
+    assert run_here(*job, f"output.dir={tmp_path / 'one'}") == 0
+    truth = outcomes(tmp_path / "one")
+    assert len(truth) == COUNT
+    # Few sequences at once: the job lasts some seconds.
+    slow = ["pipeline.rounds=2", "pipeline.micro_batch_size=1", "output.grace_s=0"]
+    rings = ["pipeline.replicas=2", *slow, "output.checkpoint_s=0.05", f"output.dir={output}"]
+    with running(torchrun_command(2, *job, *rings, restarts=1), output, tmp_path / "log") as started:
+        started.until_answers(COUNT // 8)
+        started.until(lambda: bool(unfinished(output) - outcomes(output).keys()))
+        started.rank(1).kill()
+        before = line_count(output)
+        started.until_answers(before + COUNT // 8)
+        started.rank(1).terminate()
+        assert started.wait() != 0
+    stopped = json.loads((output / "metrics.json").read_text())
+    assert stopped["stopped_by"].startswith("SIGTERM to rank 1 ") and stopped["resumed_tokens"] > 0
+    assert len(outcomes(output)) < COUNT and unfinished(output)
+    assert run_here(*job, f"output.dir={output}") == 0
+    assert_same(outcomes(output), truth)
+    assert json.loads((output / "metrics.json").read_text())["resumed_tokens"] > 0
+    assert not (output / "unfinished.jsonl").exists()
 
 
 @pytest.mark.parametrize(
