@@ -96,6 +96,7 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     clock = to_rank_0s_clock(world) if config.trace else 0
     controller = head = None
     world.visits = lambda: timeline.counts["compute"]
+    world.forget_pace()
     timeline.report = world.tell_pace
     startup.done("links")
     with world.step("ready"):

@@ -5,6 +5,7 @@ The survey is given, as a measured one may be anything on a machine that others 
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from deserve import run
 from deserve.comm.world import World
 from deserve.config import load_config
 from deserve.planner import survey
+from deserve.planner.pace import Pace
 from deserve.planner.times import Cost, Curve, StageTimes
 
 if __name__ == "__main__":
@@ -35,8 +37,17 @@ if __name__ == "__main__":
         run_pipeline(stage, *more)
 
     run.run_pipeline = slowed
+    report, heard = Pace.report, Counter[Pace]()
+
+    def counted(pace: Pace, rank: int, seconds: float) -> None:
+        heard[pace] += 1
+        report(pace, rank, seconds)
+
+    Pace.report = counted
     assert run.run(config, world) == 0
     if world.rank == 0:
         (Path(config.output.dir) / "results.jsonl").unlink()  # under one torchrun a job is not done twice
     assert run.run(config, world) == 0
+    # Each job of about as many visits hears as many reports: those of one are not taken for those of the other.
+    assert world.rank or (len(heard) == 2 and min(heard.values()) >= 6), heard
     world.leave()

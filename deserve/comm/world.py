@@ -283,6 +283,12 @@ class World:
         for word in missed:
             self._hear(word)
 
+    def forget_pace(self) -> None:
+        """Begin a job: what ranks have computed counts from its start, and nobody listens yet."""
+        with self._pacing:
+            self._computed.clear()
+            self.paced = lambda rank, seconds: None
+
     def tell_pace(self, seconds: float) -> None:
         """Tell rank 0 that this rank has computed for `seconds` so far: there `paced` is called, in any thread."""
         self._pass_pace(Word(PACE, self.rank, round(1e6 * seconds)))
