@@ -21,9 +21,9 @@ OUTPUT = 64  # tokens
 SCHEMA = {"type": "object", "properties": {"text": {"type": "array", "items": {"type": "integer"}, "minItems": OUTPUT}}}
 SCHEMA |= {"required": ["text"], "additionalProperties": False}
 FEATURES = {
-    "plain": {},
-    "stop string": {"stop": ["###END###"]},
-    "logprobs 5": {"logprobs": True, "top_logprobs": 5},
+    "plain": {"ignore_eos": True},
+    "stop string": {"ignore_eos": True, "stop": ["###END###"]},
+    "logprobs 5": {"ignore_eos": True, "logprobs": True, "top_logprobs": 5},
     "schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "numbers", "schema": SCHEMA}}},
 }
 
@@ -43,7 +43,7 @@ def run(ranks: int, requests: int, said: dict[str, object], overrides: list[str]
         subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "deserve.run"),
-                *(f"workload.source={source}", f"output.dir={folder}/out", "sampling.ignore_eos=true", *overrides),
+                *(f"workload.source={source}", f"output.dir={folder}/out", *overrides),
             ],
             check=True,
             stdout=subprocess.DEVNULL,
