@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from deserve.batch import Rules
-from deserve.model.processors import Processors, log_probabilities
+from deserve.model.processors import Processors, likeliest, log_probabilities
 
 VOCAB, CPU = 24, torch.device("cpu")
 
@@ -117,6 +117,14 @@ def test_a_slot_keeps_nothing_of_its_last_sequence() -> None:
     assert torch.equal(processors.apply(logits.clone(), np.array([2], np.int32), np.array([1], np.int32)), logits)
     processors.admit(2, Rules(), 1, np.array([7], np.int32))
     assert not len(processors.rows(np.array([2], np.int32)))
+
+
+@pytest.mark.parametrize("top", [0, 1, 5, 9, 10, 20])
+def test_the_likeliest_of_many_tokens_are_found_by_blocks(top: int) -> None:
+    logits = torch.randn(16, 1280, generator=torch.Generator().manual_seed(top)).bfloat16()  # with equals
+    found = likeliest(logits, top)
+    assert all(len(row.unique()) == top for row in found)
+    assert torch.equal(logits.gather(1, found), logits.topk(top, dim=-1).values)
 
 
 @pytest.mark.parametrize("top", [0, 1, 5])
