@@ -58,8 +58,8 @@ SETTLED_S = 2.0  # since the last token: the ranks are past their start
 STUCK_S = 240.0  # without a token
 NET = "10.79.1"
 KINDS = ("kill one", "kill all", "stop", "cut", "terminate")
-OWN_FILES = {"results.jsonl", "manifest.json", "metrics.json", "survey.json", ".lock", "tokens.txt"}
-LONG_LIFE = 200  # samples, one or two a second, of a process whose growth counts
+OWN_FILES = {"results.jsonl", "manifest.json", "metrics.json", "report.html", "survey.json", ".lock", "tokens.txt"}
+LONG_LIFE = 40  # samples, one to four a second, of a process whose growth counts
 GROWN_FILES = 8  # open ones, of a process in the same time
 GROWTH_MB = 16.0  # of a rank between the second quarter of the undisturbed job and its end: more is a leak
 
@@ -103,8 +103,8 @@ def main() -> int:
 
     killed = soak(options, job)
     texts, repeated = read(options.out / "soak")
-    running = [sample for sample in memory if len(sample) == options.ranks]
-    early, late = running[len(running) // 4 : len(running) // 2], running[-len(running) // 4 :]
+    settled = [sample for sample in memory if len(sample) == options.ranks]
+    early, late = settled[len(settled) // 4 : len(settled) // 2], settled[-len(settled) // 4 :]
     growth = {
         rank: max(sample[rank] for sample in late) - max(sample[rank] for sample in early)
         for rank in range(options.ranks)
@@ -131,7 +131,7 @@ def main() -> int:
         "other_text": sum(texts[name] != truth.get(name) for name in texts),
         "rss_mb": [round(max(sample[rank] for sample in late)) for rank in range(options.ranks)],
         "rss_growth_mb": [round(growth[rank], 1) for rank in range(options.ranks)],
-        "rss_sampled_s": len(running),
+        "rss_sampled_s": len(settled),
     }
     (options.out / "soak.json").write_text(json.dumps(figures, indent=2) + "\n")
     print("\n| figure | value |\n| --- | --- |")
@@ -183,7 +183,7 @@ def soak(options: argparse.Namespace, job: list[str]) -> dict[str, Any]:
     }
 
 
-class Ring:
+class TwoHostJob:
     """One job on two hosts, started again whenever a torchrun has ended with an error."""
 
     def __init__(self, hosts: list[str], job: list[str], log: Path, environment: dict[str, str]):
@@ -244,12 +244,16 @@ class Ring:
                 launcher.wait()
         psutil.wait_procs(list(self.seen.values()), 60)  # ranks whose torchrun was killed end by themselves
 
+    @property
+    def lives(self) -> list[list[tuple[float, int]]]:
+        """The samples of the processes that lived long."""
+        return [samples for samples in self.samples.values() if len(samples) >= LONG_LIFE]
+
     def growth(self) -> tuple[float, int]:
         """Of the process that grew most, between the second quarter of its life and the last: MB, and open files."""
-        lives = [samples for samples in self.samples.values() if len(samples) >= LONG_LIFE]
         grown = [
             [max(late) - max(early) for early, late in zip(_columns(life, 1), _columns(life, 3), strict=True)]
-            for life in lives
+            for life in self.lives
         ]
         return max((mb for mb, _ in grown), default=0.0), int(max((files for _, files in grown), default=0))
 
@@ -275,19 +279,19 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
     wrong: list[str] = []
     kinds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     counts: Counter[str] = Counter()
-    launches = jobs = 0
+    launches = jobs = lives = 0
     growth = 0.0, 0
     deadline = time.monotonic() + 60 * options.minutes
     with two_hosts() as hosts:
         while time.monotonic() < deadline:
             output = out / f"job{jobs}"
-            ring = Ring(hosts, [*job, f"output.dir={output}"], out / f"job{jobs}.log", environment)
+            running = TwoHostJob(hosts, [*job, f"output.dir={output}"], out / f"job{jobs}.log", environment)
             events: list[tuple[str, float]] = []
             try:
-                while not ring.ended():
-                    ranks = ring.ranks()
+                while not running.ended():
+                    ranks = running.ranks()
                     if time.time() - last_token(output) < SETTLED_S:
-                        ring.sample()
+                        running.sample()
                     quiet = time.time() - max(last_token(output), events[-1][1] if events else 0, output_began(output))
                     if quiet > STUCK_S:
                         wrong.append(f"job {jobs} is stuck after {events[-1:]}")
@@ -296,12 +300,12 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
                     if went_on and time.monotonic() < deadline:
                         time.sleep(chance.uniform(0, 5))
                         kind = chance.choice(KINDS)
-                        apply(kind, chance, hosts, ring)
+                        apply(kind, chance, hosts, running)
                         events.append((kind, time.time()))
                         print(f"{kind} at {line_count(output)} answers", flush=True)
                     time.sleep(0.25)
             finally:
-                ring.end()
+                running.end()
             counts.update(kind for kind, _ in events)
             for kind, seconds in next_tokens(output, events):
                 kinds[kind].append(seconds)
@@ -312,12 +316,13 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
                 "missing": texts.keys() != expected,
                 "other text": any(text != truth.get(name) for name, text in texts.items()),
                 f"left in {output}: {set(os.listdir(output)) - OWN_FILES}": bool(set(os.listdir(output)) - OWN_FILES),
-                "processes left": any(process.is_running() for process in ring.seen.values()),
+                "processes left": any(process.is_running() for process in running.seen.values()),
             }
             wrong += [f"job {jobs}: {name}" for name, found in checks.items() if found]
-            growth = max(growth[0], ring.growth()[0]), max(growth[1], ring.growth()[1])
-            print(f"job {jobs}: {len(texts)} answers, {len(events)} disturbances, {ring.launches} launches", flush=True)
-            launches, jobs = launches + ring.launches, jobs + 1
+            growth = max(growth[0], running.growth()[0]), max(growth[1], running.growth()[1])
+            done = f"{len(texts)} answers, {len(events)} disturbances, {running.launches} launches"
+            print(f"job {jobs}: {done}", flush=True)
+            launches, jobs, lives = launches + running.launches, jobs + 1, lives + len(running.lives)
     left = sorted(set(os.listdir("/dev/shm")) - shared)
     own_logs = [name for name in os.listdir(scratch) if name.startswith("torchelastic_")]  # torchrun keeps its logs
     others = sorted(set(os.listdir(scratch)) - set(own_logs))
@@ -332,6 +337,7 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
         "launches": launches,
         "disturbances": dict(counts),
         "seconds_to_next_token": {kind: spread(seconds) for kind, seconds in kinds.items()},
+        "processes_that_lived_long": lives,
         "most_growth_mb": round(growth[0], 1),
         "most_growth_files": growth[1],
         "log_folders_of_torchrun": len(own_logs),
@@ -344,9 +350,9 @@ def disturb(options: argparse.Namespace, job: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def apply(kind: str, chance: random.Random, hosts: list[str], ring: Ring) -> None:
-    """Disturb `ring`; returns when the disturbance is over."""
-    ranks = ring.ranks()
+def apply(kind: str, chance: random.Random, hosts: list[str], running: TwoHostJob) -> None:
+    """Disturb `running`; returns when the disturbance is over."""
+    ranks = running.ranks()
     with contextlib.suppress(psutil.Error, IndexError):
         if kind == "kill one":
             chance.choice(ranks).kill()
@@ -363,8 +369,10 @@ def apply(kind: str, chance: random.Random, hosts: list[str], ring: Ring) -> Non
             time.sleep(chance.uniform(1, LONGEST_CUT_S))
             subprocess.run(["ip", "-n", hosts[0], "link", "set", "wan", "up"], check=True)
         else:
-            for launcher in ring.launchers:
+            for launcher in running.launchers:
                 launcher.terminate()
+            for launcher in running.launchers:  # in the grace more tokens come
+                launcher.wait()
 
 
 @contextlib.contextmanager
