@@ -296,9 +296,10 @@ def test_a_killed_ring_and_a_stop_in_the_middle(tmp_path: Path) -> None:
     with running(torchrun_command(2, *job, *rings, restarts=1), output, tmp_path / "log") as started:
         started.until_answers(COUNT // 8)
         started.until(lambda: bool(unfinished(output) - outcomes(output).keys()))
-        started.rank(1).kill()
-        before = line_count(output)
-        started.until_answers(before + COUNT // 8)
+        killed = started.rank(1)
+        killed.kill()
+        started.until(lambda: started.has_rank(1) and started.rank(1) != killed)
+        started.until_answers(line_count(output) + COUNT // 8)
         started.rank(1).terminate()
         assert started.wait() != 0
     stopped = json.loads((output / "metrics.json").read_text())
