@@ -1,6 +1,7 @@
 """A job as rank 0 knows it: its input, its plan and its results."""
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,6 +44,9 @@ from deserve.text import AnswerReader
 from deserve.timeline import Span, Timeline
 from deserve.workload import Item, Limits, Rejected, default_sampling, open_workload, peek_lengths
 from deserve.workload.read_ahead import ReadAhead
+
+AHEAD = 1024  # requests that are read ahead, if not more
+LOOK_S = 2.0  # for rings to begin with as many
 
 
 class Job:
@@ -168,13 +172,17 @@ class Job:
         alone = len(plans) == 1
         until = None if self._config.pipeline.tune or not alone else lambda: stop.reason is not None
         concurrency = sum(each.concurrency for each in layouts)
-        self._ahead = ReadAhead(items, done, continued, record, max(1024, 2 * concurrency), until)
+        self._ahead = ReadAhead(items, done, continued, record, max(AHEAD, 2 * concurrency), until)
         make_head = partial(Head, self._config, self._checkpoint, self._tokenizer, plans[0], self._draft_model)
         if alone:
             self.head = make_head(self._ahead)
             self._watch(layouts, timeline)
             self._ahead.wait(concurrency)
             return self.head.controller(tokens_in, self._recorder, self._progress, stop, timeline)
+        grouped = self._config.workload.order == "auto" and self._config.kvcache.share_prefixes
+        if grouped:  # of few requests most share with none, and each ring would begin with some of every prefix
+            begin = time.monotonic()
+            self._ahead.wait(AHEAD, lambda: time.monotonic() > begin + LOOK_S)
         self._ahead.wait(concurrency)
         rates = [each.predicted for each in layouts]
         self._dispatcher = Dispatcher(
@@ -183,7 +191,7 @@ class Job:
             self._progress,
             [rate or 1.0 for rate in rates] if None not in rates else [1.0] * len(rates),
             page_size,
-            self._config.workload.order == "auto" and self._config.kvcache.share_prefixes,
+            grouped,
         )
         for number in range(1, len(plans)):
             rank = number * (world.size // len(plans))
