@@ -18,7 +18,7 @@ from deserve.workload.intake import Intake
 from deserve.workload.item import Item, Lengths, Limits, ModelNames, Rejected, Tokenizer
 from deserve.workload.records import data_files
 from deserve.workload.sampling import choices, default_sampling
-from deserve.workload.sharing import alike, sharing
+from deserve.workload.sharing import WINDOW, alike, sharing
 
 T = TypeVar("T")
 
@@ -87,7 +87,8 @@ def peek_lengths(
         if step > 1 and config.kvcache.share_prefixes:
             near = alike(islice(batch_file.lines(path, most), limit), sample)
             wanted = {number for run in near for number in run}
-            found = {line[0]: reader.item(*line) for line in batch_file.lines(path, most) if line[0] in wanted}
+            first = islice(batch_file.lines(path, most), WINDOW)
+            found = {line[0]: reader.item(*line) for line in first if line[0] in wanted}
             runs = [[found[number] for number in run] for run in near]
     elif source in dialogues.SOURCES:
         items = list(islice(open_workload(config, tokenizer, limits, defaults), sample))
