@@ -159,6 +159,20 @@ def test_a_faster_ring_gets_more_of_the_last_requests(monkeypatch: pytest.Monkey
     assert len(desk.serve(1, Report(1000)).requests) in range(55, 60)
 
 
+@pytest.mark.parametrize(("reason", "most"), [("length", 51), ("stop", 75)])
+def test_answers_that_are_nearly_complete_count_little(reason: str, most: int) -> None:
+    """Rings whose answers all end at once: the first to ask must not take what the other asks for a moment later."""
+    desk, _ = dispatcher([Request(f"{n}", ids(n)) for n in range(200)], 2, grouped=False)
+    early, late = (desk.serve(number, Report(75)).requests for number in range(2))
+    desk.serve(1, Report(tokens=50 * 99, trips=50 * 99))  # 50 of its 75 answers lack one token
+    done = [Completion(request, np.zeros(100, np.int32), reason) for request in early[:50]]
+    desk.serve(0, Report(1000, done, tokens=50 * 100))
+    done = [Completion(request, np.zeros(100, np.int32), reason) for request in late[:50]]
+    desk.serve(1, Report(1000, done, tokens=50))
+    # Answers that end by themselves may be far from their end however long they are.
+    assert max(len(ledger.requests) for ledger in desk.ledgers) in range(most - 1, most + 2)
+
+
 @pytest.mark.parametrize(("scattered", "ready"), [(False, None), (True, None), (True, 64)])
 def test_requests_that_share_go_to_one_ring(scattered: bool, ready: int | None) -> None:
     """50 documents with 20 questions each, in any order and read in pieces: hardly a document is computed by

@@ -42,6 +42,7 @@ class Ledger:
         self.last: Waiting | None = None  # that it was given
         self._given: list[bytes] = []  # the prompts that it was given, sorted
         self.tokens = 0.0  # sampled lately
+        self.begun = 0  # tokens of answers that are not complete
         self.totals = {"requests": 0, "output_tokens": 0}
         self.saved = self.closed = False
 
@@ -63,9 +64,10 @@ class Ledger:
 class Dispatcher:
     """Each ring gets requests when it asks for them, and near the end so many that all end together.
 
-    A ring never has more than its share, by its speed, of all that is not answered. Where `grouped`, it is given what
-    shares most with its last request, and what shares more with another ring's requests is left to that one while
-    there is anything else. `serve` may be called from a thread for each ring.
+    A ring never has more than its share, by its speed, of all that is not answered. Of answers that end at
+    `max_tokens` what is sampled counts as answered; of others nobody knows how far they are. Where `grouped`, a ring
+    is given what shares most with its last request, and what shares more with another ring's requests is left to that
+    one while there is anything else. `serve` may be called from a thread for each ring.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Dispatcher:
         self.ledgers = [Ledger(rate / sum(predicted)) for rate in predicted]
         self._changed = threading.Condition()
         self._began = self._aged = time.monotonic()
+        self._cut = self._sampled = 0  # answers that ended at `max_tokens`, and tokens of all that are complete
 
     def serve(self, number: int, report: Report) -> Portion:
         """Take in the report of ring `number`; its next portion."""
@@ -129,7 +132,12 @@ class Dispatcher:
             if isinstance(outcome, Completion):
                 del ledger.requests[key_of(outcome.request)]
                 ledger.totals["requests"] += outcome.request.choice == 0
-                ledger.totals["output_tokens"] += len(outcome.tokens) - len(outcome.request.begun.tokens)
+                sampled = len(outcome.tokens) - len(outcome.request.begun.tokens)
+                ledger.totals["output_tokens"] += sampled
+                ledger.begun -= sampled
+                self._sampled += sampled
+                self._cut += outcome.finish_reason == "length"
+        ledger.begun += report.tokens
         now = time.monotonic()
         fade = math.exp((self._aged - now) / RECENT_S)
         self._aged = now
@@ -142,11 +150,16 @@ class Dispatcher:
 
     def _most(self, ledger: Ledger) -> int:
         """Requests that the ring of `ledger` may get beside those that it has."""
-        undone = len(self._window) + sum(len(each.requests) for each in self.ledgers)
+        undone = len(self._window) + sum(map(self._left, self.ledgers))
         seen = sum(each.tokens for each in self.ledgers)
         trusted = max(1.0, seen) * min(1.0, TRUSTED_S / max(1e-9, self._aged - self._began))
         share = (trusted * ledger.predicted + ledger.tokens) / (trusted + seen)
-        return max(1, math.ceil(share * undone)) - len(ledger.requests)
+        return math.ceil(max(1.0, share * undone) - self._left(ledger))
+
+    def _left(self, ledger: Ledger) -> float:
+        """Requests' worth of work that the ring of `ledger` has."""
+        done = max(0, ledger.begun) * self._cut / max(1, self._sampled)
+        return max(0.0, len(ledger.requests) - done)
 
     def _portion(self, ledger: Ledger, count: int) -> list[Request]:
         requests: list[Request] = []

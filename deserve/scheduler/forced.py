@@ -40,18 +40,16 @@ class Forced:
     def tokens(self, sequences: Sequences, slots: IntArray, most: int) -> IntArray:
         """The first tokens that must follow in each of `slots` [rows], then -1: [rows, most]."""
         forced = np.full((len(slots), most), -1, np.int32)
-        for row, slot in enumerate(slots.tolist()):
-            if sequences.request(slot).sampling.grammar is not None:
-                tokens = self._matcher(sequences, slot).compute_ff_tokens()[:most]
-                forced[row, : len(tokens)] = tokens
+        for row in np.flatnonzero(sequences.guided[slots]).tolist():
+            tokens = self._matcher(sequences, int(slots[row])).compute_ff_tokens()[:most]
+            forced[row, : len(tokens)] = tokens
         return forced
 
     def cut(self, sequences: Sequences, slots: IntArray, drafts: IntArray) -> None:
         """Make `drafts` [rows, n] behind `slots` [rows] -1 from the first on that a grammar does not allow."""
-        for row, slot in enumerate(slots.tolist()):
-            if sequences.request(slot).sampling.grammar is not None:
-                tokens = drafts[row, : int((drafts[row] >= 0).cumprod().sum())]
-                drafts[row, self._matcher(sequences, slot).validate_tokens(tokens.tolist()) :] = -1
+        for row in np.flatnonzero(sequences.guided[slots]).tolist():
+            tokens = drafts[row, : int((drafts[row] >= 0).cumprod().sum())]
+            drafts[row, self._matcher(sequences, int(slots[row])).validate_tokens(tokens.tolist()) :] = -1
 
     def _matcher(self, sequences: Sequences, slot: int) -> "LLMatcher":
         """The matcher of the grammar of `slot`, after all tokens of its answer. One that has failed forces nothing."""

@@ -70,6 +70,7 @@ class Sequences:
         self._checked = np.zeros(slots, bool)  # has stop strings
         self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
         self._ignore_eos = np.zeros(slots, bool)
+        self.guided = np.zeros(slots, bool)  # has a grammar
         self.undecided = np.zeros(slots, bool)  # the last token asks again, and that is yet to be planned
         self.logprobs = np.full(slots, -1)  # how many are wanted beside each token's own, -1: not even that
         self._added = 0
@@ -119,6 +120,7 @@ class Sequences:
         self._stop_tokens[slot] = NO_STOP
         self._stop_tokens[slot, : len(stop_tokens)] = stop_tokens
         self._ignore_eos[slot] = request.sampling.ignore_eos
+        self.guided[slot] = request.sampling.grammar is not None
         self.undecided[slot] = False
         self.logprobs[slot] = -1 if request.sampling.logprobs is None else request.sampling.logprobs
         return slot
