@@ -53,7 +53,7 @@ def tables(rows: list[tuple[list[int], int, int]]) -> Rows:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
-        st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 9), st.integers(1, 6)),
+        st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 9), st.integers(1, 6) | st.integers(31, 34)),
         min_size=1,
         max_size=12,
     )

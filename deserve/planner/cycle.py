@@ -20,11 +20,13 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
     @lru_cache(4096)
     def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0, drafting_s: float = 0.0) -> float:
         rows = -(-sequences // rounds)
+        beside = drafts if machine.stages[0].ahead else 0  # on a CPU each draft reads its row's pages by itself
+        alone = rows + drafts - beside
         load = VisitLoad(
-            decodes=rows,
-            decode_kv=rows * context,
-            prefills=prompts + drafts,
-            pairs=(prompts / 2 + drafts) * context,
+            decodes=alone,
+            decode_kv=alone * context,
+            prefills=prompts + beside,
+            pairs=(prompts / 2 + beside) * context,
             sampled=rows + drafts,
         )
         stages, starts, wires = [], [], []

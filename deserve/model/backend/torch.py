@@ -50,10 +50,9 @@ class Shared:
 
 @dataclass
 class Decoding:
-    """Rows with one new token each, which attend to their pages in place.
+    """Tokens that attend to their pages in place.
 
-    `tokens` [n] of the rows in the visit, int64; `lengths` [n] tokens with the new one; `tables` [n, width] by page
-    table.
+    `tokens` [n] of the visit, int64; `lengths` [n] tokens of their rows up to each; `tables` [n, width] by page table.
     """
 
     tokens: Ints
@@ -73,6 +72,7 @@ class Reads:
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
+FEW = 32  # new tokens of a row: each reads the row's pages, the first from memory and the others from the cache
 GATHER_BYTES = 4 << 20
 # Scores that are computed at a time where PyTorch has no kernel that keeps none: 256 MB of them.
 SCORES = 1 << 26
@@ -91,8 +91,8 @@ class TorchBackend(Backend):
     rest of each row as if it began there, in layers without a window. The log-sum-exp of either's scores says how the
     two are to be merged.
 
-    Rows with one new token are not gathered on a CPU that has a C compiler: in layers without window and soft cap they
-    read their pages in place, unless these are in fp8.
+    Rows with few new tokens are not gathered on a CPU that has a C compiler: in layers without window and soft cap each
+    token reads its row's pages in place, unless these are in fp8.
     """
 
     def __init__(
@@ -268,14 +268,16 @@ class TorchBackend(Backend):
             shared, skipped = self._share(rows, page_size)
             rows = rows.behind(skipped, page_size)
         length = rows.context + rows.new_tokens
-        alone = rows.new_tokens == 1 if self._in_place and window is None else np.zeros(len(length), bool)
+        few = rows.new_tokens <= FEW if self._in_place and window is None else np.zeros(len(length), bool)
+        tokens = np.flatnonzero(few[self._row_of_token])
+        row = self._row_of_token[tokens]
         decoding = Decoding(
-            self._first[alone].astype(np.int64),
-            length[alone].astype(np.int32),
-            [table[alone].astype(np.int32) for table in rows.tables],
+            tokens,
+            (rows.context[row] + tokens - self._first[row] + 1).astype(np.int32),
+            [table[row].astype(np.int32) for table in rows.tables],
         )
-        alike = np.where(alone, -1, 64 * _bits(rows.new_tokens) + _bits(length))
-        members = [np.flatnonzero(alike == each) for each in np.unique(alike[~alone])]
+        alike = np.where(few, -1, 64 * _bits(rows.new_tokens) + _bits(length))
+        members = [np.flatnonzero(alike == each) for each in np.unique(alike[~few])]
         buckets = [self._bucket(rows, each, page_size, window) for each in members]
         self._read[window] = Reads(decoding, buckets, shared)
         return self._read[window]
