@@ -270,7 +270,10 @@ class Drafts:
         behind = self._behind(sequences, at, self._most)
         found = np.where(nth < begin, forced, np.take_along_axis(behind, np.maximum(nth - begin, 0), 1))
         found = np.where((found >= 0).cumprod(1), found, np.int32(-1))
-        length = np.where(nth < begin, COMPARED, np.minimum(match[:, None] + np.maximum(nth - begin, 0), COMPARED))
+        # At the start of an answer a match says little: all prompts end with the same tokens of a chat template.
+        answered = (sequences.length[slots] - sequences.prompt_length[slots])[:, None] + begin
+        evidence = np.minimum(match[:, None], answered) + np.maximum(nth - begin, 0)
+        length = np.where(nth < begin, COMPARED, np.minimum(evidence, COMPARED))
         bucket = _bucket(np.where(nth < begin, FORCED, source[:, None]), length)
         if self._forced is not None:
             self._forced.cut(sequences, slots, found)
