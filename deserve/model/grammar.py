@@ -139,10 +139,12 @@ class Grammars:
         for begin in range(0, len(masks), few):
             some = masks[begin : begin + few]
             if logits.is_cuda:  # bits cross the bus
-                open_ = (to_device(some, self._device)[:, :, None] >> self._bits) & 1
+                closed = (to_device(some, self._device)[:, :, None] >> self._bits) & 1 == 0
             else:
-                open_ = torch.from_numpy(np.unpackbits(some.view(np.uint8), axis=1, bitorder="little"))
-            logits[begin : begin + few].masked_fill_(open_.view(len(some), -1)[:, :vocab] == 0, -torch.inf)
+                closed = torch.from_numpy(np.unpackbits(~some.view(np.uint8), axis=1, bitorder="little")).view(
+                    torch.bool
+                )
+            logits[begin : begin + few].masked_fill_(closed.view(len(some), -1)[:, :vocab], -torch.inf)
         return logits
 
 

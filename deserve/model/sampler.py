@@ -119,7 +119,6 @@ class Sampler:
         greedy = argmax(logits)
         # NaN counts as the largest, so the largest logit alone tells, and the host does not wait for the answer.
         finite = logits.gather(1, greedy[:, None]).squeeze(1).isfinite()
-        tokens = self._chosen(greedy.to(torch.int32), logits, slots, positions)
         if assumed is None:
             assumed = np.full(len(slots), NO_TOKEN, np.int32)
         drafted = np.flatnonzero(assumed != NO_TOKEN)
@@ -128,13 +127,16 @@ class Sampler:
             self._processors.record(drafts, slots[drafted], positions[drafted])
         ruled, masked = self._processors.rows(slots), self._masked(slots)
         special = np.union1d(ruled, masked)
+        free = np.ones(len(slots), bool)
+        free[special] = False
+        tokens = self._chosen(greedy.to(torch.int32), logits, slots, positions, free)
         if len(special):
             at = to_device(special, self._device)
             x = logits.index_select(0, at).float()
             self._constrain(x, slots[special], positions[special], assumed[special])
             best = argmax(x)
             alive = x.gather(1, best[:, None]).squeeze(1).isfinite()
-            chosen = self._chosen(best.to(torch.int32), x, slots[special], positions[special])
+            chosen = self._chosen(best.to(torch.int32), x, slots[special], positions[special], ~free[special])
             tokens = tokens.index_copy(0, at, chosen.masked_fill(~alive, DEAD_END))
         tokens = tokens.masked_fill(~finite, NO_TOKEN)
         self._processors.record(tokens, slots, positions)
@@ -166,18 +168,28 @@ class Sampler:
         """Apply the rules and grammars of `slots` [n] to their `logits` [n, vocab], in place."""
         masked = self._masked(slots)
         if len(masked) and self._grammars is not None:
-            at = to_device(masked, self._device)
             masks = self._grammars.masks(slots[masked], assumed[masked], logits.shape[1])
-            logits.index_copy_(0, at, self._grammars.apply(logits.index_select(0, at), masks))
+            if len(masked) == len(slots):
+                self._grammars.apply(logits, masks)
+            else:
+                at = to_device(masked, self._device)
+                logits.index_copy_(0, at, self._grammars.apply(logits.index_select(0, at), masks))
         ruled = self._processors.rows(slots)
         if len(ruled):
             at = to_device(ruled, self._device)
             x = self._processors.apply(logits.index_select(0, at), slots[ruled], positions[ruled])
             logits.index_copy_(0, at, x)
 
-    def _chosen(self, tokens: torch.Tensor, logits: torch.Tensor, slots: IntArray, positions: IntArray) -> torch.Tensor:
-        """`tokens` [n], those of greedy rows, with the others' drawn from `logits` [n, vocab] instead."""
-        chance = self._temperature[slots] > 0
+    def _chosen(
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        slots: IntArray,
+        positions: IntArray,
+        among: NDArray[np.bool_],
+    ) -> torch.Tensor:
+        """`tokens` [n], with those of rows `among` that are not greedy drawn from `logits` [n, vocab] instead."""
+        chance = among & (self._temperature[slots] > 0)
         cut = (self._top_k[slots] > 0) | (self._top_p[slots] < 1)
         whole = self._sorts[slots]
         ways = (chance & ~cut, draw_uncut), (chance & cut & whole, draw), (chance & cut & ~whole, draw_likeliest)
