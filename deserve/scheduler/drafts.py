@@ -34,7 +34,7 @@ MEMORY = 4096.0  # trials after which older ones count half
 FORGETS = 0.3  # a row's luck: what its last drafts weigh
 LUCK = 1.0  # right drafts that a row's luck begins with, where as many were expected
 SURE = 0.99  # no draft is likelier
-GAIN = 1.03  # predicted of drafts, or there are none: the prediction is not better than that
+GAIN = 1.1  # predicted of drafts, or there are none: the prediction is not better, and leaves out rank 0's own time
 
 
 class CycleTime(Protocol):
