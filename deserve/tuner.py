@@ -56,7 +56,7 @@ class Tuner:
         self._wave: _Wave | None = None
         self._usual_s = float("inf")  # of a wave
         self._elapsed_s = self._lost_s = 0.0
-        self._after_trial = False
+        self._settling = 0  # waves to come in which sequences of a trial are still in flight
         self._moves: list[dict[str, Any]] = []
         self._tried = 0
         self._trials: _Trials | None = self._climb() if knobs else None
@@ -88,18 +88,19 @@ class Tuner:
             return False
         self._wave = _Wave(now, max(FEWEST, in_flight))
         self._elapsed_s += took
-        if self.filling != self._best or self._after_trial:  # what was begun meanwhile is still in flight
+        if self.filling != self._best or self._settling:
             self._lost_s += max(0.0, took - self._usual_s)
+        else:
+            self._usual_s = took
         # Half for the prompts and half for the answers, each by what a request has on average.
         worth = (wave.prompts / max(1, self._prompts) + wave.samples / max(1, self._answers)) / 2 * self._finished
         before = self.filling
-        self._after_trial = before != self._best
+        # What was begun in a wave is in flight in the next; of one that was given up, the rest is a wave of its own.
+        self._settling = max(0, self._settling - 1) if before == self._best else 1 if whole else 2
         try:
             self.filling = self._trials.send(worth / max(took, 1e-9) if whole else HOPELESS)
         except StopIteration:
             self._trials, self.filling = None, self._best
-        if self.filling == self._best and before == self._best:
-            self._usual_s = took
         return self.filling != before
 
     def report(self) -> dict[str, Any]:

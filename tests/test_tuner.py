@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deserve.batch import VisitResult
@@ -58,6 +58,8 @@ def test_a_faster_filling_is_found_step_by_step() -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(worse=1.5, noise=0.0, seed=0, waves=31, known=False)  # was taken for the usual time of a wave
+@example(worse=2.0, noise=0.0, seed=0, waves=34, known=True)  # given up, and in flight still
 @given(
     worse=st.floats(1.0, 2.0),
     noise=st.floats(0, 0.05),
