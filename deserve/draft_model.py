@@ -136,7 +136,7 @@ class DraftModel:
     def draft(self, sequences: Sequences, slots: IntArray, steps: int) -> IntArray:
         """The likeliest next `steps` tokens of each of `slots` [rows], one after the other: [rows, steps].
 
-        -1 where there is no room for a sequence.
+        -1 where there is no room for a sequence, and from where the logits are NaN or infinite on.
         """
         drafts = np.full((len(slots), steps), -1, np.int32)
         held: dict[int, _Cached] = {}  # by row
@@ -162,7 +162,7 @@ class DraftModel:
             texts, writes = list(tokens[:, None]), []
         for row, cached in held.items():
             cached.drafts = drafts[row, : steps - 1].copy()
-        drafts[(drafts >= self._vocab).cumsum(1) > 0] = -1
+        drafts[((drafts < 0) | (drafts >= self._vocab)).cumsum(1) > 0] = -1
         return drafts
 
     def forget(self, slot: int) -> None:
@@ -221,7 +221,8 @@ class DraftModel:
         return tokens
 
     def _visit(self, plan: VisitPlan, ids: IntArray) -> IntArray:
-        words = self._stage.forward(plan, torch.from_numpy(np.minimum(ids, self._vocab - 1)))
+        # Behind NO_TOKEN and tokens that the main model lacks no draft counts, so any id does.
+        words = self._stage.forward(plan, torch.from_numpy(np.clip(ids, 0, self._vocab - 1)))
         self._stage.end_visit(0)
         return VisitResult.decode(words.cpu().numpy(), plan.sampled).tokens
 

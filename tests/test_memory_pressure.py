@@ -12,6 +12,7 @@ import torch
 from checkpoints import make_checkpoint, reference_model, reference_tokens, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from deserve.batch import Completion, Request, Rules, SamplingParams, VisitPlan, VisitResult
 from deserve.config import load_config
@@ -227,6 +228,33 @@ def test_a_model_that_makes_drafts_for_itself(fixed: int | None, memory: int, re
     assert counts["right"] >= 0.97 * counts["drafted"] > 100, "but for the last tokens"
     assert report["tokens_per_trip"] > (2 if memory > 10**6 else 1.1)
     assert model.free_pages == model.pages
+
+
+def test_drafts_of_a_model_that_breaks(reference: Reference, tmp_path: Path) -> None:
+    """Texts behind which its logits are NaN have no drafts; others keep theirs."""
+    folder = reference.checkpoint.folder
+    assert folder is not None
+    broken = reference.prompts[-1][STEM - 1]
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).symlink_to(folder / name)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][broken] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = resolve(load_config([f"model.path={tmp_path}"]).model)
+    room = Layout((0,), 2, 9, 18, 64, "decode_first", 4, main_pages=500, swap_pages=0, host_height=0)
+    requests = [
+        Request(f"{index}", np.array(prompt, np.int32), SamplingParams(max_tokens=OUTPUT, ignore_eos=True))
+        for index, prompt in enumerate(reference.prompts)
+    ]
+    vocab = checkpoint.config.vocab_size
+    of_drafts = DraftMemory.within(checkpoint, 10**8, room.page_size, torch.float32)
+    model = DraftModel(of_drafts, room, vocab, torch.float32, torch.device("cpu"))
+    drafts = Drafts(room.concurrency, None, 3, model=model)
+    scheduler = Scheduler(room, Queue(requests), share_prefixes=True, drafter=drafts)
+    for completion in completed(scheduler, room, reference.checkpoint):
+        assert completion.tokens.tolist() == reference.outputs[False][by_id(completion)]
+    counts = drafts.report()["by_source"]["model"]
+    assert counts["right"] >= 0.95 * counts["drafted"] > 100, "but for those behind which comes the broken token"
 
 
 def wanted(prompts: list[list[int]]) -> list[Request]:

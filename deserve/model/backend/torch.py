@@ -71,8 +71,8 @@ class Reads:
 
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
-# Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 FEW = 32  # new tokens of a row: each reads the row's pages, the first from memory and the others from the cache
+# Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 GATHER_BYTES = 4 << 20
 # Scores that are computed at a time where PyTorch has no kernel that keeps none: 256 MB of them.
 SCORES = 1 << 26
