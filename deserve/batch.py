@@ -215,6 +215,7 @@ class VisitPlan:
     page_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # [n, 3] slot, index in its table, page
     sliding_writes: IntArray = field(default_factory=lambda: _empty(0, 3))  # the same of sliding pages
     stash: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] page, host page: copied out first
+    copies: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] main page, its copy: made after that
     restore: IntArray = field(default_factory=lambda: _empty(0, 2))  # [n, 2] host page, page: copied in after that
     admissions: list[IntArray] = field(default_factory=list)  # one for each sequence that is new
 
@@ -295,7 +296,7 @@ class VisitPlan:
         New sequences read as many prefix pages besides, each counted for each of them. `slides`: of sliding pages, too.
         """
         sliding = 3 * (rows + pages + tokens) if slides else 0
-        rest = rows * (6 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
+        rest = rows * (6 + 2 + 1 + ADMISSION_WORDS) + pages * (2 * 3 + 2 + 2) + tokens + ADMISSION_ROOM
         return _HEADER_WORDS + rest + sliding
 
 
@@ -327,6 +328,7 @@ _SECTIONS = {
     "page_writes": 3,
     "sliding_writes": 3,
     "stash": 2,
+    "copies": 2,
     "restore": 2,
 }
 _HEADER_WORDS = 2 + len(_SECTIONS) + 1

@@ -63,7 +63,7 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
             continue
         before = {page: digest for page, digest in pages.prefixes.digests.items() if not pages.readers[page]}
         unread = {page for page in before if page not in found.tolist()}
-        pages.begin(0, slot, len(prompt), links, found, links.pages)
+        pages.begin(0, slot, len(prompt), links, found, links.pages * PAGE)
         pages.grow(0, np.array([slot]), np.array([len(prompt)]))
         evicted = {page for page in unread if pages.prefixes.digests.get(page) != before[page]}
         if evicted:
@@ -112,7 +112,7 @@ def test_every_request_leaves_the_window_once(
         waiting = data.draw(st.sampled_from(inside))
         others = [other.request.prompt for other in inside if other is not waiting]
         shared = max((shared_tokens(waiting.request.prompt, other) for other in others), default=0)
-        assert window.shared_pages(waiting) == shared // PAGE
+        assert window.shared_with_others(waiting) == (shared if shared >= PAGE else 0)
         window.take(waiting)
         taken.append(waiting.request)
         window.fill()
@@ -166,30 +166,37 @@ def layout(rounds: int, main: int, swap: int = 0) -> Layout:
     return Layout((0,), rounds, 16, 16 * rounds, 64, "prefill_first", 16, main, swap, 12)
 
 
-def documents() -> tuple[list[Request], int]:
-    """A system prompt, 20 documents, 10 questions about each, in random order; and the tokens that must be computed."""
+def documents(length: int) -> tuple[list[Request], int]:
+    """A system prompt, 20 documents of `length` tokens, 10 questions about each, in random order; and the tokens that
+    must be computed."""
     random = np.random.default_rng(0)
-    system = random.integers(1000, size=64)
+    system = random.integers(2**30, size=64)
     prompts = []
     for _ in range(20):
-        document = random.integers(1000, size=160)
-        prompts += [np.concatenate([system, document, random.integers(1000, size=17)]) for _ in range(10)]
+        document = random.integers(2**30, size=length)
+        prompts += [np.concatenate([system, document, random.integers(2**30, size=17)]) for _ in range(10)]
     random.shuffle(prompts)
     requests = [Request(f"{index}", prompt.astype(np.int32), SamplingParams(1)) for index, prompt in enumerate(prompts)]
-    return requests, 64 + 20 * (160 + 10 * 17)
+    return requests, 64 + 20 * (length + 10 * 17)
 
 
 @pytest.mark.parametrize("rounds", [1, 4])
 @pytest.mark.parametrize("swap", [0, 40])
-def test_a_prefix_is_computed_once(rounds: int, swap: int) -> None:
-    """In any order while memory holds all prefixes, in groups with a fraction of that."""
-    requests, least = documents()
-    everything = (64 + 20 * 160) // 16
+@pytest.mark.parametrize("length", [160, 167])
+def test_a_prefix_is_computed_once(rounds: int, swap: int, length: int) -> None:
+    """In any order while memory holds all prefixes, in groups with a fraction of that.
+
+    A page that it fills in part is computed again by who comes in the visit that writes it, and copied by the others.
+    """
+    requests, least = documents(length)
+    filled = length % 16 == 0
+    everything = (64 + 20 * length) // 16
     for main, grouped in [(everything + 300, False), (everything + 300, True), (everything // 10 + 100, True)]:
         scheduler = Scheduler(layout(rounds, main, swap), Source(deque(requests)), share_prefixes=True, grouped=grouped)
         tokens, order = computed(scheduler, rounds)
         assert sorted(order) == sorted(request.custom_id for request in requests)
-        assert least <= tokens <= 1.03 * least, (main, grouped)
+        most = 1.03 if filled else 1.05 if main > everything else 1.15
+        assert least <= tokens <= most * least, (main, grouped)
     scheduler = Scheduler(
         layout(rounds, everything // 10 + 100, swap), Source(deque(requests)), share_prefixes=True, grouped=False
     )
@@ -228,8 +235,9 @@ def test_only_pages_that_come_again_take_main_pages_from_swap_pages() -> None:
         for batch in scheduler.micro_batches
         for slot in batch.slots.tolist()
     }
-    assert held == {"0": 0, "1": 0, "2": 2, "3": 2}
-    assert 20 - scheduler.pages.free_main == 2
+    # Two are shared. The third of them is shared in part: one writes it, and the other begins with a copy.
+    assert held == {"0": 0, "1": 0, "2": 3, "3": 3}
+    assert 20 - scheduler.pages.free_main == 4
 
 
 def test_a_suspended_sequence_keeps_its_own_pages_and_finds_the_shared_ones() -> None:

@@ -201,6 +201,12 @@ class Engine:
                 self.host.pop((host, offset), None)
                 if (page, offset) in source:
                     self.host[host, offset] = source[page, offset]
+        for page, target in plan.copies.tolist():
+            assert page < self.case.main and target < self.case.main
+            for offset in range(size):
+                self.main.pop((target, offset), None)
+                if (page, offset) in self.main:
+                    self.main[target, offset] = self.main[page, offset]
         for host, page in plan.restore.tolist():
             target = self.memory(plan.micro_batch, page)
             for offset in range(size):
@@ -475,6 +481,14 @@ def cases(draw: Any) -> Case:
 @given(cases())
 def test_every_request_is_answered_from_its_own_context(case: Case) -> None:
     run(case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), st.lists(st.integers(9, 30), min_size=20, max_size=20))
+def test_prompts_that_differ_within_a_page(case: Case, common: list[int]) -> None:
+    """Whoever finds a page that begins like its own begins with a copy of that."""
+    prompts = [(max(length, 9), max_tokens, end) for length, max_tokens, end in case.prompts]
+    run(replace(case, prompts=prompts, main=case.main + 9, common=tuple((0, shared) for shared in common), window=0))
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -146,7 +146,7 @@ class KVPages:
                     copy_blocks(target[:1], source[:1], nowhere, somewhere, self.memory[0].nbytes)
 
     def begin_visit(self, plan: VisitPlan, timeline: Timeline = UNTIMED) -> list[IntArray]:
-        """Move suspended sequences out and in, and bring in the swap pages of the plan's micro-batch.
+        """Move suspended sequences out and in, copy pages, and bring in the swap pages of the plan's micro-batch.
 
         Returns the page tables [rows, width] of the plan's rows, wide enough for the longest, by `KVLayer.table`.
         Entries past a row's end, and of sliding pages before the row's window, are any valid page.
@@ -157,6 +157,10 @@ class KVPages:
         if len(plan.stash):
             with timeline.on_device("suspend", plan.micro_batch):
                 self._move(plan.micro_batch, plan.stash[:, 0], plan.stash[:, 1], resume=False)
+        if len(plan.copies):
+            source, target = (to_device(index.astype(np.int64), self.memory.device) for index in plan.copies.T)
+            for memory in self._main_memory:
+                memory[:, target] = memory[:, source]
         if len(plan.restore):
             with timeline.on_device("resume", plan.micro_batch):
                 self._move(plan.micro_batch, plan.restore[:, 1], plan.restore[:, 0], resume=True)

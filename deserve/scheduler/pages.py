@@ -41,7 +41,7 @@ class Pages:
         """
         self.main, self.swap, self.page_size = main, swap, page_size
         self._shares, self._switch, self.sliding = shares, switch, sliding
-        self.prefixes = Prefixes(main)
+        self.prefixes = Prefixes(main, page_size)
         self.host = BuddyAllocator(host_height)
         self.readers = np.zeros(main, np.int32)
         self.worst = np.zeros(rounds, np.int64)
@@ -50,6 +50,7 @@ class Pages:
         self._table = np.zeros((slots, 16), np.int32)
         self._held = np.zeros(slots, np.int64)
         self.shared, self.found = np.zeros((2, slots), np.int64)  # prefix pages of each, and those it did not compute
+        self._pinned: list[int] = []  # prefix pages that the visit which is being planned copies
         self._writing: dict[int, tuple[Chain, int]] = {}  # slot: its chain, and up to where it adds prefix pages
         self._stashed: dict[int, tuple[int, IntArray]] = {}  # slot: prefix pages before them, and its host pages
         self._largest = 0  # pages of the largest sequence so far, at its end
@@ -175,34 +176,76 @@ class Pages:
         found = self.prefixes.find(chain, chain.readable)
         return found if self.sliding is None else found[: self.sliding.readable(chain, len(found))]
 
+    def longest(self, chain: Chain, found: IntArray) -> tuple[int, int]:
+        """A page whose copy gives the chain's own sequence more tokens than `found`, and how many more; or 0, 0.
+
+        That takes two main pages: one for the copy, and the page itself is kept while the visit is planned.
+        """
+        return (0, 0) if self.sliding is not None or self.free_main < 2 else self.prefixes.longest(chain, len(found))
+
+    def copy(self, page: int, slot: int) -> IntArray:
+        """Copy `page` to the first page of `slot` that is no prefix page, before the visit: [1, 2] page, page."""
+        return np.array([[page, self._table[slot, self.shared[slot]]]], np.int32)
+
+    def pin(self, page: int) -> None:
+        """Keep `page` until the visit has been planned."""
+        if not self.readers[page]:
+            self.prefixes.take(np.array([page]))
+        self.readers[page] += 1
+        self._pinned.append(page)
+
+    def planned(self) -> None:
+        """The visit has been planned: the next one may copy the pages that it writes."""
+        self.prefixes.written()
+        for page in self._pinned:
+            self.readers[page] -= 1
+            if not self.readers[page]:
+                self.prefixes.give_up(np.array([page]))
+        self._pinned.clear()
+
     def unread(self, pages: IntArray) -> int:
         """How many of `pages` nobody reads."""
         return int((self.readers[pages] == 0).sum())
 
-    def begin(self, round_: int, slot: int, end: int, chain: Chain, found: IntArray, again: int | None) -> IntArray:
+    def begin(
+        self,
+        round_: int,
+        slot: int,
+        end: int,
+        chain: Chain,
+        found: IntArray,
+        again: int | None,
+        copied: tuple[int, int] = (0, 0),
+    ) -> IntArray:
         """The sequence in `slot` of `round_`, which owns no page yet, reads the prefix pages `found`, its first ones.
 
-        It has up to `end` computed tokens.
-        Others that wait will read the first `again` pages of its `chain`, None: nobody knows. It is given main pages
-        for these, as long as there are any, to become prefix pages when they are computed (`computes`). Returns the
-        changes in its table as `grow` does.
+        It has up to `end` computed tokens. Others that wait begin with the first `again` tokens of its `chain`, None:
+        nobody knows. It is given main pages for these, as long as there are any, to become prefix pages when they are
+        computed (`computes`). The next page is a main page too if it is to be a copy: `copied` as `longest` has it.
+        Returns the changes in its table as `grow` does.
         """
+        (source, copies), size = copied, self.page_size
         if again is None:
             again = 0
         else:
-            self.prefixes.wanted[found] = np.arange(len(found)) < again
+            self.prefixes.wanted[found] = np.arange(len(found)) * size < again
+        if copies:
+            self.pin(source)
+            self.prefixes.wanted[source] = len(found) * size < again
+        # A page that others begin alike is added, unless this very sequence had a copy of as much.
+        again = 0 if again <= len(found) * size + copies else min(self.count(again), chain.pages)
         if self.sliding is not None and slot not in self._stashed:  # if it is, it still holds its sliding pages
-            self.sliding.begin(slot, end, chain, len(found), min(again, chain.pages))
+            self.sliding.begin(slot, end, chain, len(found), again)
         self.prefixes.take(found[self.readers[found] == 0])
         self.readers[found] += 1
         self.shared[slot] = self.found[slot] = len(found)
         self.worst[round_] -= len(found)
-        more = min(min(again, chain.pages) - len(found), self.free_main)
-        pages = np.concatenate([found, self._take_main(max(0, more))])
+        more = min(max(again - len(found), int(copies > 0)), self.free_main)
+        pages = np.concatenate([found, self._take_main(more)])
         self._table = widen(self._table, len(pages))
         self._table[slot, : len(pages)] = pages
         self._held[slot] = len(pages)
-        self._add_from(slot, len(found), chain, len(pages))
+        self._add_from(slot, len(found), chain, min(again, len(pages)))
         index = np.arange(len(pages))
         return np.stack([np.full_like(index, slot), index, pages], 1).astype(np.int32)
 
@@ -216,7 +259,7 @@ class Pages:
         self._stop_adding(slot)
         first = index = int(self.shared[slot])
         last = min(tokens // self.page_size, stop)
-        while index < last and self.prefixes.add(chain[index], index, int(self._table[slot, index])):
+        while index < last and self.prefixes.add(chain, index, int(self._table[slot, index])):
             index += 1
         self.worst[round_] -= index - first
         self.shared[slot] = index

@@ -13,6 +13,8 @@ import numpy as np
 
 from deserve.batch import IntArray
 
+LOOK = 64  # pages behind the same prefix, the last to be computed, among which the most alike is looked for
+
 
 class Chain:
     """The digests of a prompt's full pages, each of the page before it and of its own tokens; made when asked for.
@@ -34,7 +36,20 @@ class Chain:
     @property
     def readable(self) -> int:
         """Pages that the prompt's own sequence may read: its last token is always computed, for the logits."""
-        return max(0, len(self._words) - 1) // self._page_size * self._reads
+        return self.readable_tokens // self._page_size
+
+    @property
+    def readable_tokens(self) -> int:
+        """Tokens whose keys and values the prompt's own sequence may take from others."""
+        return max(0, len(self._words) - 1) * self._reads
+
+    def tokens(self, index: int) -> IntArray:
+        """The tokens of page `index`, which the prompt need not fill."""
+        return self._words[index * self._page_size : (index + 1) * self._page_size]
+
+    def parent(self, index: int) -> bytes:
+        """What stands for all before page `index`."""
+        return self[index - 1] if index else self._root
 
     def __getitem__(self, index: int) -> bytes:
         size, digests = self._page_size, self._digests
@@ -52,7 +67,7 @@ class Prefixes:
     chains: so a page's parents are held as long as it is.
     """
 
-    def __init__(self, pages: int):
+    def __init__(self, pages: int, page_size: int):
         """`pages`: main pages."""
         self.held = np.zeros(pages, bool)  # whether each main page is a prefix page
         self.wanted = np.zeros(pages, bool)  # by a request in the window, as far as is known
@@ -65,6 +80,10 @@ class Prefixes:
         self._queue: list[tuple[bool, int, int, int]] = []  # heap of (wanted, since, -depth, page), some out of date
         self._clock = 0
         self._expected: Counter[bytes] = Counter()  # pages that sequences in flight compute next
+        self._tokens = np.zeros((pages, page_size), np.int32)  # that each prefix page holds
+        self._behind: dict[bytes, list[int]] = {}  # the pages behind each `Chain.parent`
+        self._parent: dict[int, bytes] = {}
+        self._unwritten: set[int] = set()  # pages that the visit which is being planned writes
 
     @property
     def read(self) -> int:
@@ -82,6 +101,19 @@ class Prefixes:
         while len(found) < most and (page := self.page(chain[len(found)])) is not None:
             found.append(page)
         return np.array(found, np.int32)
+
+    def longest(self, chain: Chain, index: int) -> tuple[int, int]:
+        """The page that begins with most of the tokens of page `index` of `chain`, and how many these are; or 0, 0.
+
+        To be copied: earlier visits have written it, and the last prompt token is left to be computed.
+        """
+        behind = [page for page in self._behind.get(chain.parent(index), ()) if page not in self._unwritten][-LOOK:]
+        tokens = chain.tokens(index)[: chain.readable_tokens - index * self._tokens.shape[1]]
+        if not behind or not len(tokens):
+            return 0, 0
+        alike = (self._tokens[behind, : len(tokens)] == tokens).cumprod(1).sum(1)
+        best = int(alike.argmax())
+        return (behind[best], int(alike[best])) if alike[best] else (0, 0)
 
     def page(self, digest: bytes) -> int | None:
         """The page that holds `digest`, if one does."""
@@ -101,17 +133,26 @@ class Prefixes:
         if not self._expected[digest]:
             del self._expected[digest]
 
-    def add(self, digest: bytes, depth: int, page: int) -> bool:
-        """`page`, which its writer reads, holds the prefix page `digest`, number `depth` of its chain.
+    def add(self, chain: Chain, index: int, page: int) -> bool:
+        """`page`, which its writer reads, holds the prefix page `index` of `chain`.
 
         False if another page does so already.
         """
+        digest = chain[index]
         if self._pages.setdefault(digest, page) != page:
             return False
         self.digests[page] = digest
-        self._depth[page], self._since[page] = depth, 0
+        self._tokens[page] = chain.tokens(index)
+        self._parent[page] = chain.parent(index)
+        self._behind.setdefault(self._parent[page], []).append(page)
+        self._unwritten.add(page)
+        self._depth[page], self._since[page] = index, 0
         self.held[page] = self.wanted[page] = True
         return True
+
+    def written(self) -> None:
+        """The visit that writes what was added so far has been planned."""
+        self._unwritten.clear()
 
     def take(self, pages: IntArray) -> None:
         """`pages`, which nobody has read, are read again."""
@@ -138,6 +179,10 @@ class Prefixes:
             if self._since[page] == since:
                 self._since[page], self.held[page] = 0, False
                 del self._pages[self.digests.pop(page)]
+                parent = self._parent.pop(page)
+                self._behind[parent].remove(page)
+                if not self._behind[parent]:
+                    del self._behind[parent]
                 pages.append(page)
         self.unread -= count
         self.evicted += count

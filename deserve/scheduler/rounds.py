@@ -33,6 +33,7 @@ class Moves:
     page_writes: list[IntArray] = field(default_factory=list)
     found: int = 0  # of these, prefix pages
     stash: list[IntArray] = field(default_factory=list)
+    copies: list[IntArray] = field(default_factory=list)
     restore: list[IntArray] = field(default_factory=list)
 
 
@@ -81,14 +82,25 @@ class Rounds:
         batch.slots = np.append(batch.slots, np.int32(slot))
         self._pages.worst[round_] += self._worst(slot)
 
-    def place(self, round_: int, slot: int, chain: Chain, found: IntArray, again: int | None, moves: Moves) -> None:
+    def place(
+        self,
+        round_: int,
+        slot: int,
+        chain: Chain,
+        found: IntArray,
+        again: int | None,
+        moves: Moves,
+        copied: tuple[int, int] = (0, 0),
+    ) -> None:
         """Put the sequence in `slot` last in the round and give it pages: the prefix pages `found`, and the others.
 
-        `again` as in `Pages.begin`.
+        `again` and `copied` as in `Pages.begin`.
         """
         self.enter(round_, slot)
         end = int(self._sequences.end[slot]) - 1
-        moves.page_writes.append(self._pages.begin(round_, slot, end, chain, found, again))
+        moves.page_writes.append(self._pages.begin(round_, slot, end, chain, found, again, copied))
+        if copied[1]:
+            moves.copies.append(self._pages.copy(copied[0], slot))
         moves.found += len(found)
         moves.page_writes.append(self._pages.grow(round_, np.array([slot]), self._sequences.length[[slot]]))
 

@@ -344,25 +344,28 @@ class Scheduler:
         request = waiting.request
         length, begun = request.length, request.begun
         end = len(request.prompt) + request.sampling.max_tokens - 1  # the last token is not computed
-        if not self.sequences.free or not self._has_room(micro_batch, length, end, found):
+        room = self._room(micro_batch, length, end, found) if self.sequences.free else -1
+        if room < 0:
             return False
         if not self.rounds.may_read(micro_batch, len(found), visit.moves):
             return False
-        room = visit.room - extra_words(request.sampling, length)
-        if room < 0 and visit.admissions:
+        words = visit.room - extra_words(request.sampling, length)
+        if words < 0 and visit.admissions:
             return False
-        again = self._window.shared_pages(waiting)
-        if self.in_flight and self.pages.free_main < again - len(found) <= self.pages.main:
+        again = self._window.shared_with_others(waiting)
+        missing = again // self.pages.page_size - len(found)
+        if self.in_flight and self.pages.free_main < missing <= self.pages.main:
             return False  # rather than that all the others compute what finds no main page now
-        visit.room = room
+        visit.room = words
         self._window.take(waiting)
-        cached = len(found) * self.pages.page_size
+        copied = self.pages.longest(waiting.chain, found) if room else (0, 0)
+        cached = len(found) * self.pages.page_size + copied[1]
         self.prompt_tokens, self.cached_tokens = self.prompt_tokens + len(request.prompt), self.cached_tokens + cached
         slot = self.sequences.add(request, cached)
         self.pages.expect(end)
         if begun.beside is not None:
             self._beside[slot] = [begun.beside]
-        self.rounds.place(micro_batch, slot, waiting.chain, found, again, visit.moves)
+        self.rounds.place(micro_batch, slot, waiting.chain, found, again, visit.moves, copied)
         tokens = self.sequences.chunk(slot, 0, length)
         visit.admissions.append(self._encoder.words(slot, request.sampling, len(request.prompt), tokens))
         if request.sampling.prompt_logprobs is not None:
@@ -370,16 +373,17 @@ class Scheduler:
         self._add_prefill(micro_batch, visit, slot)
         return True
 
-    def _has_room(self, micro_batch: int, length: int, end: int, found: IntArray) -> bool:
-        """Whether a sequence of `length` tokens fits now, beside what the others need next, and to its `end` too.
+    def _room(self, micro_batch: int, length: int, end: int, found: IntArray) -> int:
+        """Pages left if a sequence of `length` tokens comes in, beside what the others need next.
 
-        Its first pages are `found`; those that somebody reads need no room.
+        Negative unless it fits, and to its `end` too. Its first pages are `found`; those that somebody reads need no
+        room.
         """
         rows = len(self.micro_batches[micro_batch].slots)
         slack = self.pages.count(2 * rows)
         read = len(found) - self.pages.unread(found)
         now = self.pages.count(length) - read + self.rounds.growth(micro_batch) + slack
-        return now <= self.pages.free(micro_batch) and self.pages.affords(micro_batch, end, read)
+        return self.pages.free(micro_batch) - now if self.pages.affords(micro_batch, end, read) else -1
 
     def _compose(self, micro_batch: int, visit: _Filling) -> tuple[VisitPlan, IntArray]:
         """Give the rows their pages and turn the visit into a plan; its tokens count as computed from here on.
@@ -423,10 +427,12 @@ class Scheduler:
             page_writes=_stacked(visit.moves.page_writes, 3),
             sliding_writes=sliding_writes,
             stash=_stacked(visit.moves.stash, 2),
+            copies=_stacked(visit.moves.copies, 2),
             restore=_stacked(visit.moves.restore, 2),
             admissions=visit.admissions,
         )
         sequences.undecided[slots] = False
+        self.pages.planned()
         return plan, np.concatenate([ids, *chunks])
 
     def _scores(self, slots: IntArray, context: Ints, computed: Ints) -> IntArray:

@@ -28,7 +28,7 @@ class SlidingPages:
         self.pages, self._window, self._page_size = pages, window, page_size
         self._unreserved = self._reservable = pages - budget // page_size
         self._most, self._reach = most_sliding(window, page_size), -(-(window - 1) // page_size)
-        self.prefixes = Prefixes(pages)
+        self.prefixes = Prefixes(pages, page_size)
         self._free = IdStack(np.arange(pages, dtype=np.int32))
         self.readers = np.zeros(pages, np.int32)
         self._table = np.zeros((slots, 16), np.int32)
@@ -110,7 +110,7 @@ class SlidingPages:
         chain, begin, stop = self._adding.pop(slot)
         end = min(tokens // self._page_size, stop)
         for index in range(begin, end):
-            self.prefixes.add(chain[index], index, int(self._table[slot, index]))
+            self.prefixes.add(chain, index, int(self._table[slot, index]))
         if end < stop:
             self._adding[slot] = chain, end, stop
 

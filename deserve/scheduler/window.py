@@ -125,9 +125,10 @@ class Window:
                 self._lately.pop(shared.index(max(shared)))
             self._lately = [*self._lately[1 - GROUPS :], waiting]
 
-    def shared_pages(self, waiting: Waiting) -> int:
-        """The first pages of `waiting` that somebody else in the window will read, too."""
-        return max((shared for _, shared in self.beside(waiting)), default=0) // self._page_size
+    def shared_with_others(self, waiting: Waiting) -> int:
+        """With how many first tokens of `waiting` somebody else in the window begins, too: a page at least, or 0."""
+        shared = max((shared for _, shared in self.beside(waiting)), default=0)
+        return shared if shared >= self._page_size else 0
 
     def _nearest(self) -> list[Waiting]:
         """Of each group, who shares most with the one admitted last, a page at least; those that share most first."""
