@@ -24,7 +24,6 @@ Prints a Markdown table and writes `soak.json` into `--out`. Exit status 1 if an
 """
 
 import argparse
-import atexit
 import contextlib
 import json
 import os
@@ -47,6 +46,7 @@ from deserve.batch import IntArray, VisitPlan
 from deserve.controller import Controller
 from deserve.report.progress import Progress
 from deserve.report.results import failure
+from deserve.run import end
 from deserve.run import main as run_rank
 
 COUNTING = "--count-tokens"  # for the ranks, which run this file
@@ -437,7 +437,6 @@ def count_and_run() -> int:
     folder = Path(next(word for word in overrides if word.startswith("output.dir=")).partition("=")[2])
     folder.mkdir(parents=True, exist_ok=True)
     notes = (folder / "tokens.txt").open("a", buffering=1)
-    atexit.register(notes.close)
     plan, take_in = Controller.next_visit, Progress.tokens
 
     def next_visit(self: Controller, micro_batch: int) -> tuple[VisitPlan, IntArray]:
@@ -543,4 +542,6 @@ def read(output: Path) -> tuple[dict[str, str], list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(count_and_run() if COUNTING in sys.argv else main())
+    if COUNTING in sys.argv:
+        end(count_and_run())
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -282,3 +283,10 @@ def test_a_gpu_that_another_process_has_filled(monkeypatch: pytest.MonkeyPatch) 
     message = r"rank 5 cannot use GPU 1 .*: CUDA error: out of memory; process 4242 \(python\) holds 84\.9 GB"
     with pytest.raises(UserError, match=message):
         set_up_device(load_config(["model=tiny"]), world)
+
+
+def test_a_rank_ends_at_once_when_all_is_done() -> None:
+    """With all that it has printed, and without Python's own end, during which a kill keeps other hosts waiting."""
+    program = "import atexit; from deserve.run import end; atexit.register(print, 'late'); print('said'); end(3)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "")
