@@ -51,8 +51,9 @@ def rewriting(number: int, chance: random.Random) -> dict[str, Any]:
 
 
 def schemas(number: int, chance: random.Random) -> dict[str, Any]:
-    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-    return chat(f"Fill the form with what this says of the first person: {facts(chance, 2)}", 96, response_format=form)
+    form = {"json": SCHEMA, "disable_any_whitespace": True}
+    content = f"Fill the form with what this says of the first person: {facts(chance, 2)}"
+    return chat(content, 96, structured_outputs=form)
 
 
 def duplicates(number: int, chance: random.Random) -> dict[str, Any]:

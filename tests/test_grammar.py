@@ -74,6 +74,10 @@ def test_choices_regexes_and_schemas_are_kept_to(tokenizer: tuple[LLTokenizer, T
         "required": ["name", "age"],
         "additionalProperties": False,
     }
+    compact = checked_grammar("json_schema", json.dumps(schema), compact=True)
+    assert completed(compact, tokenizer, 0) in {
+        f'{{"name":"{name}","age":{age}}}' for name in ("age", "yes") for age in ("true", "false")
+    }
     grammar = checked_grammar("json_schema", json.dumps(schema))
     for seed in range(20):
         text = completed(grammar, tokenizer, seed)
@@ -143,10 +147,10 @@ def test_answers_to_varied_schemas_validate(tokenizer: tuple[LLTokenizer, Tokeni
     """Random text within each; `python -m bench.schemas` asks a model for 200."""
     ended = 0
     for of in schemas(40):
-        text = completed(checked_grammar("json_schema", json.dumps(of), tokenizer[0]), tokenizer, 1, most=100)
+        text = completed(checked_grammar("json_schema", json.dumps(of), tokenizer=tokenizer[0]), tokenizer, 1, most=100)
         if text is not None:
             ended += 1
             assert problem(text, of) is None, (text, of)
     assert ended > 20
     with pytest.raises(RequestError, match=r"json_schema cannot be compiled.*uniqueItems"):
-        checked_grammar("json_schema", '{"type": "array", "uniqueItems": true}', tokenizer[0])
+        checked_grammar("json_schema", '{"type": "array", "uniqueItems": true}', tokenizer=tokenizer[0])

@@ -294,6 +294,7 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "guided_regex": "a", "ignore_eos": True}, "invalid_value", "ignore_eos"),
         ({"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, "invalid_value", "json, regex"),
         ({"prompt": "a", "structured_outputs": {}}, "invalid_value", "none of json"),
+        ({"prompt": "a", "structured_outputs": {"disable_any_whitespace": True}}, "invalid_value", "none of json"),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "missing_parameter", "schema is missing"),
         ({"prompt": "a", "guided_json": "x" * 2**21}, "invalid_grammar", "json_schema"),
         ({"prompt": "a", "stream": True}, "unsupported_parameter", "stream"),
@@ -315,8 +316,8 @@ def test_harmless_values_of_unsupported_parameters(tmp_path: Path) -> None:
     assert text(*read_lines(tmp_path, {"prompt": "a"} | harmless)) == "a"
 
 
-def keeps_to(kind: Kind, text: str) -> SamplingParams:
-    return SamplingParams(grammar=checked_grammar(kind, text))
+def keeps_to(kind: Kind, text: str, compact: bool = False) -> SamplingParams:
+    return SamplingParams(grammar=checked_grammar(kind, text, compact))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +339,10 @@ def keeps_to(kind: Kind, text: str) -> SamplingParams:
         (
             {"structured_outputs": {"json": {"enum": [5]}}},
             keeps_to("json_schema", '{"enum": [5]}'),
+        ),
+        (
+            {"structured_outputs": {"json": {"enum": [5]}, "disable_any_whitespace": True}},
+            keeps_to("json_schema", '{"enum": [5]}', compact=True),
         ),
         ({"guided_json": '{"enum": [5]}'}, keeps_to("json_schema", '{"enum": [5]}')),
         (

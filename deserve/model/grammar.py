@@ -45,15 +45,18 @@ class _Sampled(NamedTuple):
 Kind = Literal["json_schema", "regex", "choice", "grammar", "lark"]
 
 
-def checked_grammar(kind: Kind, text: Any, tokenizer: LLTokenizer | None = None) -> str:
-    """The grammar that `text` describes, as `Grammars` takes it.
+def checked_grammar(kind: Kind, text: Any, compact: bool = False, tokenizer: LLTokenizer | None = None) -> str:
+    """The grammar that `text` describes, as `Grammars` takes it; if `compact`, of JSON without white space in it.
 
     Raises RequestError, with the compiler's words, for one that cannot be compiled.
     """
     from llguidance import grammar_from
 
     try:
-        grammar = str(grammar_from(kind, text))
+        if kind == "json_schema" and compact:
+            grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
+        else:
+            grammar = str(grammar_from(kind, text))
     except ValueError as error:
         raise RequestError("invalid_grammar", f"the {kind} cannot be compiled: {error}") from None
     problem = LLMatcher.validate_grammar(grammar, tokenizer)

@@ -261,6 +261,7 @@ class Part(Keys):
 
 def _one_kind(value: "Structured") -> "Structured":
     kinds = {field.alias or name: getattr(value, name) for name, field in Structured.model_fields.items()}
+    del kinds["disable_any_whitespace"]
     said = [kind for kind, text in kinds.items() if text is not None]
     if len(said) != 1:
         raise ValueError(f"holds {', '.join(said) or 'none'} of {', '.join(kinds)}, but must hold one")
@@ -275,6 +276,7 @@ class Structured(Keys):
     regex: Text | None = Field(None, description="a string")
     choice: Annotated[list[Text], Field(min_length=1)] | None = Field(None, description="a list of strings")
     grammar: Text | None = Field(None, description="a string")
+    disable_any_whitespace: bool | None = Field(None, description="true or false")
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
 

@@ -139,7 +139,8 @@ def _grammar(body: Body, tokenizer: Tokenizer | None) -> str | None:
     if len(wanted) > 1:
         raise RequestError("invalid_value", f"{wanted[0][0]} and {wanted[1][0]} both say what the answer keeps to")
     _, kind, text = wanted[0]
-    return _compiled(kind, text if isinstance(text, str) else json.dumps(text))
+    compact = said is not None and bool(said.disable_any_whitespace)
+    return _compiled(kind, text if isinstance(text, str) else json.dumps(text), compact)
 
 
 _compiled = lru_cache(CHECKED)(checked_grammar)
