@@ -15,7 +15,7 @@ from deserve.batch import IntArray, Ints
 from deserve.scheduler.forced import Forced
 from deserve.scheduler.sequences import Sequences
 
-ORDERS = (8, 3)  # tokens by which an earlier place is looked up
+ORDERS = (8, 4, 2)  # tokens by which an earlier place is looked up
 COMPARED = 16  # tokens that the two places are compared by at most: the longer the match, the better the drafts
 MOST = 16  # draft tokens of a row
 ENTRIES = 1 << 21  # of each lookup table, 16 MB

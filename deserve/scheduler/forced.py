@@ -41,7 +41,12 @@ class Forced:
         """The first tokens that must follow in each of `slots` [rows], then -1: [rows, most]."""
         forced = np.full((len(slots), most), -1, np.int32)
         for row in np.flatnonzero(sequences.guided[slots]).tolist():
-            tokens = self._matcher(sequences, int(slots[row])).compute_ff_tokens()[:most]
+            matcher, guide = self._matcher(sequences, int(slots[row])), self._guide()
+            tokens, text = matcher.compute_ff_tokens(), matcher.compute_ff_bytes()
+            begin = guide.decode_bytes(tokens)
+            if text.startswith(begin):  # what might be part of a longer token is left out, but may be guessed
+                tokens += guide.tokenize_bytes(text[len(begin) :])
+            tokens = tokens[:most]
             forced[row, : len(tokens)] = tokens
         return forced
 
