@@ -51,7 +51,7 @@ def test_what_followed_in_other_answers_and_not_in_other_prompts() -> None:
     sequences, drafts = Sequences(4, (EOS,), never), Drafts(4, fixed=4)
     first = add(sequences, [1, 2, 3], [20, 21, 22, 23, 24, 25, EOS])
     second = add(sequences, [5, 4, 3, 20, 21, 22, 23], [40, 41])
-    third = add(sequences, [9, 9, 40, 41], [42, 20, 21, 22])
+    third = add(sequences, [9, 40, 41, 9], [42, 20, 21, 22])
     assert proposed(drafts, sequences, third) == []
     drafts.ends(sequences, first)
     sequences.remove(first)
@@ -101,8 +101,21 @@ def test_as_many_as_are_worth_it() -> None:
     assert counts[0] == 0 < counts[1] < counts[2] == MOST
 
 
+def test_in_the_tail_drafts_of_few_rows_must_not_keep_the_others() -> None:
+    """One of four rows finds drafts, at a cost for all: worth it while others wait, not when the last row sets the
+    time."""
+    text, counts = list(range(100, 140)), []
+    for tail in (False, True):
+        sequences = Sequences(4, (EOS,), never)
+        drafts = Drafts(4, lambda rounds, sequences, prompts=0, drafts=0, drafting_s=0.0: 1.0 + 0.1 * drafts)
+        rows = [add(sequences, text, text[5 : 5 + COMPARED]), *(add(sequences, [1], [nth]) for nth in range(2, 5))]
+        most = np.full(4, MOST)
+        counts.append(drafts.propose(sequences, np.array(rows, np.int32), most, 1000, 1, 0, tail).tolist())
+    assert counts[0][0] > 3 and counts[0][1:] == [0, 0, 0] and counts[1] == [0, 0, 0, 0]
+
+
 def test_drafts_that_are_always_wrong_are_given_up_and_right_ones_kept() -> None:
-    """Right ones are found to be so where none was verified at first: after three tokens half of the drafts are right,
+    """Right ones are found to be so where none was verified at first: after two tokens half of the drafts are right,
     as a new job has it."""
 
     def drafted(text: list[int], each: float = 0.2) -> list[int]:
@@ -118,11 +131,11 @@ def test_drafts_that_are_always_wrong_are_given_up_and_right_ones_kept() -> None
             sequences.append(np.array([slot], np.int32), np.array([len(tokens) + 1], np.int32), sampled)
         return counts
 
-    wrong = drafted([token for nth in range(100) for token in (100, 101, 102, 1000 + nth)])
+    wrong = drafted([token for nth in range(100) for token in (100, 101, 1000 + nth)], each=0.15)
     assert sum(wrong[:40]) and not sum(wrong[-40:])
     right = drafted(list(range(100, 110)) * 20)
     assert len(right) < 60 and min(right[-10:]) > 2
-    short = drafted([token for nth in range(100) for token in (100, 101, 102, 103, 1000 + nth)], each=0.6)
+    short = drafted([token for nth in range(100) for token in (100, 101, 102, 1000 + nth)], each=0.6)
     assert not sum(short[:20]) and 10 < sum(short[-60:]) <= 60
 
 
@@ -221,7 +234,7 @@ def test_every_draft_continues_a_place_that_looked_alike(
     assert (counts <= min(most, MOST)).all() and counts.sum() <= room
     for slot, count in zip(slots, counts.tolist(), strict=True):
         own = [*sequences.request(slot).prompt.tolist(), *sequences.output(slot).tolist()]
-        wanted = [*own[-3:], *sequences.chunk(slot, int(sequences.length[slot]), count).tolist()]
+        wanted = [*own[-2:], *sequences.chunk(slot, int(sequences.length[slot]), count).tolist()]
         others = [sequences.request(other).prompt.tolist() + sequences.output(other).tolist() for other in slots]
         places = [text[at : at + len(wanted)] for text in [own, *others, *known] for at in range(len(text))]
         assert not count or wanted in places

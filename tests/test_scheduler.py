@@ -144,7 +144,9 @@ class Guesses:
 
     most: int
 
-    def propose(self, sequences: Sequences, slots: Ints, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+    def propose(
+        self, sequences: Sequences, slots: Ints, most: Ints, room: int, rounds: int, prompts: int, tail: bool = False
+    ) -> Ints:
         counts = np.minimum(most, self.most)
         counts = np.clip(room - np.cumsum(counts) + counts, 0, counts)
         drafts = []

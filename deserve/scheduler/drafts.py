@@ -116,11 +116,20 @@ class Drafts:
         """Draft tokens of a row, at most."""
         return self._most
 
-    def propose(self, sequences: Sequences, slots: IntArray, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+    def propose(
+        self,
+        sequences: Sequences,
+        slots: IntArray,
+        most: Ints,
+        room: int,
+        rounds: int,
+        prompts: int,
+        tail: bool = False,
+    ) -> Ints:
         """Put up to `most` [rows] draft tokens behind the sequences of `slots` [rows], `room` in all; returns how many:
         [rows].
 
-        `rounds` are open, and visits hold `prompts` prompt tokens.
+        `rounds` are open, and visits hold `prompts` prompt tokens. In a job's `tail` nobody waits for a place.
         """
         self._counts["rows"] += len(slots)
         self._settle(sequences, slots)
@@ -147,8 +156,9 @@ class Drafts:
         possible = np.where(np.arange(self._most) < most[:, None], chances, 0.0)
         # The likeliest of all rows' drafts; none is likelier than the one before it in its row.
         order = np.argsort(-possible, axis=None, kind="stable")[: min(room, int(np.count_nonzero(possible)))]
-        allowed = self._allowed(len(slots), possible.flat[order], *load, drafting_s)
-        counts = np.bincount(order[:allowed] // self._most, minlength=len(slots))
+        of_row = order // self._most
+        allowed = self._allowed(len(slots), possible.flat[order], *load, drafting_s, of_row if tail else None)
+        counts = np.bincount(of_row[:allowed], minlength=len(slots))
         sequences.propose(slots, counts.astype(np.int32), found[np.arange(self._most) < counts[:, None]])
         self._length[slots], self._verified[slots] = sequences.length[slots], counts
         self._found[slots], self._bucket[slots] = found, bucket
@@ -185,10 +195,12 @@ class Drafts:
         sequences: int,
         prompts: int,
         drafting_s: float = 0.0,
+        of_row: Ints | None = None,
     ) -> int:
         """How many of a visit's drafts are worth it beside its `rows`; `chances` [n] fall from one to the next.
 
-        Making them took `drafting_s`, whether they are verified or not.
+        Making them took `drafting_s`, whether they are verified or not. In a job's tail it is told whose they are,
+        `of_row` [n]: the last to end sets the time, so what counts is how long a row waits for a token in the mean.
         """
         most = len(chances)
         if self._fixed is not None or not most:
@@ -197,7 +209,10 @@ class Drafts:
         gains = np.cumsum(chances)
         best, count = GAIN * rows / self._cycle_s(rounds, sequences, prompts, 0, drafting_s), 0
         for some in sorted({max(1, most * eighth // 8) for eighth in range(1, 9)}):
-            rate = (rows + gains[some - 1]) / self._cycle_s(rounds, sequences, prompts, some, drafting_s)
+            tokens = rows + gains[some - 1]
+            if of_row is not None:
+                tokens = rows**2 / (1 / (1 + np.bincount(of_row[:some], chances[:some], rows))).sum()
+            rate = tokens / self._cycle_s(rounds, sequences, prompts, some, drafting_s)
             if rate > best:
                 best, count = rate, some
         return count

@@ -38,11 +38,20 @@ class Drafter(Protocol):
     def most(self) -> int:
         """Draft tokens of a row, at most."""
 
-    def propose(self, sequences: Sequences, slots: IntArray, most: Ints, room: int, rounds: int, prompts: int) -> Ints:
+    def propose(
+        self,
+        sequences: Sequences,
+        slots: IntArray,
+        most: Ints,
+        room: int,
+        rounds: int,
+        prompts: int,
+        tail: bool = False,
+    ) -> Ints:
         """Put up to `most` [rows] draft tokens behind the sequences of `slots` [rows], `room` in all; returns how many:
         [rows].
 
-        `rounds` are open, and visits hold `prompts` prompt tokens.
+        `rounds` are open, and visits hold `prompts` prompt tokens. In a job's `tail` nobody waits for a place.
         """
 
     def ends(self, sequences: Sequences, slot: int) -> None:
@@ -283,8 +292,9 @@ class Scheduler:
         room = visit.budget if visit.prefills or not self.waiting else visit.budget // 2
         if self.pages.growth(slots, sequences.length[slots] + most) > self.pages.free(micro_batch):
             room = 0
+        tail = not self._more_to_admit() and not self.rounds.waiting
         visit.drafts = drafter.propose(
-            sequences, slots, most, room, int(self.rounds.open.sum()), round(self._prompts_a_visit)
+            sequences, slots, most, room, int(self.rounds.open.sum()), round(self._prompts_a_visit), tail
         )
         visit.budget -= int(visit.drafts.sum())
         visit.moves.page_writes.append(self.pages.grow(micro_batch, slots, sequences.length[slots] + visit.drafts))
