@@ -6,6 +6,6 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3-venv py
 RUN python3 -m venv /opt/deserve
 ENV PATH=/opt/deserve/bin:$PATH
 COPY . /src
-RUN pip install --no-cache-dir '/src[gpu]' && rm -rf /src
+RUN pip install --no-cache-dir -c /src/constraints.txt '/src[gpu]' && rm -rf /src
 WORKDIR /data
 CMD ["deserve", "--help"]

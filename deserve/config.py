@@ -89,7 +89,7 @@ class WorkloadSection:
     path: str | None = None
     limit: int | None = None
     concurrency: Any = "auto"  # requests in the pipeline at once
-    unknown_keys: str = "refuse"  # requests with keys that are not done; ignore: answer them without
+    unknown_keys: str = "refuse"  # requests with keys that are not supported; ignore: answer them without
     model_names: Any = "auto"  # what requests may call the model: its own names; more names; or any
     order: str = "auto"  # auto: requests that begin alike are admitted together; file: as they come
     shared_tokens: int = 0  # first tokens that all prompts of a fixed workload have in common

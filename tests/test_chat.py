@@ -382,7 +382,7 @@ def test_each_key_of_openai_and_vllm_becomes_what_the_documentation_says(endpoin
             assert (error.code, str(error).split("=")[0]) == ("unsupported_parameter", key), error
             outcomes[key] = "Refused"
         else:
-            outcomes[key] = "Without effect" if key in NO_EFFECT else "Done"
+            outcomes[key] = "Without effect" if key in NO_EFFECT else "Supported"
             assert key not in NO_EFFECT or _same(request, intake("all").request("a", 1, endpoint, main))
     said = documented()
     assert not {key: outcome for key, outcome in outcomes.items() if key not in said[outcome]}

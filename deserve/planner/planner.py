@@ -629,7 +629,8 @@ class _Search:
         """One sentence of arithmetic behind `bound`."""
         pace, rounds = self._pace(candidate), candidate.rounds
         trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
-        work = f"{rounds} visits keep the slowest rank busy for {1e3 * rounds * pace.busiest:.1f} ms"
+        visits = f"{rounds} visits keep" if rounds > 1 else "its visit keeps"
+        work = f"{visits} the slowest rank busy for {1e3 * rounds * pace.busiest:.1f} ms"
         if bound == COMPUTE:
             return f"{work}, and {trip}"
         if bound == LATENCY:
@@ -644,7 +645,7 @@ class _Search:
         if bound == MEMORY:
             fit = (layout.main_pages + rounds * layout.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
-        return f"{self._count} requests are {pace.rows:.1f} a round; {trip}, and {work}"
+        return f"{self._count} requests make {pace.rows:.1f} in a round; {trip}, and {work}"
 
 
 def table(layout: Layout, layers: int, exact: bool = True) -> str:
@@ -662,7 +663,7 @@ def table(layout: Layout, layers: int, exact: bool = True) -> str:
         spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
         lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
     lines.append(
-        f"{layout.rounds} rounds of {layout.micro_batch_size} sequences, {layout.concurrency} in flight, "
+        f"{layout.rounds} round{'s' * (layout.rounds > 1)} of {layout.micro_batch_size} sequences, {layout.concurrency} in flight, "
         f"up to {layout.visit_tokens or layout.max_batch_tokens} tokens a visit, policy {layout.policy}"
     )
     swapping = f"{layout.swap_pages} swap pages for each round" if layout.swap_pages else "no swapping"

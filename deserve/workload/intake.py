@@ -35,7 +35,7 @@ class Intake:
     """Makes requests of one job; `defaults` hold what a request does not say itself.
 
     Without a `tokenizer` only prompts of token ids are taken. `names` are those of the model, None takes any. Keys that
-    are not done refuse the request; where `ignored` is given, they are counted there and passed over. `reasoning` is
+    are not supported refuse the request; where `ignored` is given, they are counted there and passed over. `reasoning` is
     `workload.reasoning`.
     """
 

@@ -1,4 +1,4 @@
-"""The keys of a request: those that are done, those known to change nothing, and those that are refused by name.
+"""The keys of a request: those that are supported, those known to change nothing, and those that are refused by name.
 
 To do a key, give it a field in one of the models and take it out of `NOT_DONE`; docs/requests.md lists all of them.
 """
@@ -40,7 +40,7 @@ NO_EFFECT = {
     "return_token_offsets": "an endpoint that only makes prompts",
 }
 
-# Keys that would change the answer and are not done, with the values at which they ask for nothing (null never does).
+# Keys that would change the answer and are not supported, with the values at which they ask for nothing (null never does).
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "stream": (False,),
@@ -144,7 +144,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Keys(BaseModel):
-    """Keys that are done. A field's description says which values it takes, for error messages; null is always one."""
+    """Keys that are supported. A field's description says which values it takes, for error messages; null is always one."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
