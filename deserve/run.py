@@ -40,6 +40,19 @@ from deserve.stop import SIGNALS, STOPPED, Stop, stopped_line
 from deserve.timeline import Timeline
 from deserve.workload import check_source
 
+HELP = """\
+Answers a file of requests with a language model, in pipeline stages on one or more ranks.
+
+  deserve workload.source=in.jsonl output.dir=out                   one rank
+  torchrun --nproc-per-node=2 -m deserve.run workload.source=...    two ranks
+
+  workload.source=FILE        a request per line, such as {"prompt": "Once upon a time", "max_tokens": 50}
+  output.dir=DIR              results.jsonl, report.html and metrics.json; the same command resumes a job
+  model.path=DIR_OR_HUB_ID    the model; without it SmolLM2-135M
+  sampling.max_tokens=256     tokens of an answer, for requests that do not say
+  network.latency_ms=64       simulate a slow link between the ranks
+"""
+
 
 def run(config: Config, world: World, startup: Startup | None = None) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status.
@@ -241,10 +254,12 @@ def keep_freed_memory() -> None:
 
 def main() -> int:
     """Exit status: 0 done, 1 the job failed, 2 a wrong configuration or input file, 75 stopped early and resumable."""
-    parser = argparse.ArgumentParser(prog="deserve.run", description=__doc__)
-    parser.add_argument("--config", action="store_true", help="print the composed configuration and exit")
+    parser = argparse.ArgumentParser(
+        prog="deserve", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", action="store_true", help="print all keys with their values and exit")
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model=tiny or pipeline.rounds=4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as those above")
     arguments = parser.parse_args()
     speaks = os.environ.get("RANK", "0") == "0"
     try:

@@ -35,8 +35,8 @@ class Intake:
     """Makes requests of one job; `defaults` hold what a request does not say itself.
 
     Without a `tokenizer` only prompts of token ids are taken. `names` are those of the model, None takes any. Keys that
-    are not supported refuse the request; where `ignored` is given, they are counted there and passed over. `reasoning` is
-    `workload.reasoning`.
+    are not supported refuse the request; where `ignored` is given, they are counted there and passed over.
+    `reasoning` is `workload.reasoning`.
     """
 
     tokenizer: Tokenizer | None

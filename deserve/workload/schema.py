@@ -40,7 +40,7 @@ NO_EFFECT = {
     "return_token_offsets": "an endpoint that only makes prompts",
 }
 
-# Keys that would change the answer and are not supported, with the values at which they ask for nothing (null never does).
+# Keys that would change the answer and are not supported, with the values that ask for nothing (as null always does).
 NOT_DONE: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "stream": (False,),
@@ -144,7 +144,7 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Keys(BaseModel):
-    """Keys that are supported. A field's description says which values it takes, for error messages; null is always one."""
+    """Supported keys. A field's description says which values it takes, for error messages; null is always one."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
