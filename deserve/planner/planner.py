@@ -664,7 +664,8 @@ def table(layout: Layout, layers: int, exact: bool = True) -> str:
         lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
     lines.append(
         f"{layout.rounds} round{'s' * (layout.rounds > 1)} of {layout.micro_batch_size} sequences, "
-        f"{layout.concurrency} in flight, up to {layout.visit_tokens or layout.max_batch_tokens} tokens a visit, policy {layout.policy}"
+        f"{layout.concurrency} in flight, up to {layout.visit_tokens or layout.max_batch_tokens} tokens a visit, "
+        f"policy {layout.policy}"
     )
     swapping = f"{layout.swap_pages} swap pages for each round" if layout.swap_pages else "no swapping"
     pool = f"a host pool of {pool_pages(layout.host_height)}" if layout.host_height else "no host pool"
