@@ -117,7 +117,7 @@ class Stop:
 
 def stopped_line(reason: str) -> str:
     """What the user reads of a job that `reason` stopped."""
-    return f"deserve: stopped by {reason}; the same command goes on"
+    return f"deserve: stopped by {reason}; the same command resumes it, unfinished answers too"
 
 
 def leave_dead_terminal(descriptors: Sequence[int] = (1, 2)) -> None:

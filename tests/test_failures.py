@@ -127,7 +127,7 @@ def test_a_time_limit_stops_for_good(tmp_path: Path) -> None:
         assert job.wait() != 0
         assert not job.errors and f"exitcode  : {75}" in job.log and "predicted" not in job.log
         said = [line for line in job.log.splitlines() if line.startswith("deserve:")]
-        assert said == ["deserve: stopped by time_limit_s; the same command goes on"]
+        assert said == ["deserve: stopped by time_limit_s; the same command resumes it, unfinished answers too"]
     with running([*RUN, *endless, "time_limit_s=null", f"output.dir={output}"], output, tmp_path / "log2") as job:
         job.until_answers(1)
         job.process.send_signal(signal.SIGHUP)

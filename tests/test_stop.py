@@ -85,7 +85,9 @@ def test_a_signal_before_the_first_visit_ends_all_ranks_at_once(made: list[Stop]
     ring = Ring(size)
     start(ring, made, last=rank)
     os.kill(os.getpid(), signal.SIGHUP)
-    assert ring.all_quit() == {f"deserve: stopped by SIGHUP to rank {rank} on host{rank}; the same command goes on"}
+    assert ring.all_quit() == {
+        f"deserve: stopped by SIGHUP to rank {rank} on host{rank}; the same command resumes it, unfinished answers too"
+    }
 
 
 def test_one_signal_to_every_rank_has_one_reason(made: list[Stop]) -> None:
@@ -108,7 +110,9 @@ def test_the_time_limit(made: list[Stop], visiting: bool) -> None:
         until_stopped(stops[0])
         assert stops[0].reason == "time_limit_s" and ring.quits.empty()
     else:
-        assert ring.all_quit() == {"deserve: stopped by time_limit_s; the same command goes on"}
+        assert ring.all_quit() == {
+            "deserve: stopped by time_limit_s; the same command resumes it, unfinished answers too"
+        }
 
 
 def test_nohup_holds(made: list[Stop]) -> None:
