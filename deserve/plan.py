@@ -15,10 +15,11 @@ from deserve.comm.coding import coded_bytes
 from deserve.comm.world import World
 from deserve.config import Config, compose_config, in_range
 from deserve.errors import UserError
-from deserve.layout import token_budgets
+from deserve.layout import most_sliding, token_budgets
 from deserve.model.checkpoint import computes_on_cpu, model_dtype, resolve
 from deserve.model.config import ModelConfig
 from deserve.model.tokenizer import load_tokenizer
+from deserve.model.weights import layer_kinds
 from deserve.planner.planner import GB
 from deserve.planner.replicas import choose_rings, ring_table
 from deserve.planner.survey import over, survey
@@ -83,13 +84,32 @@ def plan(config: PlanConfig) -> str:
         coded_bytes=coded_bytes(model.hidden_size),
         coded=config.comm.activations == "fp8",
         window=model.window,
-        windowed=0.0 if config.stage.measure else len(model.sliding(0, model.num_layers)) / model.num_layers,
+        kinds=layer_kinds(model, dtype),
     )
     begin = time.perf_counter()
     rings, why = choose_rings(config, model, dtype, lengths, machine)
     took = time.perf_counter() - begin
     chosen = ring_table([layout for layout, _ in rings], model.num_layers, lengths.exact)
-    return "\n".join([*filter(None, [why]), chosen, f"planned in {took:.1f} s"])
+    beside = sequence_pages(config, model, dtype, round(lengths.mean_prompt + lengths.mean_output))
+    return "\n".join([*filter(None, [why]), chosen, *filter(None, [beside]), f"planned in {took:.1f} s"])
+
+
+def sequence_pages(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, tokens: int) -> str:
+    """What a sequence of `tokens` tokens holds on all ranks, and what it would without windows; empty if the same."""
+    page_size, sliding = config.kvcache.page_size, len(model.sliding(0, model.num_layers))
+    page_bytes = page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes
+    pages = -(-tokens // page_size)
+    near = min(pages, most_sliding(model.window, page_size))
+    held, without = ((model.num_layers * pages - less) * page_bytes for less in (sliding * (pages - near), 0))
+    if held == without:
+        return ""
+    said = (
+        f"a sequence of {tokens:,} tokens holds {held / GB:.2f} GB of KV pages, {without / GB:.2f} GB without windows"
+    )
+    if config.kv_memory_gb is None:
+        return said
+    memory = config.ranks * config.kv_memory_gb * GB
+    return f"{said}: {int(memory / held)} and {int(memory / without)} of them fill that memory of {config.ranks} ranks"
 
 
 def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, most_tokens: int) -> StageTimes:

@@ -21,7 +21,7 @@ from deserve.planner.times import Cost, Curve, StageTimes
 if __name__ == "__main__":
     config, world = load_config(sys.argv[1:]), World()
     deserve.timeline.PACE_VISITS = deserve.planner.pace.PACE_VISITS = 16
-    surveyed = StageTimes(Cost(Curve((0.0,), (0.004,)))).to_json()
+    surveyed = StageTimes((Cost(Curve((0.0,), (0.004,))),)).to_json()
     first = {"stages": [[surveyed, 0]] * 2}
     survey.read_kept = lambda kept, key: (survey.read_surveys(kept) or [first])[0]["stages"]
     run_pipeline = run.run_pipeline

@@ -13,7 +13,7 @@ MS = 1e-3
 
 def test_the_longest_of_trip_queue_and_wire() -> None:
     """Two ranks of 3 and 1 layers, 1 ms a layer and 1 ms more for 10 rows."""
-    stage = StageTimes(Cost(Curve((0.0, 10.0), (1 * MS, 2 * MS))))
+    stage = StageTimes((Cost(Curve((0.0, 10.0), (1 * MS, 2 * MS))),))
     layout = Layout((0, 3), 8, 10, 80, 512, "prefill_first", 16, 100, 0, 0)
 
     def cycle(rounds: int, sequences: int, link: LinkTimes) -> float:

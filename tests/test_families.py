@@ -189,3 +189,20 @@ def test_same_tokens_as_transformers(ranks: int, truths: dict[str, Truth], tmp_p
     run_jobs(ranks, jobs, tmp_path)
     wrong = {name: wrong_answers(tmp_path / name, truths[name]) for name in names}
     assert not {name: answers for name, answers in wrong.items() if answers}
+
+
+def test_ranks_of_layers_that_differ(tmp_path: Path) -> None:
+    """Four layers with an MLP, then two with experts: both kinds are surveyed, and split by that."""
+    folder = tmp_path / "model"
+    make_checkpoint(
+        folder, "qwen3_moe", **EXPERTS, num_hidden_layers=6, mlp_only_layers=[0, 1, 2, 3], eos_token_id=None
+    )
+    truth, model = Truth(folder, tmp_path / "in.jsonl"), reference_model(folder)
+    for length in LENGTHS:
+        prompt = np.random.default_rng(length).integers(320, size=length).tolist()
+        truth.add(f"{length}", prompt, (text(greedy(model, prompt, MAX_TOKENS)), "length"))
+    more = ["pipeline.max_batch_tokens=32", f"sampling.max_tokens={MAX_TOKENS}"]
+    run_jobs(2, [truth.overrides(tmp_path / "out") + more], tmp_path)
+    assert not wrong_answers(tmp_path / "out", truth)
+    stages = json.loads((tmp_path / "out" / "survey.json").read_text())["stages"]
+    assert [len(times["layers"]) for times, _ in stages] == [2, 2]

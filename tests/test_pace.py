@@ -14,7 +14,7 @@ from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes
 from deserve.timeline import PACE_VISITS
 
 LAYOUT = Layout((0, 2, 4), 2, 4, 8, 8, "vanilla", 16, 8, 0, 0)
-TIMES = StageTimes(Cost(Curve((0.0,), (0.001,))), Cost(Curve((0.0,), (0.002,))), head=Curve((0.0,), (0.004,)))
+TIMES = StageTimes((Cost(Curve((0.0,), (0.001,))),), Cost(Curve((0.0,), (0.002,))), head=Curve((0.0,), (0.004,)))
 PLAN = VisitPlan(0, slots=np.arange(4, dtype=np.int32), new_tokens=np.ones(4, np.int32), context=np.ones(4, np.int32))
 SURVEYED = [0.004, 0.004, 0.008]  # of a visit
 
@@ -52,7 +52,7 @@ def test_a_rank_falls_behind_and_recovers() -> None:
     # The next start plans for what it was told, and goes on telling by what the survey has measured.
     told.clear()
     slow = Machine(
-        (TIMES, TIMES, StageTimes(TIMES.layer, TIMES.visit, TIMES.head, slow=3.0)),
+        (TIMES, TIMES, StageTimes(TIMES.layers, TIMES.visit, TIMES.head, slow=3.0)),
         *[(LinkTimes(),) * 3, (0,) * 3],
         0,
         0,

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deserve.plan
+from deserve.batch import VisitPlan
 from deserve.comm.world import World
 from deserve.config import Config, load_config
 from deserve.errors import UserError
-from deserve.layout import Layout, slab_slots
+from deserve.layout import Layout, Shard, slab_slots
 from deserve.memory import available_memory, left_by_control_groups
 from deserve.model.checkpoint import resolve
 from deserve.model.config import parse_config
 from deserve.model.graphs import MOST_ROWS, graph_tokens
-from deserve.model.weights import parameter_bytes
+from deserve.model.weights import layer_kinds, parameter_bytes
 from deserve.planner import survey as surveying
-from deserve.planner.planner import choose_plan, table
+from deserve.planner.planner import _Search, choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
 from deserve.planner.survey import Shape, Visited, stepped, survey
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad, stated_times
@@ -46,7 +48,7 @@ def machine(
 ) -> Machine:
     """Ranks on which a layer takes `layer_ms` and `per_token_ms` for each token of a visit."""
     tokens = Curve((0.0, 1.0), (layer_ms * MS, (layer_ms + per_token_ms) * MS))
-    times = StageTimes(Cost(tokens))
+    times = StageTimes((Cost(tokens),))
     return Machine((times,) * ranks, (LinkTimes(latency_ms * MS, byte_s),) * ranks, (memory,) * ranks, 10**8, 64, 1024)
 
 
@@ -76,7 +78,9 @@ def test_curve_goes_through_its_points_and_on() -> None:
 
 def test_times_survive_json() -> None:
     times = StageTimes(
-        Cost(Curve((1.0, 2.0), (3.0, 4.0)), kv_s=5.0, mixed_s=6.0), request_s=7.0, head=Curve((0.0, 1.0), (0.0, 2.0))
+        (Cost(Curve((1.0, 2.0), (3.0, 4.0)), kv_s=5.0, mixed_s=6.0), Cost(windowed=True)),
+        request_s=7.0,
+        head=Curve((0.0, 1.0), (0.0, 2.0)),
     )
     assert StageTimes.from_json(json.loads(json.dumps(times.to_json()))) == times
 
@@ -89,27 +93,92 @@ def test_a_visit_of_both_kinds_pays_for_mixing_them() -> None:
 
 
 def test_requests_cost_the_first_rank_when_they_begin() -> None:
-    times = StageTimes(Cost(), request_s=MS)
+    times = StageTimes((Cost(),), request_s=MS)
     load = VisitLoad(decodes=5, prefills=64, sampled=7)  # two prompts are followed by their first tokens
-    assert times.seconds(load, 1, True, False) == pytest.approx(2 * MS)
-    assert times.seconds(load, 1, False, True) == 0
+    assert times.seconds(load, (1,), True, False) == pytest.approx(2 * MS)
+    assert times.seconds(load, (1,), False, True) == 0
 
 
 def test_roofline_of_a_llama_70b_layer() -> None:
     model = resolve(load_config(["model=llama-3-70b", "model.weights=dummy"]).model).config
-    times = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512)
-    assert times.layer(VisitLoad(decodes=32)) == pytest.approx(0.43 * MS, rel=0.02)  # 1.71 GB at 4 TB/s
-    assert times.layer(VisitLoad(decodes=512)) == pytest.approx(1.25 * MS, rel=0.02)  # 876 GFLOP at 700 TFLOP/s
+    (layer,) = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512).layers
+    assert layer(VisitLoad(decodes=32)) == pytest.approx(0.43 * MS, rel=0.02)  # 1.71 GB at 4 TB/s
+    assert layer(VisitLoad(decodes=512)) == pytest.approx(1.25 * MS, rel=0.02)  # 876 GFLOP at 700 TFLOP/s
 
 
 def test_roofline_of_a_layer_of_experts() -> None:
     """Qwen3-30B-A3B: 9.4 MB an expert, 128 of them, 8 for each token, and 38.3 MB beside them; at 4 TB/s."""
     model = resolve(load_config(["model=qwen3-30b-a3b", "model.weights=dummy"]).model).config
-    layer = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512).layer
+    (layer,) = stated_times(model, torch.bfloat16, 4e12, 700e12, None, 512).layers
     for tokens, touched in ((1, 8), (2, 15.5), (16, 82.4), (64, 125.9), (128, 128)):
         assert layer(VisitLoad(decodes=tokens)) == pytest.approx((38.3e6 + touched * 9.44e6) / 4e12, rel=0.01)
     # 65,536 tokens: arithmetic binds; 19.1 million parameters beside experts, and 8 experts of 4.7
     assert layer(VisitLoad(prefills=65536)) == pytest.approx(2 * 65536 * (19.1e6 + 8 * 4.72e6) / 700e12, rel=0.01)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kinds=st.lists(st.integers(0, 2), min_size=4, max_size=9),
+    layer_ms=st.tuples(*[st.floats(0.01, 5)] * 3),
+    speeds=st.lists(st.floats(0.2, 5), min_size=2, max_size=4),
+    head_ms=st.floats(0, 5),
+    ahead=st.booleans(),
+)
+def test_no_split_has_a_faster_slowest_rank(
+    kinds: list[int], layer_ms: tuple[float, ...], speeds: list[float], head_ms: float, ahead: bool
+) -> None:
+    """Of all contiguous ones. A visit of both decodes and prompts, and one of decodes alone."""
+    kinds, ranks = [kind % len(set(kinds)) for kind in kinds], len(speeds)
+    stages = tuple(
+        StageTimes(
+            tuple(Cost(Curve((0.0, 1.0), (speed * ms * MS, 1.01 * speed * ms * MS))) for ms in layer_ms),
+            head=Curve((0.0,), (head_ms * MS,)),
+            host=Curve((0.0,), (2 * MS,)),
+            ahead=ahead,
+        )
+        for speed in speeds
+    )
+    on = replace(machine(ranks), stages=stages, kinds=tuple(kinds))
+    loads = [(3.0, VisitLoad(8, 100, 50, 500, 9)), (20.0, VisitLoad(8, 100, sampled=8))]
+    search = searching(on, len(kinds))
+
+    def slowest(split: tuple[int, ...]) -> float:
+        ends = zip(split, (*split[1:], len(kinds)), strict=True)
+        return max(
+            sum(n * times.seconds(load, on.counts(*part), rank == 0, rank == ranks - 1) for n, load in loads)
+            for rank, (times, part) in enumerate(zip(stages, ends, strict=True))
+        )
+
+    every = itertools.combinations(range(1, len(kinds)), ranks - 1)
+    assert slowest(search._split_of_work(loads)) <= min(slowest((0, *firsts)) for firsts in every) * (1 + 1e-6)
+
+
+def test_ranks_that_do_not_decide_are_alike_too() -> None:
+    """The last rank's head takes as long as ten layers: the others still share theirs."""
+    on = machine(4)
+    on = replace(on, stages=tuple(replace(times, head=Curve((0.0,), (10 * MS,))) for times in on.stages))
+    assert searching(on, 10)._split_of_work([(1.0, VisitLoad(1, 1, sampled=1))]) == (0, 3, 6, 9)
+
+
+def searching(on: Machine, layers: int) -> _Search:
+    raw = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "vocab_size": 320, "hidden_size": 64}
+    raw |= {"intermediate_size": 128, "num_attention_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
+    return _Search(load_config([]), parse_config(raw, "test"), torch.float32, lengths(4000), on)
+
+
+def test_layers_that_differ_are_split_by_their_times() -> None:
+    """Layers of 1 and 3 ms by turns, then six of 1 ms: 9 ms for each of two ranks."""
+    raw: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 12, "vocab_size": 320}
+    raw |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    raw |= {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    raw |= {"mlp_only_layers": [0, 2, 4, *range(6, 12)], "max_position_embeddings": 512, "rms_norm_eps": 1e-6}
+    model = parse_config(raw, "test")
+    kinds = layer_kinds(model, torch.float32)
+    assert kinds == (0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0)
+    costs = tuple(Cost(Curve((0.0,), (ms * MS,))) for ms in (1, 3))
+    on = replace(machine(2), stages=(StageTimes(costs),) * 2, kinds=kinds)
+    found = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
+    assert found.partition == (0, 5) and found.stage_s == pytest.approx((9 * MS, 9 * MS))
 
 
 def test_layers_that_differ_are_split_by_their_bytes() -> None:
@@ -153,8 +222,33 @@ def test_layers_with_a_window_hold_little_more_than_that(swap: int) -> None:
 
 
 def test_layers_with_a_window_attend_to_no_more() -> None:
-    on = replace(machine(1), window=100, windowed=0.75)
-    assert on.attended(80) == 80 and on.attended(500) == pytest.approx(0.25 * 500 + 0.75 * 100)
+    """64 sequences of 500 tokens, 400 of which lie outside the window of one of two layers."""
+    costs = Cost(kv_s=1e-6, pair_s=1e-8), Cost(kv_s=1e-6, pair_s=1e-8, windowed=True)
+    on = replace(machine(1), stages=(StageTimes(costs),), window=100, kinds=(0, 1))
+    arange, answers = np.arange(64, dtype=np.int32), VisitPlan(0)
+    for new, whole, near in ((1, 501e-6, 101e-6), (100, 60_000e-8, 10_000e-8)):
+        rows = np.full(64, new, np.int32)
+        made = replace(answers, slots=arange, new_tokens=rows, context=np.full(64, 500, np.int32))
+        load = VisitLoad.of(made, on.window)
+        assert costs[0](load) == pytest.approx(64 * whole) and costs[1](load) == pytest.approx(64 * near)
+        assert on.stages[0].layers_s(load, on.counts(0, 2)) == pytest.approx(64 * (whole + near))
+
+
+def test_what_a_sequence_holds_with_windows_and_without() -> None:
+    """Gemma-3-27B: 52 of 62 layers reach 1,024 tokens back, 66 pages; a page of a layer takes 128 KiB."""
+    config = deserve.plan.load_plan_config(["model=gemma-3-27b", "model.weights=dummy", "kv_memory_gb=8.4"])
+    model = resolve(config.model).config
+    said = deserve.plan.sequence_pages(config, model, torch.bfloat16, 8192)
+    held, without = (10 * 512 + 52 * 66) * 2**17 / 1e9, 62 * 512 * 2**17 / 1e9
+    assert f" {held:.2f} GB" in said and f" {without:.2f} GB" in said and ": 14 and 4 of them" in said
+    assert not deserve.plan.sequence_pages(config, model, torch.bfloat16, 1024)
+
+
+def test_sliding_pages_of_layers_with_a_window_stay() -> None:
+    times = StageTimes((Cost(), Cost(windowed=True)), page_s=MS)
+    load = VisitLoad(swapped=3)
+    assert times.copies(load, (2, 5)) == pytest.approx(21 * MS)
+    assert replace(times, sliding=True).copies(load, (2, 5)) == pytest.approx(6 * MS)
 
 
 # -- the simulation against arithmetic
@@ -298,7 +392,7 @@ def test_shared_tokens_cost_neither_work_nor_pages(grain: int) -> None:
 
 def test_shared_pages_are_read_once_on_a_cpu() -> None:
     """Of 64 rows with 64 shared tokens: as a matrix product, by what a pair of tokens takes."""
-    times = StageTimes(Cost(kv_s=1e-6, pair_s=1e-9))
+    times = StageTimes((Cost(kv_s=1e-6, pair_s=1e-9),))
     shared = replace(lengths(64, prompt=72, output=2), shared=64.0)
     seconds = []
     for requests, ahead in ((shared, False), (shared, True)):
@@ -370,7 +464,7 @@ def test_far_ranks_get_enough_rounds() -> None:
 
 def test_layers_follow_speed_and_cover_the_model() -> None:
     on = machine(3)
-    slow = StageTimes(Cost(Curve((0.0,), (3 * MS,))))
+    slow = StageTimes((Cost(Curve((0.0,), (3 * MS,))),))
     made = chosen(lengths(256), replace(on, stages=(slow, on.stages[1], on.stages[2])))
     shares = [made.shard(rank, LAYERS) for rank in range(3)]
     assert [share.last - share.first for share in shares] == [1, 4, 3]
@@ -396,7 +490,7 @@ def test_any_plan_is_whole(ranks: int, speeds: list[float], memory_mb: list[int]
     on = machine(ranks, latency)
     on = replace(
         on,
-        stages=tuple(StageTimes(Cost(Curve((0.0,), (speed * MS,)))) for speed in speeds[:ranks]),
+        stages=tuple(StageTimes((Cost(Curve((0.0,), (speed * MS,))),)) for speed in speeds[:ranks]),
         memory=tuple(megabytes * 10**6 for megabytes in memory_mb[:ranks]),
     )
     made = chosen(lengths(64), on)
@@ -571,20 +665,20 @@ def test_what_a_stage_takes_is_told_from_visits_that_differ_in_one_thing(monkeyp
     """A stage of which a layer takes 1 ms and 10 us a token, and so on: found again from the visits of the survey."""
     layer = Cost(Curve((0.0, 1.0), (MS, 1.01 * MS)), Curve((0.0, 1.0), (0.0, 0.001 * MS)), 1e-8, 1e-9, 0.5 * MS)
     truth = StageTimes(
-        layer, Cost(Curve((0.0,), (2 * MS,))), Curve((0.0, 1.0), (0.0, 0.1 * MS)), host=Curve((0.0,), (0.3 * MS,))
+        (layer,), Cost(Curve((0.0,), (2 * MS,))), Curve((0.0, 1.0), (0.0, 0.1 * MS)), host=Curve((0.0,), (0.3 * MS,))
     )
 
-    def measured(self: surveying.Probe, stage: object, shapes: list[Shape], rounds: int) -> dict[Shape, Visited]:
-        layers = 1 if stage is self._short else self._layers
+    def measured(self: surveying.Probe, stage: Recorder, shapes: list[Shape], rounds: int) -> dict[Shape, Visited]:
         found = {}
         for shape in shapes:
-            compute = layers * truth.layer(shape.load) + truth.visit(shape.load)
+            load = shape.load(0)
+            compute = stage.layers * layer(load) + truth.visit(load)
             compute += truth.head(len(shape.new)) if shape.sampled else 0.0
             found[shape] = Visited(compute, 0.3 * MS, 0.2 * MS, compute + 0.9 * MS)
         return found
 
     monkeypatch.setattr(surveying.Probe, "_loop", measured)
-    monkeypatch.setattr(surveying, "load_stage", lambda *arguments: Recorder())
+    monkeypatch.setattr(surveying, "load_stage", lambda *arguments: Recorder(arguments[2]))
     config = load_config(["model=tiny", "pipeline.max_batch_tokens=128"])
     probe = surveying.Probe(World(), config, resolve(config.model), torch.float32, torch.device("cpu"), max_tokens=128)
     found = probe.times(0.0)
@@ -594,12 +688,17 @@ def test_what_a_stage_takes_is_told_from_visits_that_differ_in_one_thing(monkeyp
         VisitLoad(prefills=128, pairs=128 * 128, sampled=1),
         VisitLoad(16, 16 * 17, 40, 40 * 40, sampled=17),
     ):
-        assert found.seconds(load, 4, False, True) == pytest.approx(truth.seconds(load, 4, False, True), rel=1e-6)
+        assert found.seconds(load, (4,), False, True) == pytest.approx(truth.seconds(load, (4,), False, True), rel=1e-6)
     assert found.plan(16) == pytest.approx(0.2 * MS) and found.start_s == pytest.approx(0.4 * MS)
 
 
 class Recorder:
     """A stage that computes nothing."""
+
+    graph_bytes = 0
+
+    def __init__(self, shard: Shard):
+        self.layers = shard.last - shard.first
 
     def touch(self) -> None:
         pass
@@ -633,7 +732,7 @@ def test_a_stage_is_measured(tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_p
         return found.stages[0]
 
     first = measure()
-    seconds = [first.seconds(VisitLoad(n, 20 * n, sampled=n), 4, True, True) for n in (1, tokens)]
+    seconds = [first.seconds(VisitLoad(n, 20 * n, sampled=n), (4,), True, True) for n in (1, tokens)]
     assert all(0 < took < math.inf for took in seconds)
     written = kept.read_text()
     assert measure("network.latency_ms=9") == first and kept.read_text() == written
@@ -643,10 +742,11 @@ def test_a_stage_is_measured(tokens: int, monkeypatch: pytest.MonkeyPatch, tmp_p
     surveying.keep_pace(kept, [2.0])
     assert measure() == replace(first, slow=2.0) and measure("kvcache.page_size=32").slow == 1
     load = VisitLoad(tokens, tokens, sampled=tokens)
-    assert measure().compute_s(load, 4, True) == first.compute_s(load, 4, True) < first.seconds(load, 4, True, True)
-    assert measure().seconds(load, 4, True, True) > first.seconds(load, 4, True, True)
+    assert measure().compute_s(load, (4,), True) == first.compute_s(load, (4,), True)
+    assert first.compute_s(load, (4,), True) < first.seconds(load, (4,), True, True)
+    assert measure().seconds(load, (4,), True, True) > first.seconds(load, (4,), True, True)
     kept.write_text(written[:100])  # cut short
-    assert measure().layer.tokens.at == first.layer.tokens.at
+    assert measure().layers[0].tokens.at == first.layers[0].tokens.at
 
 
 def test_a_single_rank_has_no_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -370,6 +370,6 @@ def test_a_plan_counts_packed_weights():
     section = load_config(["model=llama-3.3-70b", "model.weights=dummy", "model.quantise=int4"]).model
     dense, quantised = (resolve(replace(section, packed=packed)).config for packed in (False, True))
     slow, fast = (
-        stated_times(config, torch.bfloat16, 1e12, 1e14, None, 512).layer.tokens(1) for config in (quantised, dense)
+        stated_times(config, torch.bfloat16, 1e12, 1e14, None, 512).layers[0].tokens(1) for config in (quantised, dense)
     )
     assert 4 < slow / fast < 10

@@ -156,6 +156,17 @@ class ModelConfig:
         """The mixture of experts in `layer`; None: it has an MLP."""
         return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
+    def repeated(self, layer: int, count: int) -> "ModelConfig":
+        """A model of `count` layers that are all like `layer` of this one."""
+        experts, quantisation = self.experts_of(layer), self.quantisation
+        return replace(
+            self,
+            num_layers=count,
+            layer_kinds=self.layer_kinds[layer : layer + 1] * count,
+            experts=experts and replace(experts, dense_layers=()),
+            quantisation=quantisation and replace(quantisation, layer=layer),
+        )
+
     @property
     def activated_size(self) -> int:
         """Elements that a token takes between the products of an MLP, in the layer where they are most."""

@@ -156,6 +156,23 @@ def unpack_bytes(config: ModelConfig, shard: Shard, dtype: torch.dtype) -> int:
     return sum(linear.unpack_bytes(dtype) for linear in _linears(config, shard))
 
 
+def layer_kinds(config: ModelConfig, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of each layer, its kind, numbered in the order of the first of each.
+
+    Layers of a kind have parts of equal bytes, and all of them have a window or none has.
+    """
+    kinds: dict[Any, int] = {}
+
+    def kind(index: int) -> int:
+        parts = [
+            (part, spec.bytes(dtype), isinstance(spec, LinearSpec) and spec.unpack_bytes(dtype))
+            for part, spec in layer_parts(config, index).items()
+        ]
+        return kinds.setdefault((bool(config.sliding(index, index + 1)), *parts), len(kinds))
+
+    return tuple(map(kind, range(config.num_layers)))
+
+
 def check_weights(folder: Path, config: ModelConfig, fetched: bool = True) -> None:
     """Check that a folder of safetensors holds the tensors of `config` and no others; reads headers alone.
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from deserve.layout import Layout
-from deserve.planner.times import Machine, VisitLoad
+from deserve.planner.times import Machine, VisitLoad, outside
 from deserve.scheduler.drafts import CycleTime
 
 
@@ -15,6 +15,7 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
     shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
+    counts = [machine.counts(shard.first, shard.last) for shard in shards]
     measured = [replace(times, request_s=0.0) for times in machine.stages]  # what is sampled beside rows are drafts
 
     @lru_cache(4096)
@@ -28,10 +29,12 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
             prefills=prompts + beside,
             pairs=(prompts / 2 + beside) * context,
             sampled=rows + drafts,
+            outside_kv=alone * outside(context, machine.window),
+            outside_pairs=(prompts / 2 + beside) * outside(context, machine.window),
         )
         stages, starts, wires = [], [], []
-        for rank, (times, shard) in enumerate(zip(measured, shards, strict=True)):
-            stages.append(times.seconds(load, shard.last - shard.first, shard.embeds, shard.outputs))
+        for rank, (times, shard, layers_of) in enumerate(zip(measured, shards, counts, strict=True)):
+            stages.append(times.seconds(load, layers_of, shard.embeds, shard.outputs))
             starts.append(times.start_s)
             wires.append(machine.links[rank].byte_s * machine.frame_bytes(load, rank))
         stages[0] += drafting_s

@@ -24,12 +24,14 @@ class Pace:
     def __init__(self, layout: Layout, machine: Machine, layers: int, names: list[str], changed: Callable[..., object]):
         self._names, self._changed = names, changed
         shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
-        kinds: dict[tuple[StageTimes, int, bool], int] = {}  # ranks that are alike, once
+        kinds: dict[tuple[StageTimes, tuple[int, ...], bool], int] = {}  # ranks that are alike, once
         self._kind_of = [
-            kinds.setdefault((replace(times, slow=1.0), shard.last - shard.first, shard.outputs), len(kinds))
+            kinds.setdefault(
+                (replace(times, slow=1.0), machine.counts(shard.first, shard.last), shard.outputs), len(kinds)
+            )
             for times, shard in zip(machine.stages, shards, strict=True)
         ]
-        self._kinds = list(kinds)
+        self._kinds, self._window = list(kinds), machine.window
         self._visits = 0
         self._surveyed = [0.0] * len(kinds)  # seconds of all visits so far
         self._marks: dict[int, tuple[float, ...]] = {0: tuple(self._surveyed)}  # the same, by reports of a rank
@@ -40,9 +42,9 @@ class Pace:
 
     def planned(self, plan: VisitPlan) -> None:
         """The next visit."""
-        load = VisitLoad.of(plan)
-        for index, (times, layers, last) in enumerate(self._kinds):
-            self._surveyed[index] += times.compute_s(load, layers, last)
+        load = VisitLoad.of(plan, self._window)
+        for index, (times, counts, last) in enumerate(self._kinds):
+            self._surveyed[index] += times.compute_s(load, counts, last)
         self._visits += 1
         if self._visits % PACE_VISITS == 0:
             self._marks[self._visits // PACE_VISITS] = tuple(self._surveyed)

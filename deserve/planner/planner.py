@@ -8,14 +8,14 @@ simulated, and the best of those is improved step by step. Budgets and sizes are
 (`deserve.tuner`).
 """
 
-import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from deserve.config import Config
@@ -25,7 +25,8 @@ from deserve.layout import Layout, Shard, most_sliding, parse_partition, slab_sl
 from deserve.model.config import ModelConfig
 from deserve.model.weights import parameter_bytes
 from deserve.planner.simulator import Outcome, read_once, simulate
-from deserve.planner.times import Machine, StageTimes, VisitLoad
+from deserve.planner.split import FloatArray, best_split
+from deserve.planner.times import Machine, StageTimes, VisitLoad, outside
 from deserve.workload import Lengths
 
 SIMULATED = 5  # candidates of each policy that are simulated
@@ -120,7 +121,9 @@ class _Search:
         self._lengths = lengths
         layers = (Shard(layer, layer + 1, False, False) for layer in range(model.num_layers))
         each = [parameter_bytes(model, layer, dtype) for layer in layers]
-        self._bytes_before = [*accumulate(each, initial=0)]  # of layers before each, and of all
+        self._bytes_before = np.array([*accumulate(each, initial=0)])  # of layers before each, and of all
+        slides = [layer in model.sliding(0, model.num_layers) for layer in range(model.num_layers)]
+        self._sliding_before = np.array([*accumulate(slides, initial=0)])
         self._embedding_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
         self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
@@ -136,16 +139,15 @@ class _Search:
         self._most_sliding = most_sliding(model.window, config.kvcache.page_size)
         beside = min(self._most_sliding, self._sequence_pages) / self._mean_pages
         self._beside = beside if model.window and beside < 1 else 0.0  # 0: contexts are no longer than windows
-        if self._beside:  # of a mean layer
-            whole = 1 - self._sliding_layers(1)
-            stages = tuple(replace(times, page_s=whole * times.page_s) for times in machine.stages)
-            self._machine = replace(machine, stages=stages)
+        if self._beside:
+            self._machine = replace(machine, stages=tuple(replace(times, sliding=True) for times in machine.stages))
         self._simulated_visits, self._effort = 0, EFFORT[2]
         # Seconds that a byte of a plan and a token's hidden state take on each link that carries them.
         forward = [(link.byte_s, link.byte_s * machine.token_bytes(r)) for r, link in enumerate(machine.links[:-1])]
         self._forward_s = sum(byte_s for byte_s, _ in forward), sum(token_s for _, token_s in forward)
         self._slowest = {max(forward), max(forward, key=lambda link: link[1])} if forward else {(0.0, 0.0)}
         self._capacity, self._alike = cache(self._pages_that_fit), cache(self._kinds_of)
+        self._widest = cache(self._split_of_memory)
         policy = config.pipeline.policy
         self._policies = PLANNED_POLICIES if policy == "auto" else (policy,)
 
@@ -321,7 +323,7 @@ class _Search:
 
         The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
         """
-        machine, shares, kv = self._machine, self._shares(partition), self._config.kvcache
+        shares, kv = self._shares(partition), self._config.kvcache
         host = self._host_pages(partition, rounds)
         if kv.swap_pages != "auto":
             return [kv.swap_pages] if kv.swap_pages <= host or rounds == 1 else []
@@ -334,7 +336,8 @@ class _Search:
             return [0]
         pace = self._pace(_Candidate(policy, partition, rounds, size, 0, tokens, tokens), rows=float(size))
         turn = max(pace.busiest, pace.trip / rounds)
-        page_s = max(machine.stages[rank].page_s * layers for rank, layers in enumerate(shares))
+        one = VisitLoad(swapped=1)
+        page_s = max(times.copies(one, counts) for times, counts, *_ in self._alike(partition))
         most = min(int(turn / page_s) if page_s else pages, host)
         if kv.main_pages == "auto":
             swap = min(int(short / (1 - slab / rounds)), most, int(pages / 2 / slab))
@@ -352,40 +355,48 @@ class _Search:
         set_by_hand = self._config.pipeline.partition
         if set_by_hand != "auto":
             return [parse_partition(set_by_hand, self._machine.ranks, self._model.num_layers)]
-        kinds = self._kinds(policy, float(size), self._count > size, tokens)
-        machine, last = self._machine, self._machine.ranks - 1
+        loads = self._kinds(policy, float(size), self._count > size, tokens)
+        fastest, widest = self._split_of_work(loads), self._widest(tokens)
+        room, most = (self._capacity(split, self._machine.ranks, 0, tokens) for split in (fastest, widest))
+        if most <= (1 + EQUAL) * room:
+            widest, most = fastest, room  # hardly wider
+        pairs = {fastest: room, widest: most}
+        return sorted(split for split, pages in pairs.items() if pages >= self._sequence_pages) or [self._even()]
 
-        def seconds(rank: int, layers: int) -> float:
-            times, ends = machine.stages[rank], (rank == 0, rank == last)
-            return sum(visits * times.seconds(load, layers, *ends) for visits, load in kinds)
+    def _split_of_work(self, loads: list[tuple[float, VisitLoad]]) -> tuple[int, ...]:
+        """The split whose slowest rank has done `loads`, numbers of visits and each one's load, soonest."""
+        last, found = self._machine.ranks - 1, dict[tuple[StageTimes, bool, bool], FloatArray]()
 
-        def scarcity(rank: int, layers: int) -> float:
-            pages = self._pages_of(rank, layers, machine.ranks, 0, tokens)
-            return 1 / pages if pages > 0 else float(layers)
+        def seconds(times: StageTimes, first: bool, last: bool) -> FloatArray:
+            total = np.zeros(self._between.shape[1:])
+            for visits, load in loads:
+                layer_s = np.array([cost(load) for cost in times.layers])
+                rest_s = times.compute_s(load, [0] * len(layer_s), last)
+                compute_s = times.slow * (np.tensordot(layer_s, self._between, 1) + rest_s)
+                host_s = times.host_s(load, first)
+                total += visits * (np.maximum(compute_s, host_s) if times.ahead else compute_s + host_s)
+            return total
 
-        splits = {self._spread(seconds), self._spread(scarcity)}
-        return sorted(
-            split for split in splits if self._capacity(split, machine.ranks, 0, tokens) >= self._sequence_pages
-        ) or [self._even()]
+        kinds = [(times, rank == 0, rank == last) for rank, times in enumerate(self._machine.stages)]
+        for kind in kinds:
+            if kind not in found:
+                found[kind] = seconds(*kind)
+        return best_split([found[kind] for kind in kinds])
 
-    def _spread(self, cost: Callable[[int, int], float]) -> tuple[int, ...]:
-        """Give out layers one by one, each to the rank that it costs least to have one more.
+    @cached_property
+    def _between(self) -> FloatArray:
+        """How many layers of each kind lie between i and j (exclusive): [kinds, layers, layers + 1]."""
+        layers = self._model.num_layers
+        before = np.array([self._machine.counts(0, layer) for layer in range(layers + 1)], float).T
+        return before[:, None, :] - before[:, :-1, None]
 
-        Where layers differ, what is given out are mean layers, and ranks get as many bytes as these have.
-        """
-        shares = [1] * self._machine.ranks
-        heap = [(cost(rank, 2), rank) for rank in range(self._machine.ranks)]
-        heapq.heapify(heap)
-        for _ in range(self._model.num_layers - len(shares)):
-            rank = heap[0][1]
-            shares[rank] += 1
-            heapq.heapreplace(heap, (cost(rank, shares[rank] + 1), rank))
-        firsts, before = [0], self._bytes_before
-        for rank, end in enumerate(accumulate(shares[:-1]), 1):
-            free = range(firsts[-1] + 1, self._model.num_layers - len(shares) + rank + 1)
-            off = [abs(before[layer] - self._weights(end)) for layer in free]
-            firsts.append(free[off.index(min(off))])
-        return tuple(firsts)
+    def _split_of_memory(self, tokens: int) -> tuple[int, ...]:
+        """The split whose ranks have room for as many pages as can be, of visits of `tokens` tokens."""
+        layers, ranks = self._model.num_layers, self._machine.ranks
+        first = np.arange(layers)[:, None]
+        end = np.maximum(first + 1, np.arange(layers + 1))
+        pages = [self._pages_of(rank, ranks, 0, tokens, first, end) for rank in range(ranks)]
+        return best_split([np.where(each > 0, 1 / np.maximum(each, 1), end - first) for each in pages])
 
     def _even(self) -> tuple[int, ...]:
         layers, ranks = self._model.num_layers, self._machine.ranks
@@ -400,40 +411,37 @@ class _Search:
     def _swapped(self, partition: tuple[int, ...]) -> list[int]:
         """Layers of each rank that have main and swap pages."""
         shares = self._shares(partition)
-        return [n - round(self._sliding_layers(n, first)) for n, first in zip(shares, partition, strict=True)]
+        pairs = zip(shares, partition, strict=True)
+        return [layers - int(self._sliding_layers(first, first + layers)) for layers, first in pairs]
 
-    def _weights(self, layers: int, first: int | None = None) -> float:
-        """Bytes of `layers` layers from `first` on; None: of mean ones."""
-        before = self._bytes_before
-        return layers * before[-1] / self._model.num_layers if first is None else before[first + layers] - before[first]
+    def _kv_bytes(self, rank: int, rounds: int, tokens: int, first: Any, end: Any) -> Any:
+        """What `rank` has left for pages beside the weights of layers `first` to `end` and the frames of all rounds.
 
-    def _kv_bytes(self, rank: int, layers: int, rounds: int, tokens: int, first: int | None) -> float:
-        """What `rank` has left for pages beside the weights of `layers` layers and the frames of all rounds."""
+        Here and in the next two, either may be an array.
+        """
         ends = (rank == 0) + (rank == self._machine.ranks - 1)
         if self._machine.ranks == 1 and self._model.tied_embeddings:
             ends = 1
-        left = self._machine.memory[rank] - ends * self._embedding_bytes - self._weights(layers, first)
-        left -= layers * self._machine.graph_bytes
+        left = self._machine.memory[rank] - ends * self._embedding_bytes
+        left = left - (self._bytes_before[end] - self._bytes_before[first]) - (end - first) * self._machine.graph_bytes
         if self._machine.receives_on_device and rank:
-            left -= (rounds + 1) * tokens * self._machine.token_bytes(rank - 1)
+            left = left - (rounds + 1) * tokens * self._machine.token_bytes(rank - 1)
         cap = self._config.kvcache.gpu_memory_gb
-        return left if cap is None else min(left, cap * GB)
+        return left if cap is None else np.minimum(left, cap * GB)
 
-    def _pages_of(self, rank: int, layers: int, rounds: int, swap: int, tokens: int, first: int | None = None) -> int:
-        """Main pages for which `rank` has room beside the slab of `swap` pages. `first`: see `_weights`."""
-        left = self._kv_bytes(rank, layers, rounds, tokens, first) / self._machine.page_bytes
-        sliding = self._sliding_layers(layers, first)
-        left -= swap * slab_slots(round(layers - sliding), rounds)
-        left -= sliding * (1 + self._sliding_pages(0, rounds, swap, tokens))
-        return int(left // (layers - sliding + self._beside * sliding))
+    def _pages_of(self, rank: int, rounds: int, swap: int, tokens: int, first: Any, end: Any) -> Any:
+        """Main pages for which `rank` has room beside the slab of `swap` pages."""
+        sliding = self._sliding_layers(first, end)
+        whole = end - first - sliding
+        left = self._kv_bytes(rank, rounds, tokens, first, end) / self._machine.page_bytes
+        left = left - sliding * (1 + self._sliding_pages(0, rounds, swap, tokens))
+        if swap:
+            left -= swap * slab_slots(int(whole), rounds)
+        return left // (whole + self._beside * sliding)
 
-    def _sliding_layers(self, layers: int, first: int | None = None) -> float:
-        """How many of `layers` layers from `first` on have sliding pages; None: of mean ones."""
-        if not self._beside:
-            return 0
-        if first is None:
-            return layers * len(self._model.sliding(0, self._model.num_layers)) / self._model.num_layers
-        return len(self._model.sliding(first, first + layers))
+    def _sliding_layers(self, first: Any, end: Any) -> Any:
+        """How many of the layers `first` to `end` have sliding pages."""
+        return self._sliding_before[end] - self._sliding_before[first] if self._beside else 0 * first
 
     def _sliding_pages(self, main: int, rounds: int, swap: int, tokens: int) -> int:
         """Sliding pages beside `main` main pages and the swap pages of all rounds, of visits of `tokens` tokens."""
@@ -444,8 +452,8 @@ class _Search:
 
     def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """The same of the rank that can hold the fewest under this split."""
-        parts = enumerate(zip(self._shares(partition), partition, strict=True))
-        return min(self._pages_of(rank, layers, rounds, swap, tokens, first) for rank, (layers, first) in parts)
+        parts = enumerate(zip(partition, (*partition[1:], self._model.num_layers), strict=True))
+        return int(min(self._pages_of(rank, rounds, swap, tokens, *part) for rank, part in parts))
 
     def _main_pages(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """Main pages beside a slab of `swap`: what is left, or what is set by hand."""
@@ -458,10 +466,10 @@ class _Search:
         kv = self._config.kvcache
         shares = self._shares(candidate.partition)
         rounds, tokens = candidate.rounds, candidate.tokens
-        parts = enumerate(zip(shares, candidate.partition, strict=True))
-        pages = [self._pages_of(rank, layers, rounds, 0, tokens, first) for rank, (layers, first) in parts]
+        parts = [(first, first + layers) for first, layers in zip(candidate.partition, shares, strict=True)]
+        pages = [int(self._pages_of(rank, rounds, 0, tokens, *part)) for rank, part in enumerate(parts)]
         rank = min(range(len(pages)), key=pages.__getitem__)
-        free = max(0.0, self._kv_bytes(rank, shares[rank], rounds, tokens, candidate.partition[rank]))
+        free = max(0.0, self._kv_bytes(rank, rounds, tokens, *parts[rank]))
         has = (
             f"rank {rank} has {free / GB:.3f} GB for the KV cache of its {shares[rank]} layers, "
             f"which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
@@ -522,8 +530,10 @@ class _Search:
     def _load(self, rows: float, sampled: float, prefills: float = 0.0, pairs: float = 0.0) -> VisitLoad:
         """A visit in which `rows` sequences, half way through their answers, get a token each, beside prompt tokens."""
         again = read_once(self._machine, self._lengths, self._config.kvcache.page_size, rows)
-        context = self._machine.attended(self._prompt + self._output / 2)
-        return VisitLoad(rows, rows * context - again, prefills, pairs + again, sampled)
+        context, window = self._prompt + self._output / 2, self._machine.window
+        beyond = rows * float(outside(context, window)), prefills * float(outside(self._prompt, window))
+        load = VisitLoad(rows, rows * context - again, prefills, pairs + again, sampled)
+        return load._replace(outside_kv=beyond[0], outside_pairs=beyond[1])
 
     def _kinds(self, policy: str, rows: float, mixes: bool, budget: int) -> list[tuple[float, VisitLoad]]:
         """The visits that take a micro-batch of `rows` from prompts to the ends of answers, as numbers of each kind.
@@ -538,15 +548,17 @@ class _Search:
             return [(visits, self._load(n, rows / visits + n, p, p * self._prompt))]
         fills = max(1.0, prompts / (min(budget, self._computed) if policy == "vanilla" else budget))
         p, n = prompts / fills, min(rows, budget)
-        kinds = [(fills, VisitLoad(0, 0, p, p * min(self._prompt, self._lengths.shared + budget), rows / fills))]
+        reach = min(self._prompt, self._lengths.shared + budget)
+        fill = VisitLoad(0, 0, p, p * reach, rows / fills)
+        kinds = [(fills, fill._replace(outside_pairs=p * float(outside(reach, self._machine.window))))]
         return [*kinds, (answers / n, self._load(n, n))] if answers else kinds
 
-    def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, int, bool, bool, int]]:
+    def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, tuple[int, ...], bool, bool, int]]:
         """Ranks that are alike, once: their times and layers, whether first, whether last, and how many they are."""
         last = self._machine.ranks - 1
-        found: Counter[tuple[StageTimes, int, bool, bool]] = Counter(
-            (self._machine.stages[rank], layers, rank == 0, rank == last)
-            for rank, layers in enumerate(self._shares(partition))
+        found: Counter[tuple[StageTimes, tuple[int, ...], bool, bool]] = Counter(
+            (self._machine.stages[rank], counts, rank == 0, rank == last)
+            for rank, counts in enumerate(self._counts(partition))
         )
         return [(*kind, number) for kind, number in found.items()]
 
@@ -554,9 +566,14 @@ class _Search:
         """Seconds of a visit on each rank."""
         machine, last = self._machine, self._machine.ranks - 1
         return tuple(
-            machine.stages[rank].seconds(load, layers, rank == 0, rank == last)
-            for rank, layers in enumerate(self._shares(partition))
+            machine.stages[rank].seconds(load, counts, rank == 0, rank == last)
+            for rank, counts in enumerate(self._counts(partition))
         )
+
+    def _counts(self, partition: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Layers of each rank by their kind."""
+        pairs = zip(partition, self._shares(partition), strict=True)
+        return [self._machine.counts(first, first + layers) for first, layers in pairs]
 
     def _held(self, candidate: _Candidate) -> float:
         """Sequences of all ages that the pages of a round hold."""
@@ -581,8 +598,8 @@ class _Search:
         for visits, load in self._kinds(candidate.policy, rows, waves > 1, candidate.begins):
             load = load._replace(swapped=swapped)
             alike = self._alike(candidate.partition)
-            seconds = [(times.seconds(load, layers, *ends), number) for times, layers, *ends, number in alike]
-            copies = max(times.copies(load, layers) for times, layers, *_ in alike)
+            seconds = [(times.seconds(load, counts, *ends), number) for times, counts, *ends, number in alike]
+            copies = max(times.copies(load, counts) for times, counts, *_ in alike)
             busiest = max(took for took, _ in seconds)
             plan, back = machine.plan_bytes(load), machine.frame_bytes(load, last) * machine.links[last].byte_s
             frame = max(back, *(plan * byte_s + load.tokens * token_s for byte_s, token_s in self._slowest))

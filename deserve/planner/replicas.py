@@ -131,7 +131,7 @@ def _rings(machine: Machine, replicas: int) -> list[Machine]:
     """The rings, those of ranks that are alike with the least memory and the longest links of any, and so equal."""
     size = machine.ranks // replicas
     rings = [machine.ring(number * size, size) for number in range(replicas)]
-    kinds = [tuple((stage.layer, stage.visit) for stage in ring.stages) for ring in rings]
+    kinds = [tuple((stage.layers, stage.visit) for stage in ring.stages) for ring in rings]
     worst = {}
     for kind in dict.fromkeys(kinds):
         alike = [ring for ring, other in zip(rings, kinds, strict=True) if other == kind]

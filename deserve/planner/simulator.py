@@ -159,9 +159,9 @@ class Simulation:
         self.planned = 0.0  # when the host of rank 0 had planned its last visit
         self.back = [0.0] * layout.rounds
         shares = [layout.shard(rank, layers) for rank in range(ranks)]
-        kinds: dict[tuple[StageTimes, int, bool, bool], int] = {}  # ranks that are alike, once
+        kinds: dict[tuple[StageTimes, tuple[int, ...], bool, bool], int] = {}  # ranks that are alike, once
         self.kind_of = [
-            kinds.setdefault((machine.stages[r], s.last - s.first, s.embeds, s.outputs), len(kinds))
+            kinds.setdefault((machine.stages[r], machine.counts(s.first, s.last), s.embeds, s.outputs), len(kinds))
             for r, s in enumerate(shares)
         ]
         self.kinds = list(kinds)
@@ -194,14 +194,13 @@ class Simulation:
         self.visits += 1
         self.sampled += plan.sampled * self.grain * self.bundle
         swapped = self.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
-        if self.machine.windowed:
-            plan = replace(plan, context=self.machine.attended(self.grain * plan.context) / self.grain)
         self.travel(m, self.load(plan, swapped))
         return True
 
     def load(self, plan: VisitPlan, swapped: int) -> VisitLoad:
         """One of the visits for which `plan` stands. `swapped`: pages that come in."""
-        load = VisitLoad(*(self.bundle * count for count in VisitLoad.of(plan, swapped, self.grain)))
+        each = VisitLoad.of(plan, self.machine.window, swapped, self.grain)
+        load = VisitLoad(*(self.bundle * count for count in each))
         if self.sharing is None:
             return load
         again = read_once(self.machine, self.sharing, self.layout.page_size, load.decodes)
@@ -210,8 +209,8 @@ class Simulation:
     def travel(self, m: int, load: VisitLoad) -> None:
         """The visit's way round the ring: each rank in turn as soon as it is free and the frame is there."""
         machine, free, wire = self.machine, self.free, self.wire
-        seconds = [times.seconds(load, layers, first, last) for times, layers, first, last in self.kinds]
-        copies = [times.copies(load, layers) for times, layers, _, _ in self.kinds]
+        seconds = [times.seconds(load, counts, first, last) for times, counts, first, last in self.kinds]
+        copies = [times.copies(load, counts) for times, counts, _, _ in self.kinds]
         arrival = self.now
         self.planned = self.now + machine.stages[0].host_s(load, True)
         for rank, kind in enumerate(self.kind_of):

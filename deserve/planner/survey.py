@@ -37,10 +37,10 @@ from deserve.model.admissions import encode_sampling
 from deserve.model.checkpoint import Checkpoint
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.tools import Answer
-from deserve.model.weights import parameter_bytes
+from deserve.model.weights import layer_kinds, parameter_bytes
 from deserve.pipeline import run_pipeline
 from deserve.planner.simulator import Requests
-from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
+from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad, outside
 from deserve.report.files import replace_file
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.scheduler import Scheduler
@@ -91,6 +91,7 @@ def survey(
     edges = nccl_edges(world, config, device)
     budgets = token_budgets(config.pipeline.max_batch_tokens, device.type == "cuda")
     page_bytes = config.kvcache.page_size * checkpoint.config.kv_spec(dtype, config.kvcache.fp8).token_bytes
+    kinds = list(layer_kinds(checkpoint.config, dtype))
     link = replace(measure_link(world), far=far_links(NetworkSection(), world.hosts)[world.rank])
     if edges[world.rank] is not None or (world.rank and edges[world.rank - 1] is not None):
         link = replace(link, byte_s=measure_nccl(world, edges, device))
@@ -98,7 +99,7 @@ def survey(
         "versions": [__version__, torch.__version__],
         "hardware": world.gather("survey/hardware", hardware(device)),
         "hosts": [world.hosts.index(host) for host in world.hosts],
-        "model": [json.loads(json.dumps(asdict(checkpoint.config), default=str)), str(dtype)],
+        "model": [json.loads(json.dumps(asdict(checkpoint.config), default=str)), str(dtype), kinds],
         "settings": [
             config.kvcache.page_size,
             list(budgets),
@@ -126,11 +127,11 @@ def survey(
     links, memories, host_memories = zip(*found, strict=True)
     stages, graphs = zip(*known, strict=True)
     # Processors of one name on two hosts may be used by others differently, those of one host share what is to be had.
-    kinds = [
+    processors = [
         str(part if device.type == "cuda" else (part, world.hosts[rank])) for rank, part in enumerate(key["hardware"])
     ]
     return Machine(
-        stages=alike([StageTimes.from_json(stage) for stage in stages], kinds),
+        stages=alike([StageTimes.from_json(stage) for stage in stages], processors),
         links=over([LinkTimes(*each) for each in links], config.network),
         memory=memories,
         host_memory=min(host_memories),
@@ -141,6 +142,8 @@ def survey(
         budgets=budgets,
         coded_bytes=coded_bytes(checkpoint.config.hidden_size),
         coded=config.comm.activations == "fp8",
+        window=checkpoint.config.window,
+        kinds=tuple(kinds),
     )
 
 
@@ -199,10 +202,11 @@ def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, .
     visit = VisitLoad(decodes=64, decode_kv=64 * CONTEXT[0])
     best: dict[str, StageTimes] = {}
     for stage, kind in zip(stages, kinds, strict=True):
-        if kind not in best or stage.layer(visit) < best[kind].layer(visit):
+        every = [1] * len(stage.layers)
+        if kind not in best or stage.layers_s(visit, every) < best[kind].layers_s(visit, every):
             best[kind] = stage
     return tuple(
-        replace(stage, layer=best[kind].layer, visit=best[kind].visit)
+        replace(stage, layers=best[kind].layers, visit=best[kind].visit)
         for stage, kind in zip(stages, kinds, strict=True)
     )
 
@@ -338,13 +342,14 @@ class Shape:
     context: int = 0
     sampled: bool = False
 
-    @property
-    def load(self) -> VisitLoad:
+    def load(self, window: int) -> VisitLoad:
+        """`window`: tokens, 0: none."""
         rows, new = len(self.new), np.array(self.new)
         prompts = new[(new > 1) | (self.context == 0)]
-        decodes = rows - len(prompts)
-        pairs = float((prompts * (self.context + prompts)).sum())
-        return VisitLoad(decodes, decodes * (self.context + 1), float(prompts.sum()), pairs)
+        decodes, reach = rows - len(prompts), self.context + prompts
+        load = VisitLoad(decodes, decodes * (self.context + 1), float(prompts.sum()), float((prompts * reach).sum()))
+        kv, pairs = decodes * outside(self.context, window), (prompts * outside(reach, window)).sum()
+        return load._replace(outside_kv=float(kv), outside_pairs=float(pairs))
 
 
 @dataclass(frozen=True)
@@ -358,9 +363,10 @@ class Visited:
 
 
 class Probe:
-    """Two stages of random weights: `short` of one layer with embedding and head, `long` of several layers alone.
+    """Stages of random weights: `short` of one layer with embedding and head, `long` of several layers of a kind alone.
 
-    Their difference is the layers, and what remains of `short` is what every visit costs.
+    The difference of the two is the layers, and what remains of `short` is what every visit costs. The latter is taken
+    off `long` stages of other kinds of layers.
     """
 
     def __init__(
@@ -375,12 +381,9 @@ class Probe:
         self._world, self._config, self._device = world, config, device
         self._gpu = device.type == "cuda"
         model, self._page_size = checkpoint.config, config.kvcache.page_size
-        # Where layers differ, those with experts take longer.
-        first = next((layer for layer in range(model.num_layers) if model.experts_of(layer)), 0)
-        layer_bytes = parameter_bytes(model, Shard(first, first + 1, False, False), dtype)
-        fewest = 2 if layer_bytes > LARGE_LAYER else 3
-        self._layers = min(model.num_layers - first, max(fewest, -(-COLD_BYTES // layer_bytes)))
-        self._max_tokens = max_tokens
+        self._window, self._max_tokens = model.window, max_tokens
+        kinds = layer_kinds(model, dtype)
+        self._firsts = [kinds.index(kind) for kind in range(max(kinds) + 1)]
         counts = graph_tokens(max_tokens, torch.cuda.get_device_name(device)) if self._gpu else []
         self._steps = [count for count in counts if count > MOST_ROWS]
         # Two rows may cost far more than one: products of matrices, no longer with a vector.
@@ -409,22 +412,27 @@ class Probe:
         layout = Layout((0,), 1, max_tokens, self._next_slot, max_tokens, "vanilla", self._page_size, pages, 0, 0)
         layout = replace(layout, fp8_pages=config.kvcache.fp8)
         dummy = replace(checkpoint, weights="dummy")
-        self._short = load_stage(dummy, layout, Shard(first, first + 1, True, True), dtype, device)
-        self._long = load_stage(dummy, layout, Shard(first, first + self._layers, False, False), dtype, device)
+        self._checkpoint, self._layout, self._dtype = dummy, layout, dtype
         self._hidden = torch.randn(max_tokens, model.hidden_size, device=device, dtype=dtype)
         self._ids = torch.from_numpy(np.arange(max_tokens, dtype=np.int32) % model.vocab_size)
         sampling = default_sampling(config.sampling, checkpoint.generation)
         admissions = [encode_sampling(slot, sampling) for slot in range(self._next_slot)]
-        entry = VisitPlan(0, page_writes=np.concatenate(self._page_writes), admissions=admissions)
-        for stage in (self._short, self._long):
-            if not self._gpu:
-                stage.touch()
-            stage.forward(entry, self._ids[:0])
+        self._entry_plan = VisitPlan(0, page_writes=np.concatenate(self._page_writes), admissions=admissions)
+        self.graph_bytes = 0  # of device memory for the graphs of one layer; a little of it is not the layers'
+        self._short, _ = self._load(self._firsts[0], short=True)
 
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes of device memory that the graphs of one layer take; a little of it is not the layers'."""
-        return self._long.graph_bytes // self._layers
+    def _load(self, first: int, short: bool = False) -> tuple[Stage, int]:
+        """A stage of layers of the kind of `first`, and how many they are."""
+        model = self._checkpoint.config
+        layer_bytes = parameter_bytes(model, Shard(first, first + 1, False, False), self._dtype)
+        fewest = 2 if layer_bytes > LARGE_LAYER else 3
+        layers = 1 if short else min(model.num_layers, max(fewest, -(-COLD_BYTES // layer_bytes)))
+        checkpoint = replace(self._checkpoint, config=model.repeated(first, layers))
+        stage = load_stage(checkpoint, self._layout, Shard(0, layers, short, short), self._dtype, self._device)
+        if not self._gpu:
+            stage.touch()
+        stage.forward(self._entry_plan, self._ids[:0])
+        return stage, layers
 
     def times(self, latency_s: float) -> StageTimes:
         """Time visits that differ in one thing at a time, and tell from them what each thing costs.
@@ -434,13 +442,24 @@ class Probe:
         size = self._world.size
         rounds = self._world.share("survey/rounds", size + 2 + min(64, int(size * latency_s / 2e-3)))
         short = self._timed(self._short, [*self._bare, *self._heads], rounds)
-        long = self._timed(self._long, self._bare, rounds)
-        layer: dict[Shape, float] = {}
         rest: dict[Shape, float] = {}
-        for shape in self._bare:
-            one, several = short[shape].compute, long[shape].compute
-            layer[shape] = max(0.0, (several - one) / (self._layers - 1)) if self._layers > 1 else one
-            rest[shape] = max(0.0, one - layer[shape])
+        costs: list[Cost] = []
+        for first in self._firsts:
+            stage, layers = self._load(first)
+            long = self._timed(stage, self._bare, rounds)
+            layer: dict[Shape, float] = {}
+            for shape in self._bare:
+                one, several = short[shape].compute, long[shape].compute
+                if first == self._firsts[0]:
+                    layer[shape] = max(0.0, (several - one) / (layers - 1)) if layers > 1 else one
+                    rest[shape] = max(0.0, one - layer[shape])
+                else:
+                    layer[shape] = max(0.0, several - rest[shape]) / layers
+            costs.append(self._cost(layer, bool(self._checkpoint.config.sliding(first, first + 1))))
+            self.graph_bytes = max(self.graph_bytes, stage.graph_bytes // layers)
+            if first != self._firsts[-1]:
+                del stage
+                free_cached(self._device)
         head = [(0.0, 0.0)]
         for shape in self._heads:
             bare = replace(shape, sampled=False)
@@ -449,10 +468,10 @@ class Probe:
         plan = [(rows, min(short[shape].plan, long[shape].plan)) for rows, shape in self._decodes.items()]
         # As many rounds as ranks: every rank is idle until its next visit arrives.
         # On a GPU the first visits begin while others are still being launched.
-        ring = self._timed(self._long, [self._near] * (RING_VISITS if self._gpu else 1), size)[self._near]
+        ring = self._timed(stage, [self._near] * (RING_VISITS if self._gpu else 1), size)[self._near]
         begins_s = ring.apart - ring.compute - (0.0 if self._gpu else ring.host)
         return StageTimes(
-            layer=self._cost(layer),
+            layers=tuple(costs),
             visit=self._cost(rest),
             head=Curve.through(head),
             plan=Curve.through(plan) if self._world.rank == 0 else Curve(),
@@ -500,22 +519,22 @@ class Probe:
         last.synchronize()
         return first.elapsed_time(last) / 1e3 / IN_A_ROW
 
-    def _cost(self, seconds: dict[Shape, float]) -> Cost:
+    def _cost(self, seconds: dict[Shape, float], windowed: bool = False) -> Cost:
         """The cost of visits that took `seconds`."""
+        attended = {shape: Cost(windowed=windowed).attended(shape.load(self._window)) for shape in seconds}
+        kv, pairs = ({shape: each[part] for shape, each in attended.items()} for part in (0, 1))
         whole, long = self._prompts[self._max_tokens], self._long_prompt
-        more_pairs = long.load.pairs - whole.load.pairs
+        more_pairs = pairs[long] - pairs[whole]
         comparable = sum(long.new) == self._max_tokens and more_pairs > 0
         pair_s = max(0.0, (seconds[long] - seconds[whole]) / more_pairs) if comparable else 0.0
-        more_kv = self._far.load.decode_kv - self._near.load.decode_kv
+        more_kv = kv[self._far] - kv[self._near]
         kv_s = max(0.0, (seconds[self._far] - seconds[self._near]) / more_kv) if more_kv else 0.0
-        tokens = {count: max(0.0, seconds[shape] - pair_s * shape.load.pairs) for count, shape in self._prompts.items()}
-        decodes = [
-            (size, seconds[shape] - tokens[size] - kv_s * shape.load.decode_kv) for size, shape in self._decodes.items()
-        ]
-        cost = Cost(stepped(tokens, self._steps), Curve.through(decodes), kv_s, pair_s)
+        tokens = {count: max(0.0, seconds[shape] - pair_s * pairs[shape]) for count, shape in self._prompts.items()}
+        decodes = [(size, seconds[shape] - tokens[size] - kv_s * kv[shape]) for size, shape in self._decodes.items()]
+        cost = Cost(stepped(tokens, self._steps), Curve.through(decodes), kv_s, pair_s, windowed=windowed)
         if self._mixed not in seconds:
             return cost
-        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(self._mixed.load)))
+        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(self._mixed.load(self._window))))
 
     def _loop(self, stage: Stage, shapes: Sequence[Shape], rounds: int) -> dict[Shape, Visited]:
         """Take `stage` through visits of `shapes`, one after the other and several times, in the loop of a run."""

@@ -1,7 +1,7 @@
 """How long things take: the visits of a stage and the links between stages, as measured or from stated rates."""
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from deserve.batch import VisitPlan
 from deserve.layout import BUDGETS, Shard, slab_slots
 from deserve.model.config import ExpertConfig, ModelConfig
-from deserve.model.weights import parameter_bytes, unpack_bytes
+from deserve.model.weights import layer_kinds, parameter_bytes, unpack_bytes
 
 POWERS = tuple(2**power for power in range(17))  # tokens
 
@@ -27,31 +27,42 @@ class VisitLoad(NamedTuple):
     sampled: float = 0  # tokens that the last rank samples
     swapped: float = 0  # pages that come in from host memory
     moved: float = 0  # pages of sequences that are suspended or resumed
+    # Of decode_kv and pairs, what lies outside the window of a layer that has one
+    outside_kv: float = 0
+    outside_pairs: float = 0
 
     @property
     def tokens(self) -> float:
         return self.decodes + self.prefills
 
     @staticmethod
-    def of(plan: VisitPlan, swapped: int = 0, grain: int = 1) -> "VisitLoad":
+    def of(plan: VisitPlan, window: int, swapped: int = 0, grain: int = 1) -> "VisitLoad":
         """One of `grain` visits for which `plan` stands (see Simulator).
 
-        `swapped`: pages that come in.
+        `window`: tokens, 0: no layer has one. `swapped`: pages that come in.
         """
         new, context = plan.new_tokens, plan.context
         decoding = new == 1
         if plan.admissions:  # a prompt of one token
             decoding &= ~np.isin(plan.slots, [admission[0] for admission in plan.admissions])
         decodes, prompts = int(np.count_nonzero(decoding)), new[~decoding]
+        reach = context[~decoding] + prompts
         return VisitLoad(
             decodes=decodes,
             decode_kv=float(grain * context[decoding].sum() + decodes * (1 + grain) / 2),
             prefills=int(prompts.sum()),
-            pairs=float(grain * (prompts * (context[~decoding] + prompts)).sum()),
+            pairs=float(grain * (prompts * reach).sum()),
             sampled=decodes + (plan.sampled - decodes) / grain,
             swapped=swapped,
             moved=(len(plan.stash) + len(plan.restore)) / grain,
+            outside_kv=float(outside(grain * context[decoding], window).sum()),
+            outside_pairs=float((prompts * outside(grain * reach, window)).sum()),
         )
+
+
+def outside(context: Any, window: int) -> Any:
+    """Of `context` tokens, an array or a number, those outside a `window`; 0: there is none."""
+    return np.maximum(0, context - window) if window else 0 * context
 
 
 @dataclass(frozen=True)
@@ -77,26 +88,40 @@ class Curve:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a `VisitLoad`: by its tokens, what decode rows add to that, and attention to the KV cache."""
+    """Seconds of a `VisitLoad`: by its tokens, what decode rows add to that, and attention to the KV cache.
+
+    windowed: attention to what the window holds.
+    """
 
     tokens: Curve = field(default_factory=Curve)
     decodes: Curve = field(default_factory=Curve)
     kv_s: float = 0.0  # per KV token that a decode row reads
     pair_s: float = 0.0  # per pair of a prompt token and a KV token
     mixed_s: float = 0.0  # where decodes and prompts share a visit: their attention runs separately
+    windowed: bool = False
 
     def __call__(self, load: VisitLoad) -> float:
-        seconds = self.tokens(load.tokens) + self.kv_s * load.decode_kv + self.pair_s * load.pairs
+        kv, pairs = self.attended(load)
+        seconds = self.tokens(load.tokens) + self.kv_s * kv + self.pair_s * pairs
         if load.decodes or not load.prefills:
             seconds += self.decodes(load.decodes)
         return seconds + (self.mixed_s if load.decodes and load.prefills else 0.0)
 
+    def attended(self, load: VisitLoad) -> tuple[float, float]:
+        """KV tokens that decode rows read, and pairs of prompt and KV tokens."""
+        if not self.windowed:
+            return load.decode_kv, load.pairs
+        return max(0.0, load.decode_kv - load.outside_kv), max(0.0, load.pairs - load.outside_pairs)
+
 
 @dataclass(frozen=True)
 class StageTimes:
-    """What one rank takes for a visit."""
+    """What one rank takes for a visit.
 
-    layer: Cost  # each layer
+    Layers are counted by their kind: `counts` has how many of each of `layers` there are.
+    """
+
+    layers: tuple[Cost, ...]  # one of each kind
     visit: Cost = field(default_factory=Cost)  # once per visit: addresses, masks, the embedding
     head: Curve = field(default_factory=Curve)  # output layer and sampler, by rows; the last rank only
     plan: Curve = field(default_factory=Curve)  # scheduling, by rows; rank 0 only
@@ -106,29 +131,42 @@ class StageTimes:
     start_s: float = 0.0  # from the arrival of a visit's frame until its work begins on an idle rank
     request_s: float = 0.0  # admitting a request, and writing its result; rank 0 only
     slow: float = 1.0  # times what was measured, by which an earlier start found the rank's visits to be slower
+    sliding: bool = False  # layers with a window have sliding pages, which stay on the device
 
-    def seconds(self, load: VisitLoad, layers: int, first: bool, last: bool) -> float:
-        """One visit of a rank with `layers` layers, which may be the ring's `first`, its `last`, or both."""
-        seconds = self.slow * self.compute_s(load, layers, last)
+    def seconds(self, load: VisitLoad, counts: Sequence[int], first: bool, last: bool) -> float:
+        """One visit of a rank with such layers, which may be the ring's `first`, its `last`, or both."""
+        seconds = self.slow * self.compute_s(load, counts, last)
         host = self.host_s(load, first)
         if self.ahead:
             # When a visit begins, the slab holds the pages of some layers; the others come in meanwhile.
-            return max(seconds, self.copies(load, layers - slab_slots(layers)), host)
-        return seconds + host + self.copies(load, layers)
+            layers = self.swapping(counts)
+            return max(seconds, (layers - slab_slots(layers)) * self.page_s * load.swapped, host)
+        return seconds + host + self.copies(load, counts)
 
-    def compute_s(self, load: VisitLoad, layers: int, last: bool) -> float:
+    def compute_s(self, load: VisitLoad, counts: Sequence[int], last: bool) -> float:
         """What a visit computes, as measured by the survey."""
-        seconds = layers * (self.layer(load) + self.page_s * load.moved) + self.visit(load)
+        seconds = self.layers_s(load, counts) + self.visit(load)
+        if load.moved:
+            seconds += self.swapping(counts) * self.page_s * load.moved
         return seconds + self.head(load.sampled) if last else seconds
+
+    def layers_s(self, load: VisitLoad, counts: Sequence[int]) -> float:
+        """The layers alone."""
+        return sum(count * layer(load) for count, layer in zip(counts, self.layers, strict=True) if count)
 
     def host_s(self, load: VisitLoad, first: bool) -> float:
         """What the host does for a visit beside its layers."""
         begun = load.sampled - load.decodes  # prompts that are followed by their first token
         return self.host(load.tokens) + (self.plan(load.tokens) + self.request_s * begun if first else 0.0)
 
-    def copies(self, load: VisitLoad, layers: int) -> float:
+    def swapping(self, counts: Sequence[int]) -> int:
+        """How many layers have pages that may lie in host memory."""
+        pairs = zip(counts, self.layers, strict=True)
+        return sum(count for count, layer in pairs if not (self.sliding and layer.windowed))
+
+    def copies(self, load: VisitLoad, counts: Sequence[int]) -> float:
         """Bringing in the visit's swap pages."""
-        return layers * self.page_s * load.swapped
+        return self.swapping(counts) * self.page_s * load.swapped
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,9 +179,9 @@ class StageTimes:
         def cost(parts: dict[str, Any]) -> Cost:
             return Cost(**{**parts, "tokens": curve(parts["tokens"]), "decodes": curve(parts["decodes"])})
 
-        parts = {name: cost(raw[name]) for name in ("layer", "visit")}
+        layers = tuple(map(cost, raw["layers"]))
         curves = {name: curve(raw[name]) for name in ("head", "plan", "host")}
-        return StageTimes(**{**raw, **parts, **curves})
+        return StageTimes(**{**raw, "layers": layers, "visit": cost(raw["visit"]), **curves})
 
 
 @dataclass(frozen=True)
@@ -162,7 +200,7 @@ class Machine:
     `hidden_bytes`: one token's hidden state on a link; `coded_bytes` on a far one, if activations are `coded`.
     `page_bytes`: one KV page of one layer. `graph_bytes`: the CUDA graphs of one layer. `receives_on_device`: frames
     of hidden states arrive in the memory of the stage. `budgets`: tokens of a visit that are worth a plan, up to as
-    many as were measured.
+    many as were measured. `kinds`: of each layer, which of StageTimes.layers it is; empty: there is one kind.
     """
 
     stages: tuple[StageTimes, ...]
@@ -176,8 +214,8 @@ class Machine:
     budgets: tuple[int, ...] = BUDGETS[:1]
     coded_bytes: int = 0
     coded: bool = False
-    window: int = 0  # tokens that a layer with a window attends to
-    windowed: float = 0.0  # fraction of the layers that have one, as far as the times are those of layers without
+    window: int = 0  # tokens that a layer with a window attends to; 0: no layer has one
+    kinds: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -187,6 +225,13 @@ class Machine:
     def latency_s(self) -> float:
         """Once round the ring, without any load."""
         return sum(link.latency_s for link in self.links) if self.ranks > 1 else 0.0
+
+    def counts(self, first: int, last: int) -> tuple[int, ...]:
+        """How many of the layers `first` to `last` (exclusive) are of each kind."""
+        if not self.kinds:
+            return (last - first,)
+        kinds = self.kinds[first:last]
+        return tuple(kinds.count(kind) for kind in range(len(self.stages[0].layers)))
 
     def ring(self, first: int, size: int) -> "Machine":
         """`size` ranks from `first` on as a ring of their own. Its way back was not measured: as its longest link."""
@@ -206,7 +251,7 @@ class Machine:
     def from_json(raw: dict[str, Any]) -> "Machine":
         stages = tuple(map(StageTimes.from_json, raw["stages"]))
         links = tuple(LinkTimes(**link) for link in raw["links"])
-        tuples = {key: tuple(raw[key]) for key in ("memory", "budgets")}
+        tuples = {key: tuple(raw[key]) for key in ("memory", "budgets", "kinds")}
         return Machine(**{**raw, "stages": stages, "links": links, **tuples})
 
     def token_bytes(self, rank: int) -> int:
@@ -215,12 +260,9 @@ class Machine:
 
     def reading_binds(self, rows: int) -> bool:
         """Whether one row takes at least half as long as `rows`: then further tokens of a visit cost little."""
-        layer = self.stages[0].layer
-        return 2 * layer(VisitLoad(decodes=1)) >= layer(VisitLoad(decodes=rows))
-
-    def attended(self, context: Any) -> Any:
-        """Of `context` tokens, an array or a number, those that a mean layer attends to."""
-        return context - self.windowed * np.maximum(0, context - self.window)
+        times, every = self.stages[0], self.counts(0, len(self.kinds) or 1)
+        one, all_rows = (times.layers_s(VisitLoad(decodes=count), every) for count in (1, rows))
+        return 2 * one >= all_rows
 
     def frame_bytes(self, load: VisitLoad, rank: int) -> float:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""
@@ -261,19 +303,24 @@ def stated_times(
         reading = experts.touched(tokens) / experts.count * weight_bytes / bytes_per_s
         return max(reading, 2 * tokens * experts.active / experts.count * weight_bytes / dtype.itemsize / flops)
 
-    every = Shard(0, model.num_layers, False, False)
-    weight_bytes = parameter_bytes(replace(model, quantisation=None), every, dtype)
-    layers = [each for each in map(model.experts_of, range(model.num_layers)) if each]
-    expert_bytes = [3 * each.count * each.intermediate_size * model.hidden_size * dtype.itemsize for each in layers]
-    layer_bytes = (weight_bytes - sum(expert_bytes)) // model.num_layers
-    unpack_s = unpack_bytes(model, every, dtype) / bytes_per_s / model.num_layers
     kv_s = model.kv_spec(dtype, fp8_pages).token_bytes / bytes_per_s
     pair_s = 4 * model.q_size / flops / 2  # two products of two operations; causal: half of the pairs
-    tokens = product(layer_bytes, unpack_s) if layer_s is None else Curve((0.0,), (layer_s,))
-    if layers and layer_s is None:
-        share, dense = len(layers) / model.num_layers, tokens
-        tokens = Curve.through(
-            (count, dense(count) + share * experts_s(layers[0], expert_bytes[0], count)) for count in (0, *POWERS)
-        )
+
+    def layer(index: int) -> Cost:
+        shard, experts = Shard(index, index + 1, False, False), model.experts_of(index)
+        tokens = Curve((0.0,), (layer_s or 0.0,))
+        if layer_s is None:
+            nbytes = parameter_bytes(replace(model, quantisation=None), shard, dtype)
+            inner = experts.count * experts.intermediate_size if experts else 0
+            expert_bytes = 3 * inner * model.hidden_size * dtype.itemsize
+            tokens = dense = product(nbytes - expert_bytes, unpack_bytes(model, shard, dtype) / bytes_per_s)
+            if experts:
+                tokens = Curve.through(
+                    (count, dense(count) + experts_s(experts, expert_bytes, count)) for count in (0, *POWERS)
+                )
+        return Cost(tokens, kv_s=kv_s, pair_s=pair_s, windowed=bool(model.sliding(index, index + 1)))
+
+    kinds = layer_kinds(model, dtype)
     head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
-    return StageTimes(Cost(tokens, kv_s=kv_s, pair_s=pair_s), head=head, page_s=page_s, ahead=True)
+    layers = tuple(layer(kinds.index(kind)) for kind in range(max(kinds) + 1))
+    return StageTimes(layers, head=head, page_s=page_s, ahead=True)

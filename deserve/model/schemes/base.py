@@ -56,11 +56,13 @@ class Quantisation:
     rules: a pattern of module names and the scheme of those; the first that matches holds.
     kept: patterns of modules that stay as they are.
     packed: weights stay packed in memory; otherwise they are dequantised while loading.
+    layer: every layer is stored as this one; None: each as its name says.
     """
 
     rules: tuple[tuple[str, Scheme], ...]
     kept: tuple[str, ...] = ()
     packed: bool = field(default=False, repr=False)  # answers do not depend on it
+    layer: int | None = field(default=None, repr=False)
 
     @cached_property
     def _found(self) -> dict[str, Scheme | None]:
@@ -74,6 +76,8 @@ class Quantisation:
         return self._found[module]
 
     def _find(self, module: str) -> Scheme | None:
+        if self.layer is not None:
+            module = re.sub(r"^model\.layers\.\d+", f"model.layers.{self.layer}", module)
         if any(re.match(pattern, module) for pattern in self.kept):
             return None
         return next((scheme for pattern, scheme in self.rules if re.match(pattern, module)), None)
