@@ -92,6 +92,8 @@ SOME = ("llama", "mixtral", "qwen3-moe-some-dense")
 LITTLE_MEMORY = [f"kvcache.{key}" for key in ("page_size=8", "main_pages=14", "swap_pages=8", "buddy_height=6")]
 # Schemes of quantised weights, each dequantised while loading or left packed.
 QUANTISED = {"gptq-act-order": "false", "ct-w4a16": "true", "fp8-blocks": "true"}
+# The same of experts
+QUANTISED_EXPERTS = {f"experts-{scheme}": scheme for scheme in ("gptq", "awq", "fp8-blocks", "ct-w4a16")}
 SHARDED = {"llama-tied", "llama-biases", "mistral", "qwen2-tied-yarn", "qwen3"}  # several files and an index
 LENGTHS = (1, 3, 16, 50, 130)
 MAX_TOKENS = 12
@@ -158,9 +160,12 @@ def truths(folders: dict[str, Path]) -> dict[str, Truth]:
     random = np.random.default_rng(2)
     base = next(iter(folders.values())).parent
     quantised = {name: make_quantised(base / name, name, eos_token_id=None) for name in QUANTISED}
+    sizes = EXPERTS | {"moe_intermediate_size": 64, "mlp_only_layers": [0], "eos_token_id": None}
+    for name, scheme in QUANTISED_EXPERTS.items():
+        quantised[name] = make_quantised(base / name, scheme, "qwen3_moe", **sizes)
     for name, folder in (folders | quantised).items():
         found[name] = truth = Truth(folder, base / f"{name}.jsonl")
-        model = reference_model(twin(folder) if name in QUANTISED else folder)
+        model = reference_model(twin(folder) if name in quantised else folder)
         prompts = {f"{name}-{length}": random.integers(320, size=length).tolist() for length in LENGTHS}
         if name in WINDOWS:  # most of whose pages lie outside the windows of its readers
             prompts[f"{name}-shared"] = [*prompts[f"{name}-130"][:100], 5, 6, 7]

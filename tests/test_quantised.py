@@ -112,6 +112,34 @@ def test_bytes_are_those_of_the_tensors_in_memory(case, folders):
     )
 
 
+def test_modules_that_gptq_leaves_as_they_are(tmp_path):
+    """By GPTQModel's rules and by optimum's list."""
+    down = {"dynamic": {r"-:.*\.down_proj": {}, r"+:.*\.mlp\.": {}}}
+    names = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"]]
+    names.append(["mlp.gate_proj", "mlp.up_proj"])
+    for number, changes in enumerate((down, {"modules_in_block_to_quantize": names})):
+        folder = tmp_path / f"{number}"
+        make_quantised(folder, "gptq", keep=lambda name: name.endswith("down_proj"), num_hidden_layers=2)
+        amend(folder, **changes)
+        check_weights(folder, config_of(folder))
+        mine, theirs = (
+            load_shard(each, config_of(each), Shard(1, 2, False, False), CPU, FLOAT).layers[0].mlp
+            for each in (folder, twin(folder))
+        )
+        for part in ("gate_up", "down"):
+            both = getattr(mine, part).weight, getattr(theirs, part).weight
+            torch.testing.assert_close(*both, atol=1e-7, rtol=1e-6)
+
+
+def test_experts_that_share_a_tensor_are_refused_by_name(tmp_path):
+    """As transformers writes them if it is asked to."""
+    plain = make_checkpoint(tmp_path / "plain", "qwen3_moe", num_experts=4, num_experts_per_tok=2, num_hidden_layers=1)
+    model = reference_model(plain)
+    model.save_pretrained(tmp_path / "shared", save_original_format=False)
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds all experts"):
+        check_weights(tmp_path / "shared", config_of(tmp_path / "shared"))
+
+
 @pytest.mark.parametrize("case", ["gptq-act-order", "awq", "fp8-blocks", "ct-w4a16", "ct-mxfp4"])
 def test_experts_are_those_of_the_dequantised_twin(case, tmp_path):
     """All of a layer in one stacked weight; the router stays as it is."""
@@ -294,8 +322,9 @@ def _weights(**changes: Any) -> dict[str, Any]:
         ("gptq", {"bits": 3}, ["bits", "3"]),
         ("gptq", {"group_size": 0}, ["group_size"]),
         ("gptq", {"checkpoint_format": "marlin"}, ["checkpoint_format", "marlin"]),
-        ("gptq", {"dynamic": {r"-:.*\.down_proj": {}}}, ["dynamic"]),
-        ("gptq", {"modules_in_block_to_quantize": [["mlp.up_proj"]]}, ["modules_in_block_to_quantize"]),
+        ("gptq", {"dynamic": {r"+:.*\.down_proj": {"bits": 8}}}, ["dynamic", "down_proj"]),
+        ("gptq", {"dynamic": {"-:(": {}}}, ["dynamic", "("]),
+        ("gptq", {"modules_in_block_to_quantize": [[1]]}, ["modules_in_block_to_quantize"]),
         ("awq", {"version": "gemv"}, ["version", "gemv"]),
         ("awq", {"zero_point": False}, ["zero_point"]),
         ("awq", {"bits": 8}, ["bits"]),

@@ -241,6 +241,12 @@ def _check(stored: SafetensorsFolder, config: ModelConfig, files: set[str]) -> N
     whole = tensor_shapes(config, everything)
     expected = {stored_name(name, stored.weight_map, config): shape for name, shape in whole.items()}
     twice = config.tied_embeddings and {EMBEDDING, HEAD} <= stored.weight_map.keys()
+    together = next((name for name in sorted(stored.weight_map) if name.endswith(".experts.gate_up_proj")), None)
+    if together and config.experts and not config.experts.names.fused:
+        raise UserError(
+            f"{stored.source}: {together} holds all experts of a layer, which is read of gpt-oss alone: load the model "
+            "with transformers and save_pretrained it with save_original_format=True"
+        )
     kinds: dict[str, tuple[str, ...]] = {}
     spare = {HEAD} if twice else set()
     if config.multimodal:

@@ -3,11 +3,13 @@
 Source: AutoGPTQ, qlinear_cuda.py; GPTQModel, checkpoint formats `gptq` (zero points stored less 1) and `gptq_v2`.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from deserve.errors import as_json
 from deserve.model.keys import Keys
 from deserve.model.packed import Form, Packed, split
 from deserve.model.safetensors_folder import FLOATS
@@ -73,7 +75,32 @@ def parse(keys: Keys) -> Quantisation:
     keys.flag("desc_act"), keys.flag("sym")  # g_idx and qzeros say it
     scheme = GPTQ(bits, None if group == -1 else group, 1 if version == "gptq" else 0)
     done = {"bits", "checkpoint_format", "format", "pack_dtype", "group_size", "desc_act", "sym", "lm_head"}
+    done |= {"dynamic", "modules_in_block_to_quantize"}
     keys.one_of("format", ("gptq", "gptq_v2"), default=version)
     keys.refuse_others(done | HARMLESS)
     head = r"|lm_head$" if keys.flag("lm_head") else ""
-    return Quantisation(((rf"model\.layers\.{head}", scheme),))
+    return Quantisation(((rf"model\.layers\.{_modules(keys)}{head}", scheme),), _kept(keys))
+
+
+def _modules(keys: Keys) -> str:
+    """Optimum's `modules_in_block_to_quantize`, lists of names within a layer: a pattern of them, empty for all."""
+    listed = keys.raw.get("modules_in_block_to_quantize") or []
+    names = [name for names in listed for name in (names if isinstance(names, list) else [names])]
+    if not all(isinstance(name, str) for name in names):
+        raise keys.fail("modules_in_block_to_quantize", f"must be lists of names, not {as_json(listed)}")
+    return rf"\d+\.({'|'.join(map(re.escape, names))})$" if names else ""
+
+
+def _kept(keys: Keys) -> tuple[str, ...]:
+    """GPTQModel's `dynamic`: of its rules by pattern, those that leave modules as they are (`-:`)."""
+    rules = keys.within("dynamic").raw
+    for pattern, changes in rules.items():
+        if changes and not pattern.startswith("-:"):
+            raise keys.fail("dynamic", f"changes {as_json(pattern)}, which is not supported; only -: is")
+    kept = tuple(pattern.removeprefix("-:") for pattern in rules if pattern.startswith("-:"))
+    for pattern in kept:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise keys.fail("dynamic", f"has no regular expression in {as_json(pattern)}: {error}") from error
+    return kept
