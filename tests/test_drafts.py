@@ -209,7 +209,7 @@ def test_a_draft_model_is_asked_for_as_much_as_it_is_worth() -> None:
     assert wrong[0] and not wrong[-1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(
         st.tuples(st.lists(st.integers(10, 13), min_size=1, max_size=30), st.lists(st.integers(10, 13), max_size=30)),

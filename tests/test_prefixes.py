@@ -41,7 +41,7 @@ def test_a_digest_says_all_that_a_page_depends_on(prompts: list[IntArray]) -> No
     assert len(set(seen.values())) == len(seen)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PROMPTS, st.lists(st.tuples(st.integers(0, 11), st.booleans()), max_size=60), st.integers(5, 12))
 def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
     prompts: list[IntArray], steps: list[tuple[int, bool]], main: int
@@ -84,7 +84,7 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
     assert not pages.prefixes.unread and pages.free_main == main and not pages.prefixes.held.any()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PROMPTS, st.booleans(), st.booleans(), st.integers(1, 12), st.data())
 def test_every_request_leaves_the_window_once(
     prompts: list[IntArray], grouped: bool, mixed: bool, size: int, data: st.DataObject

@@ -79,7 +79,7 @@ def test_bias_and_allowed_tokens() -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_a_row_gets_the_same_whatever_its_company(data: st.DataObject) -> None:
     token = st.integers(0, VOCAB - 1)
     rule = st.builds(

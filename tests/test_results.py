@@ -244,7 +244,7 @@ def test_a_torn_last_line_is_redone(tmp_path: Path, broken: bytes) -> None:
     assert ids(path) == ["a", "b"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cut=st.integers(0, 1200))
 def test_a_file_cut_anywhere(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "results.jsonl"

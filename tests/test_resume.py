@@ -62,7 +62,7 @@ def test_answered_requests_of_other_sources(tmp_path: Path) -> None:
     assert items("sharegpt", {"sharegpt-0-0"}, Unused(), path) == [Answered("sharegpt-0-0")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", "c", "line-1", "line-3", "é", None]), st.integers(0, 3)), max_size=8),
     st.data(),

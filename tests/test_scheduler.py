@@ -479,7 +479,7 @@ def cases(draw: Any) -> Case:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_every_request_is_answered_from_its_own_context(case: Case) -> None:
     run(case)
@@ -606,7 +606,7 @@ def test_policies_order_a_visit() -> None:
             assert plan.new_tokens.tolist() == expected, (policy, budget)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 8), st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=60))
 def test_buddy_allocator(height: int, steps: list[tuple[bool, int]]) -> None:
     """Whatever is taken and given back, in whatever pieces: no page twice, none lost, one block at the end."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import make_checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deserve.config import load_config
@@ -50,7 +50,7 @@ def tables(rows: list[tuple[list[int], int, int]]) -> Rows:
     return Rows(np.array([new for *_, new in rows], np.int32), np.array(context, np.int32), [table])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 9), st.integers(1, 6) | st.integers(31, 34)),
@@ -82,7 +82,7 @@ def test_pages_read_once_give_what_each_row_alone_reads(config: ModelConfig, dra
         torch.testing.assert_close(output, outputs[-1], atol=2e-6, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(1, 200) | st.integers(1, 20), min_size=1, max_size=9),
     shape=st.sampled_from([(1, 1, 16), (3, 3, 64), (2, 8, 80)]),  # each is compiled
@@ -176,7 +176,7 @@ def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, 
     cpu._library.cache_clear()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 1), max_size=4), st.integers(0, 9), st.integers(1, 9)),

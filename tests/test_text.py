@@ -121,7 +121,7 @@ def outputs(draw: Any) -> tuple[str, np.ndarray, np.ndarray, tuple[str, ...]]:
     return kind, prompt, tokens, tuple(piece for piece in pieces if piece and BROKEN not in piece) or ("xyz",)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(outputs())
 def test_stop_strings_are_found_where_the_text_has_them(case: tuple[Any, ...]) -> None:
     kind, prompt, tokens, stops = case
@@ -138,7 +138,7 @@ def test_what_is_known_of_an_answer_goes_with_its_request() -> None:
     assert forgotten() is None and len(finder._tails) == 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(outputs())
 def test_prompt_and_text_read_as_one(case: tuple[Any, ...]) -> None:
     kind, prompt, tokens, _ = case

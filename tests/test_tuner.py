@@ -57,7 +57,7 @@ def test_a_faster_filling_is_found_step_by_step() -> None:
     assert len(report["moves"]) == 3 and report["tried"] > 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(worse=1.5, noise=0.0, seed=0, waves=31, known=False)  # was taken for the usual time of a wave
 @example(worse=2.0, noise=0.0, seed=0, waves=34, known=True)  # given up, and in flight still
 @given(

@@ -799,7 +799,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return raw
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lines=st.lists(st.binary(max_size=40) | mutated(), max_size=30))
 def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]) -> None:
     data = b"\n".join([b"{}", *lines])  # how a file begins decides whether it is one of lines at all
@@ -820,7 +820,7 @@ def test_one_item_for_each_line_whatever_it_holds(tmp_path_factory: pytest.TempP
             item.message.encode()
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(raw=mutated())
 def test_a_mutated_line_is_an_item(raw: bytes) -> None:
     reader = BatchFile(Intake(Bytes(), LIMITS, SamplingParams()), 32)
