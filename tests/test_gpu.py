@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from launch import torchrun
+from launch import run_jobs
 from safetensors.torch import load_file, save_file
 
 from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
@@ -650,9 +650,7 @@ def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
             for name, (count, overrides) in layouts.items()
             if count == ranks
         }
-        (tmp_path / "jobs.json").write_text(json.dumps([[*common, *overrides] for overrides in jobs.values()]))
-        done = torchrun(ranks, Path(__file__).with_name("job_worker.py"), tmp_path / "jobs.json")
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_jobs(ranks, [[*common, *overrides] for overrides in jobs.values()], tmp_path)
         for dtype, name in jobs:
             lines = map(json.loads, (tmp_path / dtype / name / "results.jsonl").read_text().splitlines())
             texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint, reference_model, save_tokenizer
-from launch import python, run_here, run_jobs, torchrun
+from launch import python, run_here, run_jobs, run_ranks
 from results import code, read_results
 from test_pipeline import greedy, sampled, until_eos
 
@@ -168,7 +168,7 @@ def test_ranks_need_the_files_of_their_own_layers(folder: Path, tmp_path: Path) 
     job += ["model.dtype=float32"]
 
     hub = [*job, "pipeline.partition=[emb,2]", "model.path=org/small", f"output.dir={tmp_path / 'hub'}"]
-    done = torchrun(2, Path(__file__).with_name("hub_worker.py"), tmp_path, *hub)
+    done = run_ranks(2, "hub_worker.py", tmp_path, *hub)
     assert done.returncode == 0, done.stderr[-3000:]
     assert run_here(*job, f"model.path={folder}", f"output.dir={tmp_path / 'local'}") == 0
     given, local = answers(tmp_path / "hub"), answers(tmp_path / "local")
@@ -178,7 +178,7 @@ def test_ranks_need_the_files_of_their_own_layers(folder: Path, tmp_path: Path) 
         assert body["choices"] == local[key]["choices"]
 
     # Cut elsewhere, the last rank lacks a file, and the message says whose and which
-    done = torchrun(2, Path(__file__).with_name("hub_worker.py"), tmp_path, *hub, "pipeline.partition=[emb,1]")
+    done = run_ranks(2, "hub_worker.py", tmp_path, *hub, "pipeline.partition=[emb,1]")
     assert done.returncode != 0
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("deserve: error:")]
     assert "rank 1: model.path=org/small: model-0" in message and "HF_HUB_OFFLINE" in message
