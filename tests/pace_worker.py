@@ -1,13 +1,11 @@
 """`pace_worker.py [overrides]`: one job, twice in one process group, with a rank 1 that is slower than surveyed.
 
-The survey is given, as a measured one may be anything on a machine that others use.
+The survey is given, and so is what visits take: measured times may be anything on a machine that others use.
 """
 
 import sys
-import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import deserve.planner.pace
 import deserve.timeline
@@ -17,6 +15,7 @@ from deserve.config import load_config
 from deserve.planner import survey
 from deserve.planner.pace import Pace
 from deserve.planner.times import Cost, Curve, StageTimes
+from deserve.timeline import Timeline
 
 if __name__ == "__main__":
     config, world = load_config(sys.argv[1:]), World()
@@ -24,19 +23,12 @@ if __name__ == "__main__":
     surveyed = StageTimes((Cost(Curve((0.0,), (0.004,))),)).to_json()
     first = {"stages": [[surveyed, 0]] * 2}
     survey.read_kept = lambda kept, key: (survey.read_surveys(kept) or [first])[0]["stages"]
-    run_pipeline = run.run_pipeline
+    add = Timeline.add
 
-    def slowed(stage: Any, *more: Any) -> None:
-        forward = stage.forward
+    def given(timeline: Timeline, kind: str, micro_batch: int, begin: int, end: int) -> None:
+        add(timeline, kind, micro_batch, begin, begin + (8, 50)[world.rank] * 1_000_000 if kind == "compute" else end)
 
-        def slow(*arguments: Any) -> Any:
-            time.sleep(0.05)
-            return forward(*arguments)
-
-        stage.forward = slow if world.rank == 1 else forward
-        run_pipeline(stage, *more)
-
-    run.run_pipeline = slowed
+    Timeline.add = given
     report, heard = Pace.report, Counter[Pace]()
 
     def counted(pace: Pace, rank: int, seconds: float) -> None:

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
-from launch import torchrun
+from launch import run_ranks
 
 from deserve.batch import VisitPlan
 from deserve.layout import Layout
@@ -69,7 +69,7 @@ def test_a_rank_falls_behind_and_recovers() -> None:
 def test_a_straggler_is_named_and_gets_fewer_layers_at_the_next_start(tmp_path: Path) -> None:
     job = ["model=tiny", "workload.source=fixed16:8:2", "sampling.max_tokens=16", "sampling.ignore_eos=true"]
     job += ["pipeline.rounds=2", "pipeline.micro_batch_size=4", "speculation.tokens=0"]
-    done = torchrun(2, Path(__file__).with_name("pace_worker.py"), *job, f"output.dir={tmp_path}")
+    done = run_ranks(2, "pace_worker.py", *job, f"output.dir={tmp_path}")
     assert done.returncode == 0, done.stderr[-3000:]
     named = f"rank 1 on {socket.gethostname()} "
     assert any(line.startswith("deserve: 16/16") and named in line for line in done.stderr.splitlines()), done.stderr

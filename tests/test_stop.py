@@ -102,11 +102,13 @@ def test_one_signal_to_every_rank_has_one_reason(made: list[Stop]) -> None:
 
 
 @pytest.mark.parametrize("visiting", [False, True])
-def test_the_time_limit(made: list[Stop], visiting: bool) -> None:
+def test_the_time_limit(made: list[Stop], visiting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deserve.stop.LOOK_EVERY_S", 0.01)
     ring = Ring(2)
-    stops = start(ring, made, last=0, time_limit_s=0 if not visiting else 0.05)
+    stops = start(ring, made, last=0, time_limit_s=0 if not visiting else 3600)
     if visiting:
         stops[0].begin_visits()
+        stops[0]._limit = 0.0  # the hour is over
         until_stopped(stops[0])
         assert stops[0].reason == "time_limit_s" and ring.quits.empty()
     else:
