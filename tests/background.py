@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import random
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from launch import ROOT, shared_survey
+from launch import ROOT, passive, shared_survey
 from results import code, read_results
 
 
@@ -22,12 +21,11 @@ class Running:
 
     def __init__(self, command: Sequence[str], output: Path, log: Path, environment: dict[str, str] | None = None):
         self.output, self._log = output, log
-        passive = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | passive | (environment or {}),
+                env=passive() | (environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -49,15 +47,33 @@ class Running:
                     return child
         raise LookupError(number)
 
-    def has_rank(self, number: int) -> bool:
+    def has_rank(self, number: int, before: psutil.Process | None = None) -> bool:
+        """Whether there is one, and not still the process that was it `before`."""
         with contextlib.suppress(LookupError):
-            return self.rank(number).is_running()
+            rank = self.rank(number)
+            return rank != before and rank.is_running()
         return False
 
     def until(self, condition: Callable[[], bool], timeout_s: float = 90) -> None:
         """Wait for `condition`, which must come true before the process ends."""
         wait_until(lambda: condition() or self.process.poll() is not None, timeout_s, lambda: self.log)
         assert condition(), f"ended with {self.process.returncode}: {self.log[-3000:]}"
+
+    def kill_when(self, number: int, condition: Callable[[], bool]) -> psutil.Process:
+        """Kill a rank while `condition` holds: the rank stands still when that is looked at."""
+        rank = self.rank(number)
+
+        def holds() -> bool:
+            rank.suspend()
+            wait_until(lambda: rank.status() == psutil.STATUS_STOPPED, 90, lambda: self.log)
+            if found := condition():
+                rank.kill()
+            else:
+                rank.resume()
+            return found
+
+        wait_until(holds, 90, lambda: self.log)
+        return rank
 
     def until_answers(self, count: int, timeout_s: float = 90) -> None:
         """Wait until `count` requests are answered."""

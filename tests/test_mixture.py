@@ -90,8 +90,10 @@ def test_a_stop_far_away_and_short_of_memory_changes_nothing(tmp_path: Path) -> 
         stopped.until_answers(COUNT // 2, timeout_s=300)
         stopped.rank(1).terminate()
         assert stopped.wait(300) != 0 and not stopped.errors
+        reason = f"SIGTERM to rank 1 on {socket.gethostname()}"
+        assert f"traceback : deserve: stopped by {reason}" in stopped.log.split("Root Cause")[-1]
     metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["stopped_by"] == f"SIGTERM to rank 1 on {socket.gethostname()}"
+    assert metrics["stopped_by"] == reason
     assert metrics["memory_pressure"]["suspensions"] > 0
     assert line_count(output) < COUNT
     assert run_here(*job, f"output.dir={output}") == 0

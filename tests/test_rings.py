@@ -119,7 +119,7 @@ def test_what_travels_arrives() -> None:
     assert replace(back, outcomes=[]) == replace(report, outcomes=[])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 60), st.data())
 def test_rings_share_all_requests_and_end_together(rings: int, count: int, data: st.DataObject) -> None:
     """Whoever asks when, for however many: each request goes to one ring, and nobody hoards the last ones."""
@@ -309,10 +309,8 @@ def test_a_killed_ring_and_a_stop_in_the_middle(tmp_path: Path) -> None:
     rings = ["pipeline.replicas=2", *slow, "output.checkpoint_s=0.05", f"output.dir={output}"]
     with running(torchrun_command(2, *job, *rings, restarts=1), output, tmp_path / "log") as started:
         started.until_answers(COUNT // 8)
-        started.until(lambda: bool(unfinished(output) - outcomes(output).keys()))
-        killed = started.rank(1)
-        killed.kill()
-        started.until(lambda: started.has_rank(1) and started.rank(1) != killed)
+        killed = started.kill_when(1, lambda: bool(unfinished(output) - outcomes(output).keys()))
+        started.until(lambda: started.has_rank(1, before=killed))
         started.until_answers(line_count(output) + COUNT // 8)
         started.rank(1).terminate()
         assert started.wait() != 0
