@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model, reference_tokens, save_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -107,13 +107,13 @@ def shared_pages_are_read_once() -> Iterator[None]:
         yield
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=70)
 @given(data=st.data())
 def test_answers_do_not_depend_on_memory(data: st.DataObject, reference: Reference) -> None:
     check_answers(data, reference)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_nor_on_which_pages_windows_have_left(data: st.DataObject, sliding: Reference) -> None:
     check_answers(data, sliding, WINDOW)

@@ -227,7 +227,7 @@ def layouts(ranks: int) -> dict[str, list[str]]:
     Every three of them on odd or on even numbers of ranks.
     """
     found = {}
-    for turn, (rounds, page_size) in enumerate(itertools.product((1, 2, 3, 4, 5), (1, 16)), 10 * ranks):
+    for turn, (rounds, page_size) in enumerate(itertools.product((1, 2, 3, 5), (1, 16)), 10 * ranks):
         tokens = (64, 512)[(rounds + (page_size > 1) + ranks) % 2]
         memory = MEMORY[(turn + rounds) % 4]
         pages = "auto" if memory is None else memory // page_size
@@ -319,18 +319,20 @@ def check_prompt_logprobs(given: list[dict[str, Any] | None], prompt: list[int],
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_same_tokens_as_transformers(ranks: int, truth: Truth, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Of a tiny model in every layout and, where it is installed, of SmolLM2 on several ranks."""
+    """Of a tiny model in every layout and, where it is installed, of SmolLM2 on three ranks."""
     jobs = {name: (truth, job) for name, job in layouts(ranks).items()}
     for _, job in list(jobs.values())[::3]:
         if "speculation.tokens=0" not in job:
             job.append(f"speculation.model={truth.folder}")
-    if HAS_SMOLLM2 and ranks > 1:
+    if HAS_SMOLLM2 and ranks == RANKS[-1]:
         job = [f"pipeline.rounds={2 * ranks - 1}", "pipeline.max_batch_tokens=96"]
         jobs["smollm2"] = request.getfixturevalue("smollm2_truth"), job
     if ranks > 1:  # a coded answer depends on where the links are
         coded = ["comm.activations=fp8", "network.latency_ms=1", f"pipeline.partition={['emb', 1, 3][:ranks]}"]
-        jobs["coded"] = truth, [*coded, "pipeline.rounds=2"]
-        jobs["coded-again"] = truth, [*coded, "pipeline.rounds=3", "pipeline.micro_batch_size=2"]
+        # No choice is left to measured times: visits that differ from run to run would now and then give other codes.
+        coded += ["speculation.tokens=0", "pipeline.policy=decode_first", "pipeline.max_batch_tokens=128"]
+        jobs["coded"] = truth, [*coded, "pipeline.rounds=2", "pipeline.micro_batch_size=12"]
+        jobs["coded-again"] = truth, [*coded, "pipeline.rounds=3", "pipeline.micro_batch_size=8"]
     run_jobs(ranks, [truth.overrides(tmp_path / name) + job for name, (truth, job) in jobs.items()], tmp_path)
     if ranks > 1:
         check_coded(tmp_path, truth)

@@ -101,13 +101,13 @@ def test_a_killed_conversion_leaves_nothing_and_racing_ones_convert_once(tmp_pat
         subprocess.Popen(
             [sys.executable, "-c", COUNTED], env=environment, stdin=held, stdout=subprocess.PIPE, text=True
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
-    assert [racer.stdout.readline() for racer in racers if racer.stdout] == ["begins\n"] * 3
+    assert [racer.stdout.readline() for racer in racers if racer.stdout] == ["begins\n"] * 2
     os.close(holding)
     os.close(held)
     outputs = [racer.stdout.read() for racer in racers if racer.stdout]
-    assert [racer.wait(60) for racer in racers] == [0, 0, 0]
+    assert [racer.wait(60) for racer in racers] == [0, 0]
     assert "".join(outputs).split() == ["converting"]
     assert sorted(path.name for path in cache.iterdir()) == [smollm2.FOLDER, f"{smollm2.FOLDER}.lock"]
 

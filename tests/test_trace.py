@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import torchrun
+from launch import run_jobs
 from results import page_data
 
 from deserve.batch import Completion, Request
@@ -36,9 +36,7 @@ def traced(tmp_path_factory) -> Path:
     overrides = ["workload.source=fixed24:32:0", "sampling.max_tokens=16", "sampling.ignore_eos=true"]
     overrides += ["pipeline.rounds=3", "kvcache.main_pages=12", "kvcache.swap_pages=12", f"output.dir={folder}"]
     overrides += [f"network.latency_ms={LATENCY_MS}", "model=tiny", "trace=true", "device=cpu", "warmup_s=0.1"]
-    done = torchrun(2, "-m", "deserve.run", *overrides)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (folder / "stdout").write_text(done.stdout)
+    (folder / "stdout").write_text(run_jobs(2, [overrides], folder))
     return folder
 
 
@@ -114,9 +112,9 @@ def test_pictures(traced: Path, tmp_path: Path) -> None:
     ranks = read_trace(traced / "trace.json")
     draw_timelines(tmp_path / "two.png", [(ranks, "once"), (ranks, "and again")])
     draw_timeline(tmp_path / "nothing.png", [[], []], "no visits")
-    for rounds in (1, 8, 9, 200):
+    for rounds in (1, 9, 200):
         spans = [Span("compute", visit % rounds, visit * 10, visit * 10 + 8) for visit in range(3 * rounds)]
-        draw_timeline(tmp_path / f"{rounds}.png", [spans] * 8, f"{rounds} rounds")
+        draw_timeline(tmp_path / f"{rounds}.png", [spans] * 3, f"{rounds} rounds")
         assert (tmp_path / f"{rounds}.png").read_bytes().startswith(PNG)
 
 
