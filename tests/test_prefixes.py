@@ -84,6 +84,24 @@ def test_pages_are_evicted_oldest_first_and_from_the_ends_of_chains(
     assert not pages.prefixes.unread and pages.free_main == main and not pages.prefixes.held.any()
 
 
+@pytest.mark.parametrize(("main", "alike"), [(2, 0), (3, 1)])
+def test_a_copy_has_a_page_beside_those_that_its_sequence_reads(main: int, alike: int) -> None:
+    """Nobody reads these so far, and so they count as free: one is left for the copy, or there is none."""
+    pages = Pages(main, 4, 1, 0, PAGE, 2)
+    first, second = (chain(np.array(prompt, np.int32)) for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 9, 5]))
+    pages.begin(0, 0, 5, first, np.zeros(0, np.int32), 2 * PAGE)
+    pages.computes(0, 0, 4)
+    pages.planned()
+    pages.release(0, 0)
+    found = pages.prefixes.find(second, second.readable)
+    copied = pages.longest(second, found)
+    assert pages.free_main == main and len(found) == 1 and copied[1] == alike
+    own = pages.begin(0, 1, 5, second, found, None, copied)[:, 2].tolist()
+    assert own[:1] == found.tolist() and len(own) == 1 + alike
+    if alike:
+        assert pages.copy(copied[0], 1).tolist() == [[copied[0], own[1]]]
+
+
 @settings(max_examples=300)
 @given(PROMPTS, st.booleans(), st.booleans(), st.integers(1, 12), st.data())
 def test_every_request_leaves_the_window_once(

@@ -179,9 +179,11 @@ class Pages:
     def longest(self, chain: Chain, found: IntArray) -> tuple[int, int]:
         """A page whose copy gives the chain's own sequence more tokens than `found`, and how many more; or 0, 0.
 
-        That takes two main pages: one for the copy, and the page itself is kept while the visit is planned.
+        That takes two main pages besides: one for the copy, and the page itself is kept while the visit is planned.
         """
-        return (0, 0) if self.sliding is not None or self.free_main < 2 else self.prefixes.longest(chain, len(found))
+        if self.sliding is not None or self.free_main - self.unread(found) < 2:
+            return 0, 0
+        return self.prefixes.longest(chain, len(found))
 
     def copy(self, page: int, slot: int) -> IntArray:
         """Copy `page` to the first page of `slot` that is no prefix page, before the visit: [1, 2] page, page."""
