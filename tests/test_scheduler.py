@@ -485,12 +485,34 @@ def test_every_request_is_answered_from_its_own_context(case: Case) -> None:
     run(case)
 
 
-@settings(max_examples=100, deadline=None)
-@given(cases(), st.lists(st.integers(9, 30), min_size=20, max_size=20))
-def test_prompts_that_differ_within_a_page(case: Case, common: list[int]) -> None:
-    """Whoever finds a page that begins like its own begins with a copy of that."""
-    prompts = [(max(length, 9), max_tokens, end) for length, max_tokens, end in case.prompts]
-    run(replace(case, prompts=prompts, main=case.main + 9, common=tuple((0, shared) for shared in common), window=0))
+@st.composite
+def alike(draw: Any) -> Case:
+    """Prompts that part within a page, in little memory."""
+    page_size = draw(st.sampled_from([2, 4, 8]))
+    shared = draw(st.lists(st.integers(9, 30), min_size=4, max_size=20))
+    own = st.tuples(st.integers(2, 12), st.integers(1, 6))
+    prompts = [(common + length, answer, 0) for common, (length, answer) in ((each, draw(own)) for each in shared)]
+    least = max(-(-(length + answer - 1) // page_size) for length, answer, _ in prompts)
+    swap = draw(st.integers(0, least))
+    return Case(
+        prompts,
+        policy=draw(st.sampled_from(sorted(POLICIES))),
+        rounds=draw(st.integers(1, 3)),
+        page_size=page_size,
+        main=max(2, least - swap) + draw(st.integers(0, 2 * least)),
+        swap=swap,
+        height=draw(st.integers(0, 6)),
+        max_batch_tokens=draw(st.integers(4, 40)),
+        concurrency=draw(st.integers(1, 8)),
+        common=tuple((draw(st.integers(0, 1)), each) for each in shared),
+        grouped=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=300)
+@given(alike())
+def test_whoever_parts_within_a_page_begins_with_a_copy_of_it(case: Case) -> None:
+    run(case)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -243,6 +243,7 @@ class Pages:
         self.shared[slot] = self.found[slot] = len(found)
         self.worst[round_] -= len(found)
         more = min(max(again - len(found), int(copies > 0)), self.free_main)
+        assert more >= (copies > 0), "no page for a copy"
         pages = np.concatenate([found, self._take_main(more)])
         self._table = widen(self._table, len(pages))
         self._table[slot, : len(pages)] = pages
