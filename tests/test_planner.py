@@ -28,7 +28,7 @@ from deserve.model.config import parse_config
 from deserve.model.graphs import MOST_ROWS, graph_tokens
 from deserve.model.weights import layer_kinds, parameter_bytes
 from deserve.planner import survey as surveying
-from deserve.planner.planner import _Search, choose_plan, table
+from deserve.planner.planner import EFFORT, _Search, choose_plan, table
 from deserve.planner.simulator import Outcome, Simulation, simulate
 from deserve.planner.survey import Shape, Visited, stepped, survey
 from deserve.planner.times import Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad, stated_times
@@ -36,6 +36,18 @@ from deserve.workload import Lengths
 
 LAYERS = 8
 MS = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def any_good_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate fewer visits: most tests need no more than a good plan."""
+    monkeypatch.setattr("deserve.planner.planner.EFFORT", (1_000, 100, 5_000))
+
+
+@pytest.fixture
+def best_plan(any_good_plan: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate as many visits as for a user."""
+    monkeypatch.setattr("deserve.planner.planner.EFFORT", EFFORT)
 
 
 def machine(
@@ -513,9 +525,17 @@ def test_what_is_set_by_hand_stays() -> None:
 
 @cache
 def on_two_gpus(
-    latency_ms: float, *overrides: str, exact: bool = True, visit_ms: float = 0.0, frames_on_device: bool = False
+    latency_ms: float,
+    *overrides: str,
+    exact: bool = True,
+    visits: int = 8_000,
+    visit_ms: float = 0.0,
+    frames_on_device: bool = False,
 ) -> Layout:
-    """The plan for Llama-3-70B on two GPUs of 138 GB, a visit of which takes `visit_ms` more than its work."""
+    """The plan for Llama-3-70B on two GPUs of 138 GB, a visit of which takes `visit_ms` more than its work.
+
+    Found by simulating `visits`.
+    """
     words = ["model=llama-3-70b", "model.weights=dummy", *overrides]
     config = load_config(words)
     model = resolve(config.model).config
@@ -535,7 +555,7 @@ def on_two_gpus(
     )
     requests = replace(lengths(20000, 512, 256), exact=exact)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deserve.planner.planner.EFFORT", (16_000, 0, 16_000))  # less than for so long a job
+        patch.setattr("deserve.planner.planner.EFFORT", (visits, 0, visits))  # less than for so long a job
         return choose_plan(config, model, torch.bfloat16, requests, gpus)
 
 
@@ -548,8 +568,9 @@ def test_the_host_of_a_device_plans_ahead_of_it() -> None:
     assert times[1] == pytest.approx(2 * 32 * 0.008, rel=0.05)
 
 
+@pytest.mark.usefixtures("best_plan")
 def test_prompts_come_no_faster_than_answers_end_where_that_helps() -> None:
-    near, far = on_two_gpus(0), on_two_gpus(64)
+    near, far = on_two_gpus(0), on_two_gpus(64, visits=16_000)
     assert far.policy == "decode_first" and far.visit_tokens < far.max_batch_tokens
     assert far.predicted is not None and near.predicted is not None and far.predicted > 0.9 * near.predicted
     assert far.predicted > 1.05 * (on_two_gpus(64, "pipeline.policy=prefill_first").predicted or 0)
@@ -565,6 +586,7 @@ def test_rounds_whose_frames_leave_too_little_for_pages_set_by_hand_are_not_take
         on_two_gpus(64, "kvcache.main_pages=26000", "kvcache.swap_pages=0", frames_on_device=True)
 
 
+@pytest.mark.usefixtures("best_plan")
 def test_visits_get_more_tokens_where_each_costs_more_than_its_work() -> None:
     costly = on_two_gpus(0, "pipeline.policy=prefill_first", visit_ms=15)
     by_hand = on_two_gpus(0, "pipeline.policy=prefill_first", "pipeline.max_batch_tokens=512", visit_ms=15)
@@ -592,6 +614,7 @@ def test_what_binds(requests: Lengths, on: Machine, overrides: list[str], bound:
     assert chosen(requests, on, *overrides).bound == bound
 
 
+@pytest.mark.usefixtures("best_plan")
 def test_fp8_pages_help_where_memory_binds() -> None:
     on, short = machine(2, 500), ["kvcache.gpu_memory_gb=0.0004", "kvcache.swap_pages=0"]
     plain = chosen(lengths(4096), on, *short)
@@ -614,7 +637,7 @@ def test_coding_helps_where_far_links_bind() -> None:
         assert ("comm.activations=fp8 would bring" in plain.hint) == (name == "far"), name
         rates[name] = coded.predicted / plain.predicted
     # Of 16 + 32 tokens, 64 bytes each become 20, and 32 for each token of the answer stay.
-    assert rates["near"] == 1 <= rates["half"] < 1.05 and rates["far"] == pytest.approx(4096 / 1984, rel=0.05)
+    assert rates["near"] == 1 and 0.99 < rates["half"] < 1.05 and rates["far"] == pytest.approx(4096 / 1984, rel=0.05)
     assert not chosen(lengths(4096), replace(far, links=(LinkTimes(far=True),) * 3)).hint
 
 
@@ -818,6 +841,7 @@ def far_and_short(page_ms: float) -> Machine:
 SHORT = "kvcache.gpu_memory_gb=0.0005"  # 122 pages of 16 tokens: 61 sequences of 32
 
 
+@pytest.mark.usefixtures("best_plan")
 def test_short_memory_is_swapped_as_far_as_the_bus_allows() -> None:
     requests, free = lengths(4096), far_and_short(0.0)
     without = chosen(requests, free, SHORT, "kvcache.swap_pages=0")
