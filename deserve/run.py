@@ -54,6 +54,9 @@ Answers a file of requests with a language model, in pipeline stages on one or m
 """
 
 
+SPEAKING_S = 10.0  # that rank 0 has to find the same mistake as the others
+
+
 def run(config: Config, world: World, startup: Startup | None = None) -> int:
     """One job, from the composed configuration to `metrics.json`. Every rank calls it. Returns the exit status.
 
@@ -295,10 +298,12 @@ def main() -> int:
 
 
 def complain(error: UserError, speaks: bool, status: int) -> int:
-    """One message for all ranks."""
+    """One message for all ranks: those that do not speak let rank 0 do so before torchrun ends it for their sake."""
     tell_torchrun(f"deserve: error: {error}")
     if speaks:
         print(f"deserve: error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKING_S)  # torchrun ends this rank when rank 0 has ended
     return status
 
 
