@@ -9,9 +9,10 @@ import runpy
 import signal
 import sys
 import traceback
+from importlib import import_module
 from typing import Any, NoReturn
 
-import deserve.run  # noqa: F401 (what ranks import)
+import_module("deserve.run")  # here, once: ranks that are forked have it
 
 
 def run_rank(job: dict[str, Any], rank: int) -> NoReturn:

@@ -8,6 +8,7 @@ that very visit too.
 import heapq
 from collections import Counter
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Prefixes:
         self._clock = 0
         self._expected: Counter[bytes] = Counter()  # pages that sequences in flight compute next
         self._tokens = np.zeros((pages, page_size), np.int32)  # that each prefix page holds
-        self._behind: dict[bytes, list[int]] = {}  # the pages behind each `Chain.parent`
+        self._behind: dict[bytes, dict[int, None]] = {}  # the pages behind each `Chain.parent`, in their order
         self._parent: dict[int, bytes] = {}
         self._unwritten: set[int] = set()  # pages that the visit which is being planned writes
 
@@ -107,7 +108,8 @@ class Prefixes:
 
         To be copied: earlier visits have written it, and the last prompt token is left to be computed.
         """
-        behind = [page for page in self._behind.get(chain.parent(index), ()) if page not in self._unwritten][-LOOK:]
+        latest = reversed(self._behind.get(chain.parent(index), {}))
+        behind = [*islice((page for page in latest if page not in self._unwritten), LOOK)]
         tokens = chain.tokens(index)[: chain.readable_tokens - index * self._tokens.shape[1]]
         if not behind or not len(tokens):
             return 0, 0
@@ -144,7 +146,7 @@ class Prefixes:
         self.digests[page] = digest
         self._tokens[page] = chain.tokens(index)
         self._parent[page] = chain.parent(index)
-        self._behind.setdefault(self._parent[page], []).append(page)
+        self._behind.setdefault(self._parent[page], {})[page] = None
         self._unwritten.add(page)
         self._depth[page], self._since[page] = index, 0
         self.held[page] = self.wanted[page] = True
@@ -180,7 +182,7 @@ class Prefixes:
                 self._since[page], self.held[page] = 0, False
                 del self._pages[self.digests.pop(page)]
                 parent = self._parent.pop(page)
-                self._behind[parent].remove(page)
+                del self._behind[parent][page]
                 if not self._behind[parent]:
                     del self._behind[parent]
                 pages.append(page)
