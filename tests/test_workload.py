@@ -295,6 +295,11 @@ def test_a_request_wins_over_the_job(tmp_path: Path) -> None:
         ({"prompt": "a", "structured_outputs": {"regex": "a", "json": {}}}, "invalid_value", "json, regex"),
         ({"prompt": "a", "structured_outputs": {}}, "invalid_value", "none of json"),
         ({"prompt": "a", "structured_outputs": {"disable_any_whitespace": True}}, "invalid_value", "none of json"),
+        (
+            {"prompt": "a", "structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+            "invalid_value",
+            "disable_any_whitespace beside regex",
+        ),
         ({"prompt": "a", "response_format": {"type": "json_schema"}}, "missing_parameter", "schema is missing"),
         ({"prompt": "a", "guided_json": "x" * 2**21}, "invalid_grammar", "json_schema"),
         ({"prompt": "a", "stream": True}, "unsupported_parameter", "stream"),

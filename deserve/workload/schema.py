@@ -265,6 +265,8 @@ def _one_kind(value: "Structured") -> "Structured":
     said = [kind for kind, text in kinds.items() if text is not None]
     if len(said) != 1:
         raise ValueError(f"holds {', '.join(said) or 'none'} of {', '.join(kinds)}, but must hold one")
+    if value.disable_any_whitespace and said[0] not in ("json", "json_object"):
+        raise ValueError(f"has disable_any_whitespace beside {said[0]}, but it is for JSON")
     return value
 
 
