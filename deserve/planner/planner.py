@@ -662,7 +662,7 @@ class _Search:
         if bound == MEMORY:
             fit = (layout.main_pages + rounds * layout.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
-        return f"{self._count} requests make {pace.rows:.1f} in a round; {trip}, and {work}"
+        return f"{self._count} in all, {pace.rows:.1f} in a round; {trip}, and {work}"
 
 
 def table(layout: Layout, layers: int, exact: bool = True) -> str:
@@ -680,7 +680,8 @@ def table(layout: Layout, layers: int, exact: bool = True) -> str:
         spread = ", ".join(f"{number} ranks of {width}" for width, number in sorted(widths.items()))
         lines = [*lines[:4], f"... {len(shares) - 4} more ...", lines[-1], f"layers: {spread}"]
     lines.append(
-        f"{layout.rounds} round{'s' * (layout.rounds > 1)} of {layout.micro_batch_size} sequences, "
+        f"{layout.rounds} round{'s' * (layout.rounds > 1)} of "
+        f"{layout.micro_batch_size} sequence{'s' * (layout.micro_batch_size > 1)}, "
         f"{layout.concurrency} in flight, up to {layout.visit_tokens or layout.max_batch_tokens} tokens a visit, "
         f"policy {layout.policy}"
     )

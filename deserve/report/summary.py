@@ -12,7 +12,7 @@ def closing_table(metrics: dict[str, Any]) -> str:
     """`metrics` (those of `metrics.json`) for the eye."""
     answered, errors = metrics["requests"], metrics["errors"]
     lines = [
-        f"{answered:,} requests ({errors} errors) in {metrics['elapsed_s']:.1f} s: "
+        f"{answered:,} request{'s' * (answered != 1)} ({errors} errors) in {metrics['elapsed_s']:.1f} s: "
         f"{metrics['output_tokens_per_s']:,.1f} output tokens/s "
         f"({metrics['output_tokens']:,}), {metrics['total_tokens_per_s']:,.1f} with prompts "
         f"({metrics['input_tokens']:,})"
