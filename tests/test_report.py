@@ -87,7 +87,9 @@ def test_a_browser_draws_the_page(run: tuple[Path, str]) -> None:
     assert "<title>tiny: report of a run</title>" in drawn and "cannot be drawn" not in drawn
     titles = re.findall(r"<h2>(.*?)</h2>", drawn)
     assert {"Throughput", "Ranks", "Errors", "Plan and measurement", "Timeline"} <= set(titles)
-    assert MARKUP.replace("<", "&lt;").replace(">", "&gt;") in drawn and MARKUP not in drawn and "ms shown" in drawn
+    assert MARKUP.replace("<", "&lt;").replace(">", "&gt;") in drawn
+    assert MARKUP not in drawn
+    assert "ms shown" in drawn
 
 
 def test_a_page_that_cannot_be_written_costs_nothing_else(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
