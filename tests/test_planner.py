@@ -270,7 +270,6 @@ def test_one_round_without_latency_pays_every_stage_for_every_token() -> None:
     outcome = simulated(plan(2, 1, 8), lengths(8), machine(2))
     assert outcome.seconds == pytest.approx(32 * LAYERS * MS)  # the first token comes with the prompt
     assert outcome.output_tokens == 8 * 32
-    assert outcome.busy == pytest.approx((0.5, 0.5))
 
 
 @settings(max_examples=30, deadline=None)
@@ -329,9 +328,10 @@ def test_short_memory_costs_time() -> None:
 
 def test_sequences_are_suspended_and_come_back() -> None:
     made = plan(1, 1, 8, main_pages=16, host_height=8)
-    outcome = simulated(made, lengths(16, prompt=16, output=48), machine(1))
-    assert outcome.suspensions
-    assert outcome.seconds < 16 * 48 * LAYERS * MS
+    run = Simulation(made, [(16, 48)] * 16, machine(1), LAYERS)
+    run.run(10**9)
+    assert run.scheduler.counters.suspensions
+    assert run.now < 16 * 48 * LAYERS * MS
 
 
 @pytest.mark.parametrize("policy", ["prefill_first", "decode_first"])
@@ -345,19 +345,6 @@ def test_a_coarse_simulation_takes_as_long_as_a_fine_one(policy: str, pages: int
     fine, coarse = runs
     assert coarse.visits < fine.visits / 3
     assert 4 * coarse.now == pytest.approx(fine.now, rel=0.06)
-
-
-@pytest.mark.parametrize("policy", ["prefill_first", "decode_first"])
-@pytest.mark.parametrize("pages", [10_000, 2_400])
-def test_a_sequence_that_stands_for_four_takes_as_long(policy: str, pages: int) -> None:
-    made = plan(2, 2, 256, policy, main_pages=pages, swap_pages=80, host_height=12, max_batch_tokens=512)
-    on = machine(2, 10, per_token_ms=0.1, byte_s=1e-6)
-    runs = [Simulation(made, [(64, 33)] * (1280 // bundle), on, LAYERS, bundle=bundle) for bundle in (1, 4)]
-    for run in runs:
-        run.run(10**9)
-    each, bundled = runs
-    assert bundled.done[-1][0] == each.done[-1][0] == 1280 and bundled.sampled == each.sampled
-    assert bundled.now == pytest.approx(each.now, rel=0.05)
 
 
 def test_the_load_of_a_visit_is_what_the_scheduler_put_into_it() -> None:
@@ -847,12 +834,10 @@ def test_short_memory_is_swapped_as_far_as_the_bus_allows() -> None:
     without = chosen(requests, free, SHORT, "kvcache.swap_pages=0")
     assert without.bound == "KV memory"
     planned = [chosen(requests, far_and_short(page_ms), SHORT) for page_ms in (0.001, 0.1, 1.0)]
-    assert all(plan.swap_pages for plan in planned)
+    pages = [plan.swap_pages for plan in planned]
+    assert pages[0] > pages[1] > pages[2] > 0
     rates = [plan.predicted or 0.0 for plan in planned]
     assert rates[0] > rates[1] > rates[2] >= (without.predicted or 0.0)
-    slow = planned[2]
-    turn = max(slow.stage_s[0], (2 * (slow.stage_s[0] + 0.1)) / slow.rounds)
-    assert slow.swap_pages * 4 * 1.0 * MS <= 1.01 * turn
 
 
 def test_suspensions_and_swapped_pages_take_their_time() -> None:

@@ -328,7 +328,7 @@ def test_a_killed_ring_and_a_stop_in_the_middle(tmp_path: Path) -> None:
     [
         (["memory_gb=40", "network.latency_ms=64"], 4),  # the model fits one rank: no ring needs a link
         (["memory_gb=10"], 2),  # it does not: two ranks hold it, and have room for all requests
-        (["memory_gb=10", "kvcache.main_pages=1500"], 1),  # two do not hold as many pages
+        (["memory_gb=10", "kvcache.main_pages=2500"], 1),  # two do not hold as many pages
     ],
 )
 def test_as_many_rings_as_are_fastest(overrides: list[str], rings: int) -> None:

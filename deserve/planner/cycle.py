@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from deserve.layout import Layout
-from deserve.planner.times import Machine, VisitLoad, outside
+from deserve.planner.times import Machine, Stages, VisitLoad, outside
 from deserve.scheduler.drafts import CycleTime
 
 
@@ -14,9 +14,9 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
     All sequences decode, with `context` tokens each, on `machine` laid out as in `layout`. A visit comes as soon as the
     last one of its round is back, unless visits of other rounds queue before the slowest rank or link.
     """
-    shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
-    counts = [machine.counts(shard.first, shard.last) for shard in shards]
-    measured = [replace(times, request_s=0.0) for times in machine.stages]  # what is sampled beside rows are drafts
+    # What is sampled beside rows are drafts, which admit no request.
+    measured = tuple(replace(times, request_s=0.0) for times in machine.stages)
+    stages = Stages(replace(machine, stages=measured), layout.partition, layers)
 
     @lru_cache(4096)
     def cycle_s(rounds: int, sequences: int, prompts: int = 0, drafts: int = 0, drafting_s: float = 0.0) -> float:
@@ -32,13 +32,6 @@ def cycle_times(layout: Layout, machine: Machine, layers: int, context: float) -
             outside_kv=alone * outside(context, machine.window),
             outside_pairs=(prompts / 2 + beside) * outside(context, machine.window),
         )
-        stages, starts, wires = [], [], []
-        for rank, (times, shard, layers_of) in enumerate(zip(measured, shards, counts, strict=True)):
-            stages.append(times.seconds(load, layers_of, shard.embeds, shard.outputs))
-            starts.append(times.start_s)
-            wires.append(machine.links[rank].byte_s * machine.frame_bytes(load, rank))
-        stages[0] += drafting_s
-        trip = sum(stages) + sum(starts) + sum(wires) + machine.latency_s
-        return max(trip, rounds * max(stages), rounds * max(wires))
+        return stages.cycle(load, drafting_s).seconds(rounds)
 
     return cycle_s

@@ -1,11 +1,10 @@
 """Stragglers: ranks whose visits take longer than the survey says, while those of others do not."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from deserve.batch import VisitPlan
 from deserve.layout import Layout
-from deserve.planner.times import Machine, StageTimes, VisitLoad
+from deserve.planner.times import Machine, Stages, VisitLoad
 from deserve.timeline import PACE_VISITS
 
 SLOW = 1.5  # times what the survey says: a straggler
@@ -23,17 +22,9 @@ class Pace:
 
     def __init__(self, layout: Layout, machine: Machine, layers: int, names: list[str], changed: Callable[..., object]):
         self._names, self._changed = names, changed
-        shards = [layout.shard(rank, layers) for rank in range(machine.ranks)]
-        kinds: dict[tuple[StageTimes, tuple[int, ...], bool], int] = {}  # ranks that are alike, once
-        self._kind_of = [
-            kinds.setdefault(
-                (replace(times, slow=1.0), machine.counts(shard.first, shard.last), shard.outputs), len(kinds)
-            )
-            for times, shard in zip(machine.stages, shards, strict=True)
-        ]
-        self._kinds, self._window = list(kinds), machine.window
+        self._stages, self._window = Stages(machine, layout.partition, layers), machine.window
         self._visits = 0
-        self._surveyed = [0.0] * len(kinds)  # seconds of all visits so far
+        self._surveyed = [0.0] * len(self._stages.kinds)  # seconds of all visits so far
         self._marks: dict[int, tuple[float, ...]] = {0: tuple(self._surveyed)}  # the same, by reports of a rank
         self._reports = [0] * machine.ranks
         self._computed = [0.0] * machine.ranks  # seconds, by the last report
@@ -43,7 +34,7 @@ class Pace:
     def planned(self, plan: VisitPlan) -> None:
         """The next visit."""
         load = VisitLoad.of(plan, self._window)
-        for index, (times, counts, last) in enumerate(self._kinds):
+        for index, (times, counts, _, last) in enumerate(self._stages.kinds):
             self._surveyed[index] += times.compute_s(load, counts, last)
         self._visits += 1
         if self._visits % PACE_VISITS == 0:
@@ -52,7 +43,7 @@ class Pace:
     def report(self, rank: int, seconds: float) -> None:
         """`rank` has made `PACE_VISITS` more visits, and computed for `seconds` so far."""
         before, now = self._reports[rank], self._reports[rank] + 1
-        kind = self._kind_of[rank]
+        kind = self._stages.kind_of[rank]
         computed, surveyed = self._recent[rank]
         self._recent[rank] = (
             FADES * computed + seconds - self._computed[rank],
@@ -77,7 +68,7 @@ class Pace:
         if self._visits < PACE_VISITS:
             return ""
         return self._words(
-            [(seconds, self._surveyed[kind]) for seconds, kind in zip(computed, self._kind_of, strict=True)]
+            [(seconds, self._surveyed[kind]) for seconds, kind in zip(computed, self._stages.kind_of, strict=True)]
         )
 
     def _words(self, seconds: list[tuple[float, float]]) -> str:

@@ -9,15 +9,17 @@ simulated, and the best of those is improved step by step. Budgets and sizes are
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from deserve.batch import IntArray
 from deserve.config import Config
 from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
@@ -26,7 +28,7 @@ from deserve.model.config import ModelConfig
 from deserve.model.weights import parameter_bytes
 from deserve.planner.simulator import Outcome, read_once, simulate
 from deserve.planner.split import FloatArray, best_split
-from deserve.planner.times import Machine, StageTimes, VisitLoad, outside
+from deserve.planner.times import Cycle, Machine, Stages, StageTimes, VisitLoad, outside
 from deserve.workload import Lengths
 
 SIMULATED = 5  # candidates of each policy that are simulated
@@ -38,6 +40,7 @@ EFFORT = 1_000, 100, 30_000
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
+SWAP_PARTS = 8  # of the swap pages that a micro-batch is short of, so many are tried
 STEPS = (0.75, 1.33)  # in which a finalist's token budget and size are changed
 EQUAL = 0.01  # candidates this close are as good as each other: the one with fewer rounds is taken
 # A job is too small for a prediction if its tail, in which most sequences have ended, is longer than this fraction of
@@ -71,8 +74,7 @@ def estimate(
     """Output tokens/s of the best plan by the arithmetic alone, and what it is bound by. Raises as `choose_plan`."""
     search = _Search(config, model, dtype, lengths, machine)
     rates = search._rates()
-    best = max(rates, key=lambda candidate: rates[candidate])
-    search._layout(best)
+    best, _ = next(search._fitting(search._ranked(rates)))
     return rates[best], search._bound(best)
 
 
@@ -99,16 +101,12 @@ class _Found(NamedTuple):
         return self.outcome.tokens_per_s
 
 
-@dataclass(frozen=True)
-class _Pace:
-    """What the arithmetic says of a candidate; times in seconds, of a decode visit."""
+class _Pace(NamedTuple):
+    """What the arithmetic says of a candidate."""
 
     tokens_per_s: float
     rows: float  # sequences in a visit
-    busiest: float  # the slowest rank
-    trip: float  # once round the ring without waiting
-    wire: float  # its frames on the busiest link
-    copies: float  # bringing in its swap pages
+    cycle: Cycle  # of a decode visit
 
 
 class _Search:
@@ -127,9 +125,10 @@ class _Search:
         self._embedding_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
         self._prompt, self._output = max(1.0, lengths.mean_prompt), max(1.0, lengths.mean_output)
         self._sequence_pages = -(-round(self._prompt + self._output - 1) // config.kvcache.page_size)
-        self._limit = 10**9 if config.workload.concurrency == "auto" else config.workload.concurrency
         self._computed = max(1.0, lengths.mean_computed)
         self._count = ENDLESS if lengths.sequences is None else max(1, lengths.sequences)
+        concurrency = config.workload.concurrency
+        self._most = self._count if concurrency == "auto" else min(self._count, concurrency)  # requests in flight
         # Sequences of all ages together hold less than each will at its end; readers divide what they share.
         self._mean_pages = max(1.0, (self._computed + self._output / 2) / config.kvcache.page_size)
         stated = config.pipeline.max_batch_tokens
@@ -142,12 +141,9 @@ class _Search:
         if self._beside:
             self._machine = replace(machine, stages=tuple(replace(times, sliding=True) for times in machine.stages))
         self._simulated_visits, self._effort = 0, EFFORT[2]
-        # Seconds that a byte of a plan and a token's hidden state take on each link that carries them.
-        forward = [(link.byte_s, link.byte_s * machine.token_bytes(r)) for r, link in enumerate(machine.links[:-1])]
-        self._forward_s = sum(byte_s for byte_s, _ in forward), sum(token_s for _, token_s in forward)
-        self._slowest = {max(forward), max(forward, key=lambda link: link[1])} if forward else {(0.0, 0.0)}
-        self._capacity, self._alike = cache(self._pages_that_fit), cache(self._kinds_of)
-        self._widest = cache(self._split_of_memory)
+        self._capacity, self._widest = cache(self._pages_that_fit), cache(self._split_of_memory)
+        self._splits = cache(self._best_splits)
+        self._stages = cache(lambda partition: Stages(self._machine, partition, model.num_layers))
         policy = config.pipeline.policy
         self._policies = PLANNED_POLICIES if policy == "auto" else (policy,)
 
@@ -160,28 +156,41 @@ class _Search:
             for rounds in self._rounds()
             for size in self._sizes(rounds, tokens)
             for partition in self._partitions(policy, size, tokens)
-            for swap in self._swaps(policy, partition, rounds, size, tokens)
+            for swap in self._swaps(partition, rounds, size, tokens)
             for most in self._most_rows(partition, rounds, swap, tokens)
         }
 
     def _rates(self) -> dict[_Candidate, float]:
         """Output tokens/s of all candidates by the arithmetic."""
-        rates = {candidate: self._pace(candidate).tokens_per_s for candidate in self._candidates()}
-        if not rates:
-            raise UserError(self._too_much_swapped())
-        return rates
+        return {candidate: self._pace(candidate).tokens_per_s for candidate in self._candidates()}
+
+    def _ranked(self, rates: dict[_Candidate, float]) -> list[_Candidate]:
+        """Those of `rates`, the fastest first; of those as good as each other, the one with the shortest visits."""
+        most = max(rates.values())
+        behind = {candidate: int((1 - rate / most) / EQUAL) for candidate, rate in rates.items()}
+        return sorted(rates, key=lambda c: (behind[c], c.tokens, c.rounds, c.size, c.policy, c.partition, c.swap))
+
+    def _fitting(self, candidates: Iterable[_Candidate]) -> Iterator[tuple[_Candidate, Layout]]:
+        """Those of `candidates` whose pages and frames fit. Raises UserError where those of none do."""
+        some, refused = False, None
+        for candidate in candidates:
+            try:
+                layout = self._layout(candidate)
+            except UserError as error:
+                refused = refused or error
+                continue
+            some = True
+            yield candidate, layout
+        if refused and not some:
+            raise refused
 
     def best(self) -> Layout:
         rates = self._rates()
         most = max(rates.values())
         least, each_second, limit = EFFORT
         self._effort = min(limit, max(least, int(each_second * self._count * self._output / most)))
-        ranked = sorted(
-            rates, key=lambda c: (int((1 - rates[c] / most) / EQUAL), c.tokens, c.rounds, c.size, c.policy, c.partition)
-        )
+        ranked = self._ranked(rates)
         screened = [found for policy in self._policies for found in self._screened(ranked, policy)]
-        if not screened:
-            self._layout(ranked[0])  # says why it does not fit
         screened.sort(key=lambda found: -found.rate)
         finalists = [self._simulate(found.candidate, found.layout) for found in screened[:FINALISTS]]
         good = [found for found in finalists if found.rate >= (1 - EQUAL) * max(each.rate for each in finalists)]
@@ -193,23 +202,22 @@ class _Search:
             bound=bound,
             why=self._why(bound, best.candidate, best.layout),
             hint=self._hint(bound, most),
-            stage_s=self._stages(best.layout.partition, self._decode(self._pace(best.candidate).rows)),
+            stage_s=tuple(self._decode(best.candidate.partition, self._pace(best.candidate).rows)),
         )
 
     def _screened(self, ranked: list[_Candidate], policy: str) -> Iterator[_Found]:
         """What short simulations say of the first of `ranked` that fit and differ in more than their size."""
         seen: set[tuple[object, ...]] = set()
-        for candidate in ranked:
-            kind = (candidate.partition, candidate.rounds, candidate.swap > 0, candidate.tokens)
-            if candidate.policy == policy and kind not in seen and (not seen or self._goes_on):
-                try:
-                    layout = self._layout(candidate)
-                except UserError:  # the frames of many rounds take memory too
-                    continue
-                seen.add(kind)
-                yield self._simulate(candidate, layout, *SCREENED)
-            if len(seen) == SIMULATED:
+
+        def kind(candidate: _Candidate) -> tuple[object, ...]:
+            return candidate.partition, candidate.rounds, candidate.swap > 0, candidate.tokens
+
+        unlike = (each for each in ranked if each.policy == policy and kind(each) not in seen)
+        for candidate, layout in islice(self._fitting(unlike), SIMULATED):
+            if seen and not self._goes_on:
                 return
+            seen.add(kind(candidate))
+            yield self._simulate(candidate, layout, *SCREENED)
 
     @property
     def _goes_on(self) -> bool:
@@ -243,16 +251,10 @@ class _Search:
         if pipeline.rounds == "auto":
             near.append(replace(candidate, rounds=candidate.rounds + max(1, candidate.rounds // 8)))
         for each in near:
-            fits = each.size <= min(each.begins, self._share(each.rounds)) and each.begins <= each.tokens
-            enough = each.rounds <= min(MOST_ROUNDS, self._count, self._limit)
-            swaps = not each.swap or each.swap <= self._host_pages(each.partition, each.rounds)
-            if not (self._goes_on and fits and enough and swaps):
-                continue
-            try:
-                layout = self._layout(each)
-            except UserError:
-                continue
-            yield self._simulate(each, layout)
+            full = each.size <= min(each.begins, self._share(each.rounds)) and each.begins <= each.tokens
+            if full and each.rounds <= min(MOST_ROUNDS, self._most) and self._goes_on:
+                with suppress(UserError):
+                    yield self._simulate(each, self._layout(each))
 
     def _predictable(self, found: _Found) -> bool:
         """Whether the job is large enough for a prediction: of a small one, mostly the tail counts."""
@@ -267,20 +269,19 @@ class _Search:
         """Numbers of rounds worth a look: up to those that fill the ring when every visit is as short as can be."""
         if self._config.pipeline.rounds != "auto":
             return [self._config.pipeline.rounds]
-        ranks = self._machine.ranks
-        stages = self._stages(self._even(), VisitLoad(1, self._prompt, sampled=1))
-        enough = int((sum(stages) + self._machine.latency_s) / max(*stages, 1e-9)) + ranks
-        most = max(1, min(MOST_ROUNDS, enough, self._count, self._limit))
-        steps = {1, 2, 3, 4, 6, ranks, ranks + 1, 2 * ranks, most}
-        step = float(ranks)
+        layers, ranks = self._model.num_layers, self._machine.ranks
+        even = tuple(round(rank * layers / ranks) for rank in range(ranks))
+        cycle = self._stages(even).cycle(VisitLoad(1, self._prompt, sampled=1))
+        most = min(MOST_ROUNDS, int(cycle.trip / max(cycle.busiest, 1e-9)) + ranks, self._most)
+        steps, step = {1, ranks, ranks + 1, 2 * ranks, most}, 1
         while step < most:
-            steps.add(round(step))
-            step *= 1.25
+            steps.add(step)
+            step = max(step + 1, round(1.25 * step))
         return sorted(rounds for rounds in steps if rounds <= most)
 
     def _share(self, rounds: int) -> int:
         """Requests in flight of each of `rounds`, were all in flight at once."""
-        return -(-min(self._count, self._limit) // rounds)
+        return -(-self._most // rounds)
 
     def _sizes(self, rounds: int, tokens: int) -> list[int]:
         """Micro-batch sizes worth a look."""
@@ -288,24 +289,9 @@ class _Search:
         if pipeline.micro_batch_size != "auto":
             return [pipeline.micro_batch_size]
         share = self._share(rounds)
-        most = min(share, tokens)
-        swap = self._config.kvcache.swap_pages
-        by_hand = 0 if swap == "auto" else swap
-        held = self._main_pages(self._even(), rounds, by_hand, tokens) / rounds + by_hand
-        steps = {most, int(held / self._sequence_pages), int(held / self._mean_pages)}
-        steps |= {share // waves for waves in (2, 3, 4)}
+        steps = {share // waves for waves in (1, 2, 3, 4)} | {tokens}
         steps |= {size * 2**power for power in range(12) for size in (1, 3)}
-        return sorted(size for size in steps if 1 <= size <= most)
-
-    def _too_much_swapped(self) -> str:
-        """Why no plan has as many swap pages as are set by hand."""
-        swap, rounds = self._config.kvcache.swap_pages, min(self._rounds())
-        layers = max(self._shares(self._even()))
-        gigabytes = rounds * swap * self._machine.page_bytes * layers / GB
-        return (
-            f"kvcache.swap_pages={swap} of {rounds} rounds take {gigabytes:.3f} GB of host memory for {layers} layers, "
-            f"but a rank has {self._machine.host_memory / GB:.3f} GB: set fewer"
-        )
+        return sorted(size for size in steps if 1 <= size <= min(share, tokens))
 
     def _most_rows(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> list[int]:
         """How many sequences a round's pages hold: of all ages, and while they are young.
@@ -318,32 +304,22 @@ class _Search:
         young = 1 + (self._computed + self._output / 8) / self._config.kvcache.page_size
         return [max(1, int(pages / each)) for each in (self._mean_pages, young)]
 
-    def _swaps(self, policy: str, partition: tuple[int, ...], rounds: int, size: int, tokens: int) -> list[int]:
-        """Numbers of swap pages worth a look: none, and what the micro-batch is short of, as far as the bus allows.
-
-        The slab's pages come in while the visit before is computed, or while the ring has nothing for this rank.
-        """
-        shares, kv = self._shares(partition), self._config.kvcache
-        host = self._host_pages(partition, rounds)
+    def _swaps(self, partition: tuple[int, ...], rounds: int, size: int, tokens: int) -> list[int]:
+        """Numbers of swap pages worth a look: none, and parts of what the micro-batch is short of."""
+        kv = self._config.kvcache
         if kv.swap_pages != "auto":
-            return [kv.swap_pages] if kv.swap_pages <= host or rounds == 1 else []
-        wanted = min(size, -(-self._count // rounds)) * self._mean_pages
-        pages = self._capacity(partition, rounds, 0, tokens)
-        main = self._main_pages(partition, rounds, 0, tokens)
-        short = wanted - main / rounds
-        slab = max(slab_slots(layers) / layers for layers in shares)  # pages of memory for each swap page
-        if rounds == 1 or short <= 0 or pages <= 0 or not any(self._swapped(partition)):
+            return [kv.swap_pages]
+        if rounds == 1 or not any(self._swapped(partition)):
             return [0]
-        pace = self._pace(_Candidate(policy, partition, rounds, size, 0, tokens, tokens), rows=float(size))
-        turn = max(pace.busiest, pace.trip / rounds)
-        one = VisitLoad(swapped=1)
-        page_s = max(times.copies(one, counts) for times, counts, *_ in self._alike(partition))
-        most = min(int(turn / page_s) if page_s else pages, host)
+        pages = self._capacity(partition, rounds, 0, tokens)
+        slab = max(slab_slots(layers) / layers for layers in self._shares(partition))  # its memory for a swap page
+        wanted = min(size, -(-self._count // rounds)) * self._mean_pages
         if kv.main_pages == "auto":
-            swap = min(int(short / (1 - slab / rounds)), most, int(pages / 2 / slab))
+            most = min((wanted - pages / rounds) / (1 - slab / rounds), pages / 2 / slab)
         else:
-            swap = max(0, min(int(short), most, int((pages - kv.main_pages) / slab)))
-        return sorted({0, swap // 2, 3 * swap // 4, swap})
+            most = min(wanted - min(pages, kv.main_pages) / rounds, (pages - kv.main_pages) / slab)
+        most = max(0, int(min(most, self._host_pages(partition, rounds))))
+        return sorted({most * part // SWAP_PARTS for part in range(SWAP_PARTS + 1)})
 
     def _host_pages(self, partition: tuple[int, ...], rounds: int) -> int:
         """As many swap pages of each of `rounds` does host memory hold."""
@@ -355,40 +331,38 @@ class _Search:
         set_by_hand = self._config.pipeline.partition
         if set_by_hand != "auto":
             return [parse_partition(set_by_hand, self._machine.ranks, self._model.num_layers)]
-        loads = self._kinds(policy, float(size), self._count > size, tokens)
-        fastest, widest = self._split_of_work(loads), self._widest(tokens)
+        return self._splits(policy, float(size), self._count > size, tokens)
+
+    def _best_splits(self, policy: str, rows: float, mixes: bool, tokens: int) -> list[tuple[int, ...]]:
+        """The same for micro-batches of `rows` sequences; see `_kinds`."""
+        fastest = self._split_of_work(self._kinds(policy, rows, mixes, tokens))
+        widest = self._widest(tokens)
         room, most = (self._capacity(split, self._machine.ranks, 0, tokens) for split in (fastest, widest))
-        if most <= (1 + EQUAL) * room:
-            widest, most = fastest, room  # hardly wider
-        pairs = {fastest: room, widest: most}
-        return sorted(split for split, pages in pairs.items() if pages >= self._sequence_pages) or [self._even()]
+        if most <= (1 + EQUAL) * room:  # hardly wider
+            return [fastest]
+        return [fastest, widest] if room >= self._sequence_pages else [widest]
 
     def _split_of_work(self, loads: list[tuple[float, VisitLoad]]) -> tuple[int, ...]:
         """The split whose slowest rank has done `loads`, numbers of visits and each one's load, soonest."""
-        last, found = self._machine.ranks - 1, dict[tuple[StageTimes, bool, bool], FloatArray]()
+        last = self._machine.ranks - 1
+        parts, part_of = self._parts
 
-        def seconds(times: StageTimes, first: bool, last: bool) -> FloatArray:
-            total = np.zeros(self._between.shape[1:])
-            for visits, load in loads:
-                layer_s = np.array([cost(load) for cost in times.layers])
-                rest_s = times.compute_s(load, [0] * len(layer_s), last)
-                compute_s = times.slow * (np.tensordot(layer_s, self._between, 1) + rest_s)
-                host_s = times.host_s(load, first)
-                total += visits * (np.maximum(compute_s, host_s) if times.ahead else compute_s + host_s)
-            return total
+        @cache
+        def seconds(times: StageTimes, *ends: bool) -> FloatArray:
+            took = [sum(visits * times.seconds(load, part, *ends) for visits, load in loads) for part in parts]
+            return np.array(took)[part_of]
 
-        kinds = [(times, rank == 0, rank == last) for rank, times in enumerate(self._machine.stages)]
-        for kind in kinds:
-            if kind not in found:
-                found[kind] = seconds(*kind)
-        return best_split([found[kind] for kind in kinds])
+        return best_split([seconds(times, rank == 0, rank == last) for rank, times in enumerate(self._machine.stages)])
 
     @cached_property
-    def _between(self) -> FloatArray:
-        """How many layers of each kind lie between i and j (exclusive): [kinds, layers, layers + 1]."""
-        layers = self._model.num_layers
-        before = np.array([self._machine.counts(0, layer) for layer in range(layers + 1)], float).T
-        return before[:, None, :] - before[:, :-1, None]
+    def _parts(self) -> tuple[list[tuple[int, ...]], IntArray]:
+        """All that layers i to j (exclusive) may be, counted by their kinds, and which of it they are: [i, j]."""
+        layers, found = range(self._model.num_layers), dict[tuple[int, ...], int]()
+        index = [
+            [found.setdefault(self._machine.counts(i, max(i, j)), len(found)) for j in (*layers, len(layers))]
+            for i in layers
+        ]
+        return list(found), np.array(index)
 
     def _split_of_memory(self, tokens: int) -> tuple[int, ...]:
         """The split whose ranks have room for as many pages as can be, of visits of `tokens` tokens."""
@@ -397,10 +371,6 @@ class _Search:
         end = np.maximum(first + 1, np.arange(layers + 1))
         pages = [self._pages_of(rank, ranks, 0, tokens, first, end) for rank in range(ranks)]
         return best_split([np.where(each > 0, 1 / np.maximum(each, 1), end - first) for each in pages])
-
-    def _even(self) -> tuple[int, ...]:
-        layers, ranks = self._model.num_layers, self._machine.ranks
-        return tuple(round(rank * layers / ranks) for rank in range(ranks))
 
     # -- memory
 
@@ -464,49 +434,53 @@ class _Search:
     def _layout(self, candidate: _Candidate) -> Layout:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
         kv = self._config.kvcache
+        rounds, swap, tokens = candidate.rounds, candidate.swap, candidate.tokens
         shares = self._shares(candidate.partition)
-        rounds, tokens = candidate.rounds, candidate.tokens
+        if rounds > 1 and swap > self._host_pages(candidate.partition, rounds):
+            gigabytes = rounds * swap * self._machine.page_bytes * max(shares) / GB
+            raise UserError(
+                f"kvcache.swap_pages={swap} of {rounds} rounds take {gigabytes:.3f} GB of host memory for "
+                f"{max(shares)} layers, but a rank has {self._machine.host_memory / GB:.3f} GB: set fewer"
+            )
         parts = [(first, first + layers) for first, layers in zip(candidate.partition, shares, strict=True)]
         pages = [int(self._pages_of(rank, rounds, 0, tokens, *part)) for rank, part in enumerate(parts)]
-        rank = min(range(len(pages)), key=pages.__getitem__)
+        rank = pages.index(min(pages))
         free = max(0.0, self._kv_bytes(rank, rounds, tokens, *parts[rank]))
         has = (
             f"rank {rank} has {free / GB:.3f} GB for the KV cache of its {shares[rank]} layers, "
             f"which is {max(0, pages[rank])} pages of {kv.page_size} tokens"
         )
-        cap = "" if kv.gpu_memory_gb is None else f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
-        swap = candidate.swap
+        if kv.gpu_memory_gb is not None:
+            has += f" (kvcache.gpu_memory_gb={kv.gpu_memory_gb})"
         asked = 0 if kv.main_pages == "auto" else kv.main_pages
         room = self._capacity(candidate.partition, rounds, swap, tokens)
         if (asked or swap) and asked > room:
-            layers = shares[rank]
-            slab = swap * slab_slots(layers, candidate.rounds)
-            gigabytes = (asked * layers + slab) * self._machine.page_bytes / GB
+            slab = swap * slab_slots(shares[rank], rounds)
+            gigabytes = (asked * shares[rank] + slab) * self._machine.page_bytes / GB
             keys = f"kvcache.main_pages={kv.main_pages} and kvcache.swap_pages={kv.swap_pages}"
-            raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}{cap}")
-        concurrency = max(1, min(self._count, self._limit, candidate.rounds * candidate.size))
+            raise UserError(f"{keys} take {gigabytes:.3f} GB, but {has}")
+        concurrency = min(self._most, rounds * candidate.size)
         # A little more than they hold at their longest: admission keeps that much free. And a request that is longer
         # than all of the sample must not fail for want of memory that is there.
         wanted = concurrency * self._longest + -(-2 * candidate.size // kv.page_size) + 1
         wanted = max(wanted, -(-self._model.max_context // kv.page_size))
-        main = min(room, wanted)
-        main = main if kv.main_pages == "auto" else kv.main_pages
+        main = asked or min(room, wanted)
         if main + swap < self._sequence_pages:
-            what = f"kvcache.main_pages={main}" if kv.main_pages != "auto" else f"kvcache.main_pages=auto: {has}{cap}"
+            what = f"kvcache.main_pages={main}" if asked else f"kvcache.main_pages=auto: {has}"
             raise UserError(
                 f"{what}; too few for one request of this workload, which needs {self._sequence_pages} "
                 f"({self._prompt:.0f} tokens of prompt and {self._output:.0f} of answer)"
             )
         # A pool for all that the GPU cannot hold, should every sequence grow to its end, and for two more.
-        useful = max(0, concurrency * self._longest - main - candidate.rounds * swap) + 2 * self._longest
+        useful = max(0, concurrency * self._longest - main - rounds * swap) + 2 * self._longest
         page_bytes = self._machine.page_bytes * max(self._swapped(candidate.partition))
-        left = self._machine.host_memory - candidate.rounds * swap * page_bytes
+        left = self._machine.host_memory - rounds * swap * page_bytes
         height = min(kv.buddy_height, useful.bit_length() + 1)
         while height and pool_pages(height) * page_bytes > left:
             height -= 1
         return Layout(
             partition=candidate.partition,
-            rounds=candidate.rounds,
+            rounds=rounds,
             micro_batch_size=candidate.size,
             concurrency=concurrency,
             max_batch_tokens=tokens,
@@ -522,10 +496,6 @@ class _Search:
         )
 
     # -- the arithmetic
-
-    def _decode(self, rows: float) -> VisitLoad:
-        """A visit of `rows` sequences that decode."""
-        return self._load(rows, rows)
 
     def _load(self, rows: float, sampled: float, prefills: float = 0.0, pairs: float = 0.0) -> VisitLoad:
         """A visit in which `rows` sequences, half way through their answers, get a token each, beside prompt tokens."""
@@ -553,76 +523,43 @@ class _Search:
         kinds = [(fills, fill._replace(outside_pairs=p * float(outside(reach, self._machine.window))))]
         return [*kinds, (answers / n, self._load(n, n))] if answers else kinds
 
-    def _kinds_of(self, partition: tuple[int, ...]) -> list[tuple[StageTimes, tuple[int, ...], bool, bool, int]]:
-        """Ranks that are alike, once: their times and layers, whether first, whether last, and how many they are."""
-        last = self._machine.ranks - 1
-        found: Counter[tuple[StageTimes, tuple[int, ...], bool, bool]] = Counter(
-            (self._machine.stages[rank], counts, rank == 0, rank == last)
-            for rank, counts in enumerate(self._counts(partition))
-        )
-        return [(*kind, number) for kind, number in found.items()]
-
-    def _stages(self, partition: tuple[int, ...], load: VisitLoad) -> tuple[float, ...]:
-        """Seconds of a visit on each rank."""
-        machine, last = self._machine, self._machine.ranks - 1
-        return tuple(
-            machine.stages[rank].seconds(load, counts, rank == 0, rank == last)
-            for rank, counts in enumerate(self._counts(partition))
-        )
-
-    def _counts(self, partition: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Layers of each rank by their kind."""
-        pairs = zip(partition, self._shares(partition), strict=True)
-        return [self._machine.counts(first, first + layers) for first, layers in pairs]
+    def _decode(self, partition: tuple[int, ...], rows: float) -> list[float]:
+        """Seconds of each rank for a visit of `rows` sequences that decode."""
+        return self._stages(partition).seconds(self._load(rows, rows))
 
     def _held(self, candidate: _Candidate) -> float:
         """Sequences of all ages that the pages of a round hold."""
         main = self._main_pages(candidate.partition, candidate.rounds, candidate.swap, candidate.tokens)
         return (main / candidate.rounds + candidate.swap) / self._mean_pages
 
-    def _pace(self, candidate: _Candidate, rows: float | None = None) -> _Pace:
-        """The rate at which `candidate` goes through waves of sequences: prompts first, then answers.
-
-        `rows` of a visit are as many as memory holds, unless they are given.
-        """
-        machine, last = self._machine, self._machine.ranks - 1
-        if rows is None:
-            rows = min(candidate.size, self._held(candidate), self._limit / candidate.rounds)
-        rows = max(rows, 1e-9)
+    def _pace(self, candidate: _Candidate) -> _Pace:
+        """The rate at which `candidate` goes through waves of sequences: prompts first, then answers."""
+        stages = self._stages(candidate.partition)
+        rows = max(1e-9, min(candidate.size, self._held(candidate), self._most / candidate.rounds))
         waves = max(1.0, self._count / (candidate.rounds * rows))
-        rows = min(rows, self._count / candidate.rounds)
         rounds = candidate.rounds * min(1.0, rows)  # those that have a sequence at all
         rows = max(1.0, rows)
         swapped = min(candidate.swap, rows * self._mean_pages) if candidate.rounds > 1 else 0.0
-        total = busiest = trip = frame = copies = 0.0
+        total = 0.0
         for visits, load in self._kinds(candidate.policy, rows, waves > 1, candidate.begins):
-            load = load._replace(swapped=swapped)
-            alike = self._alike(candidate.partition)
-            seconds = [(times.seconds(load, counts, *ends), number) for times, counts, *ends, number in alike]
-            copies = max(times.copies(load, counts) for times, counts, *_ in alike)
-            busiest = max(took for took, _ in seconds)
-            plan, back = machine.plan_bytes(load), machine.frame_bytes(load, last) * machine.links[last].byte_s
-            frame = max(back, *(plan * byte_s + load.tokens * token_s for byte_s, token_s in self._slowest))
-            trip = sum(took * number for took, number in seconds) + machine.latency_s
-            trip += sum(times.start_s * number for times, *_, number in alike)
-            trip += plan * self._forward_s[0] + load.tokens * self._forward_s[1] + back
-            total += visits * max(rounds * max(busiest, frame, copies), trip)
+            cycle = stages.cycle(load._replace(swapped=swapped))
+            total += visits * cycle.seconds(rounds)
         # The last wave may be a small one, and takes its time nevertheless.
         rate = rounds * rows * self._output / total * waves / -(-waves // 1)
-        return _Pace(rate, rows, busiest, trip, frame, copies)
+        return _Pace(rate, rows, cycle)
 
     def _bound(self, candidate: _Candidate) -> str:
         """The resource that keeps `candidate` from being faster: what takes longest, or what more sequences lack."""
-        pace, rounds = self._pace(candidate), candidate.rounds
-        cycle = max(pace.trip, rounds * max(pace.busiest, pace.wire, pace.copies))
-        for resource, seconds in ((BUS, pace.copies), (BANDWIDTH, pace.wire)):
-            if rounds * seconds >= (1 - EQUAL) * cycle:
+        _, rows, cycle = self._pace(candidate)
+        rounds = candidate.rounds
+        least = (1 - EQUAL) * cycle.seconds(rounds)
+        for resource, seconds in ((BUS, cycle.copies), (BANDWIDTH, cycle.wire)):
+            if rounds * seconds >= least:
                 return resource
-        computes = rounds * pace.busiest >= (1 - EQUAL) * cycle
-        wider = max(self._stages(candidate.partition, self._decode(2 * pace.rows)))
-        if computes and rounds * wider >= GAIN * 2 * cycle:
+        computes = rounds * cycle.busiest >= least
+        if computes and rounds * max(self._decode(candidate.partition, 2 * rows)) >= GAIN * 2 * cycle.seconds(rounds):
             return COMPUTE
-        if rounds * pace.rows >= (1 - EQUAL) * min(self._count, self._limit):
+        if rounds * rows >= (1 - EQUAL) * self._most:
             return REQUESTS
         if self._held(candidate) <= (1 + EQUAL) * candidate.size:
             return MEMORY
@@ -644,25 +581,26 @@ class _Search:
 
     def _why(self, bound: str, candidate: _Candidate, layout: Layout) -> str:
         """One sentence of arithmetic behind `bound`."""
-        pace, rounds = self._pace(candidate), candidate.rounds
-        trip = f"a trip round the ring takes {1e3 * pace.trip:.1f} ms"
+        _, rows, cycle = self._pace(candidate)
+        rounds = candidate.rounds
+        trip = f"a trip round the ring takes {1e3 * cycle.trip:.1f} ms"
         visits = f"{rounds} visits keep" if rounds > 1 else "its visit keeps"
-        work = f"{visits} the slowest rank busy for {1e3 * rounds * pace.busiest:.1f} ms"
+        work = f"{visits} the slowest rank busy for {1e3 * rounds * cycle.busiest:.1f} ms"
         if bound == COMPUTE:
             return f"{work}, and {trip}"
         if bound == LATENCY:
             return f"{trip}, {1e3 * self._machine.latency_s:.1f} ms of it latency, but {work}"
         if bound == BANDWIDTH:
-            return f"a visit keeps the busiest link occupied for {1e3 * pace.wire:.1f} ms, a rank for less"
+            return f"a visit keeps the busiest link occupied for {1e3 * cycle.wire:.1f} ms, a rank for less"
         if bound == BUS:
             return (
-                f"the swap pages of a visit take {1e3 * pace.copies:.1f} ms to come in, "
-                f"its work {1e3 * pace.busiest:.1f} ms; {trip}"
+                f"the swap pages of a visit take {1e3 * cycle.copies:.1f} ms to come in, "
+                f"its work {1e3 * cycle.busiest:.1f} ms; {trip}"
             )
         if bound == MEMORY:
             fit = (layout.main_pages + rounds * layout.swap_pages) / self._mean_pages
             return f"the pages hold {fit:.0f} sequences of all ages, {fit / rounds:.1f} a round; {trip}"
-        return f"{self._count} in all, {pace.rows:.1f} in a round; {trip}, and {work}"
+        return f"{self._count} in all, {rows:.1f} in a round; {trip}, and {work}"
 
 
 def table(layout: Layout, layers: int, exact: bool = True) -> str:

@@ -3,22 +3,21 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 import numpy as np
 
-from deserve.batch import Request, SamplingParams, VisitPlan, VisitResult
+from deserve.batch import Request, SamplingParams, VisitResult
 from deserve.layout import Layout
 from deserve.model.backend.torch import SHARED_PAGES
 from deserve.planner.cycle import cycle_times
-from deserve.planner.times import Machine, StageTimes, VisitLoad
+from deserve.planner.times import Machine, Stages, VisitLoad
 from deserve.scheduler.scheduler import Scheduler
 from deserve.workload import Lengths
 
 WAVES = 5  # of a long job's sequences that are simulated; all but the first and the last are usual ones: at least 3
 MOST_VISITS = 1_500  # of a simulation, which then takes about half a second
 FEWEST_STEPS = 16  # that an answer takes in a simulation, however coarse
-ENOUGH_ROWS, MOST_ALIKE = 128, 4  # in a visit of more rows one stands for several: at most for so many
+NOTHING_SHARED = Lengths(None, 0.0, 0.0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class Outcome:
 
     seconds: float
     output_tokens: int
-    busy: tuple[float, ...]  # fraction of the time, by rank
     visits: int  # simulated
-    suspensions: int
     tail: float  # fraction of the time in which no request waits and less than half of the ring's sequences are left
 
     @property
@@ -46,47 +43,33 @@ def simulate(
     `layout.concurrency` sequences are simulated, and its last; those between take as long as the usual ones of these.
     The first and the last are not: waves overlap where prompts and answers mix (`decode_first`), and where sequences
     are suspended a long wave follows a short one. A job of more than `most_visits` visits is simulated coarsely, and
-    one that has not ended even so after twice as many is taken to go on as it began. Of large micro-batches of requests
-    alike, a sequence is simulated for several.
+    one that has not ended even so after twice as many is taken to go on as it began.
     """
     wave = layout.concurrency
     count = lengths.sequences or 10 * wave
     simulated = count if count <= (waves + 1) * wave or lengths.sizes else waves * wave + count % wave
-    usual_size = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
-    bundle = 1 if lengths.sizes else _bundle(layout, sum(usual_size), lengths.shared)
-    sizes = lengths.sizes or list(repeat(usual_size, -(-simulated // bundle)))
-    output = sum(answer for _, answer in lengths.sizes) or count * usual_size[1]
-    visits = layout.rounds * simulated / wave * usual_size[1]
+    usual = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
+    sizes = lengths.sizes or [usual] * simulated
+    output = sum(answer for _, answer in lengths.sizes) or count * usual[1]
+    visits = layout.rounds * simulated / wave * usual[1]
     grain = _grain(layout, min((answer for _, answer in sizes), default=1), visits / most_visits)
-    run = Simulation(layout, sizes, machine, layers, grain, lengths, bundle=bundle)
+    run = Simulation(layout, sizes, machine, layers, grain, lengths)
     run.run(2 * most_visits)
     between = 0.0
     if not run.scheduler.finished:
         between = run.now * (output / max(1, run.sampled) - 1)
     elif count > simulated:
-        usual = (run.finished_at((waves - 1) * wave) - run.finished_at(wave)) / (waves - 2)
-        between = (count - simulated) / wave * usual
+        between = (run.finished_at((waves - 1) * wave) - run.finished_at(wave)) / (waves - 2)
+        between *= (count - simulated) / wave
     elapsed = max(run.now, 1e-9)
-    busy = tuple(run.busy_of[kind] / elapsed for kind in run.kind_of)
     tail = run.tail_s / (elapsed + between)
-    seconds = grain * (elapsed + between)
-    suspensions = bundle * run.scheduler.counters.suspensions
-    return Outcome(seconds, output, busy, run.visits, suspensions, tail)
+    return Outcome(grain * (elapsed + between), output, run.visits, tail)
 
 
 def read_once(machine: Machine, lengths: Lengths, page_size: int, rows: float) -> float:
     """Tokens that `rows` decode rows share with others of them, where attention does not read these for each row."""
     again = lengths.read_again(rows)
     return again if again >= SHARED_PAGES * page_size and not machine.stages[0].ahead else 0.0
-
-
-def _bundle(layout: Layout, tokens: int, shared: float) -> int:
-    """For how many sequences of `tokens` tokens, the first `shared` of them a common prefix, one is simulated."""
-    pages = layout.main_pages / layout.rounds + layout.swap_pages
-    rows = min(layout.micro_batch_size, int(pages // -(-tokens // layout.page_size)))
-    # The prefix has its pages once, however many sequences there are: they must not count.
-    most = layout.main_pages * layout.page_size // (50 * shared) if shared else MOST_ALIKE
-    return max(1, int(min(MOST_ALIKE, rows // ENOUGH_ROWS, most)))
 
 
 def _grain(layout: Layout, answer: int, wanted: float) -> int:
@@ -103,8 +86,7 @@ class Simulation:
 
     A simulated visit stands for `grain` visits alike. Tokens are counted, and pages hold them, in units of `grain`: in
     `grain` visits a decode row gets one unit, and the token budget is as many units as it is tokens in one visit.
-    Clocks run `grain` times as fast. A simulated sequence stands for `bundle` sequences alike: there are as many times
-    fewer of them, of pages and of tokens in a visit, whose load counts as often.
+    Clocks run `grain` times as fast.
     """
 
     def __init__(
@@ -114,39 +96,24 @@ class Simulation:
         machine: Machine,
         layers: int,
         grain: int = 1,
-        sharing: Lengths | None = None,
+        sharing: Lengths = NOTHING_SHARED,
         mixed: bool = False,
-        bundle: int = 1,
     ) -> None:
-        """`sharing` says what the prompts have in common; without it, nothing. `mixed`: see Scheduler."""
-        self.layout, self.machine, self.sharing = layout, machine, sharing
-        self.grain, self.bundle = grain, bundle
+        """`sharing` says what the prompts have in common. `mixed`: see Scheduler."""
+        self.layout, self.machine, self.sharing, self.grain = layout, machine, sharing, grain
         reach = (layout.main_pages + layout.swap_pages) * layout.page_size
         fitting = [size for size in sizes if sum(size) - 1 <= reach]  # a run refuses the others
-        pages = 0 if sharing is None else round(sharing.shared / layout.page_size)
+        pages = round(sharing.shared / layout.page_size)
         self.requests = Requests(
             ((-(-prompt // grain), 1 + round((answer - 1) / grain)) for prompt, answer in fitting),
             pages * layout.page_size // grain,
-            math.inf if sharing is None else sharing.readers,
+            sharing.readers,
         )
         context = sum(map(sum, fitting)) / max(1, len(fitting))
         coarse = replace(layout, page_size=layout.page_size // grain)
         if layout.sliding_pages:  # beside those of sequences, as many as the tokens of `grain` visits may need
             more = layout.max_batch_tokens // coarse.page_size - layout.max_batch_tokens // layout.page_size
             coarse = replace(coarse, sliding_pages=layout.sliding_pages + more, window=-(-layout.window // grain))
-        self.swap_pages = layout.swap_pages // bundle
-        if bundle > 1:
-            coarse = replace(
-                coarse,
-                micro_batch_size=-(-layout.micro_batch_size // bundle),
-                concurrency=-(-layout.concurrency // bundle),
-                max_batch_tokens=layout.max_batch_tokens // bundle,
-                visit_tokens=layout.visit_tokens // bundle,
-                main_pages=layout.main_pages // bundle,
-                swap_pages=self.swap_pages,
-                sliding_pages=coarse.sliding_pages // bundle,
-                host_height=max(0, layout.host_height - round(math.log2(bundle))),
-            )
         cycle_s = cycle_times(layout, machine, layers, context)
         self.scheduler = Scheduler(coarse, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
         self.visits = self.sampled = 0
@@ -158,14 +125,7 @@ class Simulation:
         self.free, self.wire = [0.0] * ranks, [0.0] * ranks
         self.planned = 0.0  # when the host of rank 0 had planned its last visit
         self.back = [0.0] * layout.rounds
-        shares = [layout.shard(rank, layers) for rank in range(ranks)]
-        kinds: dict[tuple[StageTimes, tuple[int, ...], bool, bool], int] = {}  # ranks that are alike, once
-        self.kind_of = [
-            kinds.setdefault((machine.stages[r], machine.counts(s.first, s.last), s.embeds, s.outputs), len(kinds))
-            for r, s in enumerate(shares)
-        ]
-        self.kinds = list(kinds)
-        self.busy_of = [0.0] * len(kinds)
+        self.stages = Stages(machine, layout.partition, layers)
 
     def run(self, most_visits: int) -> None:
         """Visit the micro-batches in turn until all have retired, or `most_visits` were made."""
@@ -186,44 +146,31 @@ class Simulation:
         result = VisitResult(np.zeros(self.scheduler.awaited(m), np.int32))
         completions = self.scheduler.commit(m, result)
         if completions:
-            self.done.append((self.done[-1][0] + self.bundle * len(completions), self.now))
+            self.done.append((self.done[-1][0] + len(completions), self.now))
         plan, _ = self.scheduler.plan(m)
         self.most_in_flight = max(self.most_in_flight, self.scheduler.in_flight)
         if plan.retires:
             return False
         self.visits += 1
-        self.sampled += plan.sampled * self.grain * self.bundle
-        swapped = self.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
-        self.travel(m, self.load(plan, swapped))
-        return True
-
-    def load(self, plan: VisitPlan, swapped: int) -> VisitLoad:
-        """One of the visits for which `plan` stands. `swapped`: pages that come in."""
-        each = VisitLoad.of(plan, self.machine.window, swapped, self.grain)
-        load = VisitLoad(*(self.bundle * count for count in each))
-        if self.sharing is None:
-            return load
+        self.sampled += plan.sampled * self.grain
+        swapped = self.layout.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
+        load = VisitLoad.of(plan, self.machine.window, swapped, self.grain)
         again = read_once(self.machine, self.sharing, self.layout.page_size, load.decodes)
-        return load._replace(decode_kv=load.decode_kv - again, pairs=load.pairs + again)
+        self.travel(m, load._replace(decode_kv=load.decode_kv - again, pairs=load.pairs + again))
+        return True
 
     def travel(self, m: int, load: VisitLoad) -> None:
         """The visit's way round the ring: each rank in turn as soon as it is free and the frame is there."""
         machine, free, wire = self.machine, self.free, self.wire
-        seconds = [times.seconds(load, counts, first, last) for times, counts, first, last in self.kinds]
-        copies = [times.copies(load, counts) for times, counts, _, _ in self.kinds]
+        seconds, copies, wires = self.stages.seconds(load), self.stages.copies(load), self.stages.wires(load)
         arrival = self.now
         self.planned = self.now + machine.stages[0].host_s(load, True)
-        for rank, kind in enumerate(self.kind_of):
-            begin = max(free[rank], arrival + self.kinds[kind][0].start_s)
-            end = begin + seconds[kind]
-            free[rank] = max(end, begin + copies[kind])
-            link = machine.links[rank]
-            wire[rank] = max(wire[rank], end)
-            if link.byte_s:
-                wire[rank] += machine.frame_bytes(load, rank) * link.byte_s
+        for rank, link in enumerate(machine.links):
+            begin = max(free[rank], arrival + machine.stages[rank].start_s)
+            end = begin + seconds[rank]
+            free[rank] = max(end, begin + copies[rank])
+            wire[rank] = max(wire[rank], end) + wires[rank]
             arrival = wire[rank] + link.latency_s
-        for kind, took in enumerate(seconds):
-            self.busy_of[kind] += took
         self.back[m] = arrival
 
 

@@ -268,11 +268,58 @@ class Machine:
         """What a visit puts on the link that leaves `rank`: the plan and hidden states, or sampled tokens."""
         if rank == self.ranks - 1:
             return 16 + 4 * load.sampled
-        return self.plan_bytes(load) + load.tokens * self.token_bytes(rank)
+        return 72 + 16 * (load.decodes + load.sampled) + load.tokens * self.token_bytes(rank)
 
-    def plan_bytes(self, load: VisitLoad) -> float:
-        """A visit's plan in a frame."""
-        return 72 + 16 * (load.decodes + load.sampled)
+
+class Cycle(NamedTuple):
+    """Seconds of a visit on its way round the ring."""
+
+    trip: float  # all of it, without waiting
+    busiest: float  # on the slowest rank
+    wire: float  # its frames on the busiest link
+    copies: float  # bringing in its swap pages, on the slowest rank
+
+    def seconds(self, rounds: float) -> float:
+        """From one visit of a round to its next, where `rounds` are under way: the trip, or the longest queue."""
+        return max(self.trip, rounds * max(self.busiest, self.wire, self.copies))
+
+
+class Stages:
+    """The stages of a machine on which each rank holds the layers from `partition` on. Alike ones are asked once."""
+
+    def __init__(self, machine: Machine, partition: Sequence[int], layers: int):
+        """`partition`: the first layer of each rank, of `layers` in all."""
+        self.machine = machine
+        ends, last = (*partition[1:], layers), machine.ranks - 1
+        kinds: dict[tuple[StageTimes, tuple[int, ...], bool, bool], int] = {}
+        self.kind_of = [
+            kinds.setdefault((times, machine.counts(first, end), rank == 0, rank == last), len(kinds))
+            for rank, (times, first, end) in enumerate(zip(machine.stages, partition, ends, strict=True))
+        ]
+        self.kinds = list(kinds)
+        self._starts_s = sum(times.start_s for times in machine.stages)
+
+    def seconds(self, load: VisitLoad) -> list[float]:
+        """A visit on each rank."""
+        seconds = [times.seconds(load, counts, first, last) for times, counts, first, last in self.kinds]
+        return [seconds[kind] for kind in self.kind_of]
+
+    def copies(self, load: VisitLoad) -> list[float]:
+        """Bringing in its swap pages on each rank."""
+        copies = [times.copies(load, counts) for times, counts, _, _ in self.kinds]
+        return [copies[kind] for kind in self.kind_of]
+
+    def wires(self, load: VisitLoad) -> list[float]:
+        """Its frames on the link that leaves each rank."""
+        machine = self.machine
+        return [link.byte_s and link.byte_s * machine.frame_bytes(load, r) for r, link in enumerate(machine.links)]
+
+    def cycle(self, load: VisitLoad, drafting_s: float = 0.0) -> Cycle:
+        """`drafting_s`: what rank 0 needs for draft tokens beside the visit."""
+        seconds, wires = self.seconds(load), self.wires(load)
+        seconds[0] += drafting_s
+        trip = sum(seconds) + self._starts_s + sum(wires) + self.machine.latency_s
+        return Cycle(trip, max(seconds), max(wires), max(self.copies(load)))
 
 
 def stated_times(
