@@ -32,6 +32,7 @@ class ModelSection:
     architecture: dict[str, Any] | None = None  # config.json of a model without a folder
     quantise: str | None = None  # fp8, int4: round the layers' weights while loading
     packed: bool = False  # whether quantised weights stay packed in memory
+    gemm: str = "torch"  # products with packed weights: humming: by fused kernels; torch: unpacked before; auto
 
 
 @dataclass
@@ -318,6 +319,7 @@ def _check(config: Config) -> None:
     _one_of("model.dtype", config.model.dtype, DTYPES)
     if config.model.quantise is not None:
         _one_of("model.quantise", config.model.quantise, tuple(FORMS))
+    _one_of("model.gemm", config.model.gemm, ("auto", "torch", "humming"))
     _one_of("kvcache.dtype", config.kvcache.dtype, ("auto", "fp8"))
     _one_of("comm.activations", config.comm.activations, ("auto", "fp8"))
     _one_of("comm.backend", config.comm.backend, ("auto", "nccl", "gloo"))

@@ -25,7 +25,7 @@ from deserve.model.kv_scale import fold_scales
 from deserve.model.linear import grouped_mm_waits
 from deserve.model.sampler import Sampler
 from deserve.model.tokenizer import end_ids, load_tokenizer
-from deserve.model.weights import dummy_shard, load_shard, parameter_bytes
+from deserve.model.weights import ShardWeights, dummy_shard, load_shard, parameter_bytes
 from deserve.staging import to_device
 from deserve.timeline import UNTIMED, Timeline
 
@@ -180,6 +180,8 @@ def _load_stage(
     if layout.fp8_pages:
         for layer in weights.layers:
             fold_scales(layer, config)
+    if config.quantisation is not None and config.quantisation.fused:
+        _fuse(weights, config.quantisation.gemm == "humming", dtype, device)
     kv = KVPages(
         config.kv_spec(dtype, layout.fp8_pages),
         shard.last - shard.first,
@@ -205,6 +207,22 @@ def _load_stage(
     stage = Stage(decoder, kv, layout.concurrency, dtype, device, graphs, lambda: guide(checkpoint))
     stage.capture_s = capture_s
     return stage
+
+
+def _fuse(weights: ShardWeights, required: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Let humming-kernels multiply with packed weights on a GPU. Raises UserError if that is `required` and fails."""
+    if device.type != "cuda":
+        if required:
+            raise UserError(f"model.gemm=humming is for GPUs, not device={device.type}: set model.gemm=auto or torch")
+        return
+    try:
+        from deserve.model.humming import fuse
+    except ImportError as error:
+        if required:
+            raise UserError(f"model.gemm=humming: {error}; pip install 'deserve[humming]'") from error
+        print(f"humming-kernels is not usable ({error}): packed weights are unpacked for every product")
+    else:
+        fuse(weights, dtype, required)
 
 
 def guide(checkpoint: Checkpoint) -> "LLTokenizer":

@@ -73,12 +73,12 @@ def resolve(model: "ModelSection") -> Checkpoint:
     or architecture.
     """
     checkpoint = _find(model)
-    return replace(checkpoint, config=_quantised(checkpoint.config, model.quantise, model.packed))
+    return replace(checkpoint, config=_quantised(checkpoint.config, model))
 
 
-def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> ModelConfig:
-    """`config` with its weights rounded while loading, if so asked, and packed in memory or not."""
-    quantisation = config.quantisation
+def _quantised(config: ModelConfig, model: "ModelSection") -> ModelConfig:
+    """`config` with its weights rounded while loading, if so asked, packed in memory or not, and how they multiply."""
+    quantisation, quantise, packed = config.quantisation, model.quantise, model.packed
     if quantise is not None:
         if quantisation is not None:
             raise UserError(f"model.quantise={quantise}: the checkpoint is quantised already; leave it out")
@@ -87,7 +87,11 @@ def _quantised(config: ModelConfig, quantise: str | None, packed: bool) -> Model
         quantisation = rounded(quantise)
     if packed and quantisation is not None and config.experts is not None:
         raise UserError("model.packed=true: experts cannot be multiplied while packed; leave it out")
-    return replace(config, quantisation=None if quantisation is None else replace(quantisation, packed=packed))
+    if model.gemm == "humming" and not packed:
+        raise UserError("model.gemm=humming multiplies with packed weights: set model.packed=true")
+    if quantisation is not None:
+        quantisation = replace(quantisation, packed=packed, gemm=model.gemm)
+    return replace(config, quantisation=quantisation)
 
 
 def _find(model: "ModelSection") -> Checkpoint:

@@ -108,7 +108,7 @@ class LinearSpec:
 
     def unpack_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that a product moves to unpack its weights, beside what it reads then."""
-        if self.quantisation is None or not self.quantisation.packed:
+        if self.quantisation is None or not self.quantisation.packed or self.quantisation.fused:
             return 0
         pairs = zip(self.modules, self.schemes, strict=True)
         return sum(scheme.form.unpack_bytes(size, self.inputs, dtype) for (_, size), scheme in pairs if scheme)

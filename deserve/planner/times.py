@@ -333,16 +333,16 @@ def stated_times(
     fp8_pages: bool = False,
 ) -> StageTimes:
     """The roofline of a device that reads `bytes_per_s` and computes `flops` a second: each product takes the longer
-    of reading its weights and multiplying, packed weights are unpacked before. `layer_s`, where given, is what a layer
-    takes however many its tokens.
+    of reading its weights and multiplying, packed weights are unpacked before or read as they are (`model.gemm`).
+    `layer_s`, where given, is what a layer takes however many its tokens.
 
     `page_s`: see StageTimes. Source: Williams, Waterman, Patterson, "Roofline", CACM 52 (2009).
     """
 
-    def product(weight_bytes: int, unpack_s: float = 0.0) -> Curve:
-        knee = weight_bytes / bytes_per_s * flops / (2 * weight_bytes / dtype.itemsize)  # tokens
+    def product(weight_bytes: int, read_bytes: int, unpack_s: float = 0.0) -> Curve:
+        knee = read_bytes / bytes_per_s * flops / (2 * weight_bytes / dtype.itemsize)  # tokens
         end = max(float(most_tokens), 2 * knee)
-        fixed = weight_bytes / bytes_per_s
+        fixed = read_bytes / bytes_per_s
         return Curve((0.0, knee, end), (unpack_s + fixed, unpack_s + fixed, unpack_s + fixed * end / knee))
 
     def experts_s(experts: ExpertConfig, weight_bytes: int, tokens: float) -> float:
@@ -360,7 +360,11 @@ def stated_times(
             nbytes = parameter_bytes(replace(model, quantisation=None), shard, dtype)
             inner = experts.count * experts.intermediate_size if experts else 0
             expert_bytes = 3 * inner * model.hidden_size * dtype.itemsize
-            tokens = dense = product(nbytes - expert_bytes, unpack_bytes(model, shard, dtype) / bytes_per_s)
+            read = nbytes - expert_bytes
+            if model.quantisation is not None and model.quantisation.fused:
+                read = parameter_bytes(model, shard, dtype)
+            unpack_s = unpack_bytes(model, shard, dtype) / bytes_per_s
+            tokens = dense = product(nbytes - expert_bytes, read, unpack_s)
             if experts:
                 tokens = Curve.through(
                     (count, dense(count) + experts_s(experts, expert_bytes, count)) for count in (0, *POWERS)
@@ -368,6 +372,7 @@ def stated_times(
         return Cost(tokens, kv_s=kv_s, pair_s=pair_s, windowed=bool(model.sliding(index, index + 1)))
 
     kinds = layer_kinds(model, dtype)
-    head = product(model.vocab_size * model.hidden_size * dtype.itemsize)
+    head_bytes = model.vocab_size * model.hidden_size * dtype.itemsize
+    head = product(head_bytes, head_bytes)
     layers = tuple(layer(kinds.index(kind)) for kind in range(max(kinds) + 1))
     return StageTimes(layers, head=head, page_s=page_s, ahead=True)

@@ -56,13 +56,20 @@ class Quantisation:
     rules: a pattern of module names and the scheme of those; the first that matches holds.
     kept: patterns of modules that stay as they are.
     packed: weights stay packed in memory; otherwise they are dequantised while loading.
+    gemm: what multiplies with packed weights: `model.gemm`.
     layer: every layer is stored as this one; None: each as its name says.
     """
 
     rules: tuple[tuple[str, Scheme], ...]
     kept: tuple[str, ...] = ()
     packed: bool = field(default=False, repr=False)  # answers do not depend on it
+    gemm: str = field(default="torch", repr=False)
     layer: int | None = field(default=None, repr=False)
+
+    @property
+    def fused(self) -> bool:
+        """Whether products on a GPU are to unpack weights within their kernels, not in memory."""
+        return self.packed and self.gemm != "torch"
 
     @cached_property
     def _found(self) -> dict[str, Scheme | None]:
