@@ -1,4 +1,4 @@
-"""Attention on CPUs: over pages that several rows share, and in place for rows that decode: the same results."""
+"""Attention on CPUs: over pages that several rows share, and in place: the same results."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,11 @@ from deserve.model.checkpoint import resolve
 from deserve.model.config import ModelConfig
 
 PAGE = 4
+
+
+def kernel_config(heads: int, kv_heads: int, head_dim: int) -> Any:
+    """What the kernels need to know of a model."""
+    return SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, group=heads // kv_heads)
 
 
 @pytest.fixture(scope="module")
@@ -84,58 +89,73 @@ def test_pages_read_once_give_what_each_row_alone_reads(config: ModelConfig, dra
 
 @settings(max_examples=60)
 @given(
-    lengths=st.lists(st.integers(1, 200) | st.integers(1, 20), min_size=1, max_size=9),
+    rows=st.lists(
+        st.tuples(st.integers(0, 200) | st.integers(0, 20), st.sampled_from([1, 1, 2, 7, 64, 97, 200])),
+        min_size=1,
+        max_size=6,
+    ),
     shape=st.sampled_from([(1, 1, 16), (3, 3, 64), (2, 8, 80)]),  # each is compiled
     page=st.sampled_from([1, 4, 16, 24]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     scale=st.sampled_from([1.0, 30.0]),
     threads=st.sampled_from([1, 3]),
+    few=st.sampled_from([0, 4, 1000]),
 )
 def test_attention_in_place_is_attention(
-    lengths: list[int], shape: tuple[int, int, int], page: int, dtype: torch.dtype, scale: float, threads: int
+    rows: list[tuple[int, int]],
+    shape: tuple[int, int, int],
+    page: int,
+    dtype: torch.dtype,
+    scale: float,
+    threads: int,
+    few: int,
 ) -> None:
-    """Whatever the shape, and whatever lies behind a row's last token; NaN in a row's own keys stays its own."""
+    """Of rows (context, new tokens), one by one and in blocks, whatever lies behind a row's last token; NaN in a key
+    stays with those that see it."""
     kv_heads, group, head_dim = shape
-    random = torch.Generator().manual_seed(len(lengths))
-    config = SimpleNamespace(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim)
-    kernels = cpu_kernels(config, dtype)
+    random = torch.Generator().manual_seed(len(rows))
+    kernels = cpu_kernels(kernel_config(kv_heads * group, kv_heads, head_dim), dtype)
     assert kernels is not None
-    pages = [-(-length // page) for length in lengths]
-    memory = torch.full((sum(pages), 2, page, kv_heads, head_dim), torch.nan, dtype=dtype)
-    order = torch.randperm(sum(pages), generator=random).to(torch.int32).numpy()
-    table = np.zeros((len(lengths), max(pages)), np.int32)
-    rows = len(lengths)
-    q = (scale * torch.randn(rows, config.num_heads, head_dim, generator=random)).to(dtype)
-    expected, log_sums = torch.empty(rows, config.num_heads, head_dim), torch.empty(rows, config.num_heads)
-    for row, length in enumerate(lengths):
-        own = table[row, : pages[row]] = order[sum(pages[:row]) :][: pages[row]]
-        kv = torch.randn(2, pages[row] * page, kv_heads, head_dim, generator=random).to(dtype)
+    context, new = (np.array(each, np.int32) for each in zip(*rows, strict=True))
+    pages = -(-(context + new) // page)
+    memory = torch.full((int(pages.sum()), 2, page, kv_heads, head_dim), torch.nan, dtype=dtype)
+    order = torch.randperm(len(memory), generator=random).to(torch.int32).numpy()
+    table = np.zeros((len(rows), pages.max()), np.int32)
+    tokens = int(new.sum())
+    q = (scale * torch.randn(tokens, kv_heads * group, head_dim, generator=random)).to(dtype)
+    expected, log_sums = [], []
+    for row, queries in enumerate(q.float().split(new.tolist())):
+        own = table[row, : pages[row]] = order[pages[:row].sum() :][: pages[row]]
+        length = int(context[row] + new[row])
+        kv = torch.randn(2, len(own) * page, kv_heads, head_dim, generator=random).to(dtype)
         kv[:, length:] = torch.nan
         if row == 1:
             kv[0, length // 2] = torch.nan
-        memory[own] = kv.view(2, pages[row], page, kv_heads, head_dim).transpose(0, 1)
+        memory[own] = kv.view(2, len(own), page, kv_heads, head_dim).transpose(0, 1)
         keys, values = kv[:, :length].float().repeat_interleave(group, 2)
-        scores = torch.einsum("hd,thd->ht", q[row].float(), keys) / head_dim**0.5
-        log_sums[row] = scores.logsumexp(-1)
-        expected[row] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
-    tokens = np.flip(np.arange(rows)).astype(np.int64)  # rows may be anywhere in the visit
-    found, found_sums = torch.empty(rows, config.num_heads * head_dim, dtype=dtype), torch.empty(rows, config.num_heads)
+        scores = torch.einsum("qhd,thd->qht", queries, keys) / head_dim**0.5
+        unseen = torch.arange(length) > torch.arange(context[row], length)[:, None]
+        scores.masked_fill_(unseen[:, None], -torch.inf)
+        log_sums.append(scores.logsumexp(-1))
+        expected.append(torch.einsum("qht,thd->qhd", scores.softmax(-1), values).flatten(1))
+    found, found_sums = torch.empty(tokens, kv_heads * group * head_dim, dtype=dtype), torch.empty(q.shape[:2])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    kernels.attend(
-        KVLayer(memory, 0), table, np.array(lengths, np.int32), tokens, q.flip(0).contiguous(), found, found_sums
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "FEW", few)
+        for reads in backends.in_place(Rows(new, context, [table]), kernels.block):
+            kernels.attend(KVLayer(memory, 0), reads, q, found, found_sums)
     torch.set_num_threads(before)
     close = {"equal_nan": True, "atol": 1e-5 * scale, "rtol": 1e-5}
-    torch.testing.assert_close(found_sums.flip(0), log_sums, **close)
+    torch.testing.assert_close(found_sums, torch.cat(log_sums), **close)
     close |= {"atol": 1e-2, "rtol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(found.flip(0).float(), expected.flatten(1), **close)
+    torch.testing.assert_close(found.float(), torch.cat(expected), **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
     """Against float64; in bfloat16 to one rounding. Infinity and NaN stay what they are."""
-    kernels = cpu_kernels(SimpleNamespace(num_heads=3, num_kv_heads=3, head_dim=64), dtype)
+    kernels = cpu_kernels(kernel_config(3, 3, 64), dtype)
     assert kernels is not None
     close = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-6}
     random = torch.Generator().manual_seed(0)
@@ -160,7 +180,7 @@ def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
 
 def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Or with one that fails, or without a folder to compile in."""
-    shape = SimpleNamespace(num_heads=2, num_kv_heads=2, head_dim=32)
+    shape = kernel_config(2, 2, 32)
 
     def kernel() -> object:
         cpu._library.cache_clear()

@@ -1,5 +1,4 @@
-/* Kernels for CPUs: attention of sequences that decode, over their pages where they lie; norms and activations in one
- * pass over memory.
+/* Kernels for CPUs: attention over pages where they lie; norms and activations in one pass over memory.
  *
  * Compiled for one model: HEADS, KV_HEADS, HEAD_DIM (a multiple of 16), BFLOAT16 or else float. Sums are float32.
  */
@@ -33,12 +32,15 @@ static inline float widen(scalar x) {
     return wide;
 }
 
-static inline scalar narrow(float x) {
+/* The upper half of it is x in bfloat16. */
+static inline uint32_t rounded(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    if (x != x) return (bits >> 16) | 0x40; /* stays NaN */
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16; /* to the nearest, or to even */
+    /* NaN stays NaN; others go to the nearest, or to even. */
+    return x != x ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
 }
+
+static inline scalar narrow(float x) { return rounded(x) >> 16; }
 #else
 typedef float scalar;
 
@@ -207,6 +209,178 @@ int attend(const scalar *pages, int64_t page_size, const int32_t *tables, int64_
                     to[h * HEAD_DIM + i] = narrow(sums[h][i / LANES][i % LANES] * share[h]);
         }
         free(scores);
+    }
+    return failed;
+}
+
+#define TALL 6 /* rows and vectors of a product that registers hold */
+#define WIDE 4
+#define KEYS 96 /* at a time; a multiple of TALL and PACK */
+#define LINES ((BLOCK * GROUP + LANES - 1) / LANES * LANES) /* queries that read one KV head */
+#define INLINE static inline __attribute__((always_inline))
+
+/* A unit is the elements that one lane multiplies and adds up at once. */
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define PACK 2
+typedef int32_t unit;
+typedef ivec units;
+
+static inline vec multiply(vec sum, unit a, units b) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+
+static inline unit pack(scalar first, scalar second) { return first | (uint32_t)second << 16; }
+
+static inline unit pack_weights(float first, float second) {
+    return rounded(first) >> 16 | (rounded(second) & 0xffff0000);
+}
+
+static inline void pack_head(unit *to, const scalar *head) { memcpy(to, head, HEAD_DIM * sizeof *head); }
+#else
+#define PACK 1
+typedef float unit;
+typedef vec units;
+
+static inline vec multiply(vec sum, unit a, units b) { return sum + a * b; }
+
+static inline unit pack(scalar first, scalar second) { return widen(first); }
+
+static inline unit pack_weights(float first, float second) { return first; }
+
+static inline void pack_head(unit *to, const scalar *head) {
+    for (int i = 0; i < HEAD_DIM; i++) to[i] = widen(head[i]);
+}
+#endif
+
+/* c [TALL, n vectors] = a b + factors c; without factors a b. As in `product`. */
+INLINE void tile(const unit *a, int64_t down, int64_t along, const unit *b, int64_t width, int64_t depth, float *c,
+                 const float *factors, const int n) {
+    vec sums[TALL][WIDE]; /* in registers */
+    for (int i = 0; i < TALL; i++)
+        for (int j = 0; j < n; j++) {
+            sums[i][j] = (vec){0};
+            if (factors) {
+                memcpy(&sums[i][j], c + i * width + j * LANES, sizeof(vec));
+                sums[i][j] *= factors[i];
+            }
+        }
+    for (int64_t k = 0; k < depth; k++) {
+        units other[WIDE];
+        for (int j = 0; j < n; j++) memcpy(&other[j], b + k * width + j * LANES, sizeof(units));
+        for (int i = 0; i < TALL; i++)
+            for (int j = 0; j < n; j++) sums[i][j] = multiply(sums[i][j], a[i * down + k * along], other[j]);
+    }
+    for (int i = 0; i < TALL; i++)
+        for (int j = 0; j < n; j++) memcpy(c + i * width + j * LANES, &sums[i][j], sizeof(vec));
+}
+
+/* c [rows, width] = a [rows, depth] b [depth, width], plus factors [rows] times c unless that is NULL. Element (i, k) of
+ * a is a[i * down + k * along]. There is room for TALL - 1 rows more; `width` is a multiple of LANES. */
+static inline void product(const unit *a, int64_t rows, int64_t down, int64_t along, const unit *b, int64_t width,
+                           int64_t depth, float *c, const float *factors) {
+    for (int64_t j = 0; j < width; j += WIDE * LANES)
+        for (int64_t i = 0; i < rows; i += TALL) {
+            const unit *from = a + i * down;
+            float *to = c + i * width + j;
+            const float *scales = factors ? factors + i : NULL;
+            switch ((width - j) / LANES) { /* so that n is known where it is compiled */
+            case 1: tile(from, down, along, b + j, width, depth, to, scales, 1); break;
+            case 2: tile(from, down, along, b + j, width, depth, to, scales, 2); break;
+            case 3: tile(from, down, along, b + j, width, depth, to, scales, 3); break;
+            default: tile(from, down, along, b + j, width, depth, to, scales, WIDE);
+            }
+        }
+}
+
+/* What a block of queries is computed in. A line is a query of one head. */
+struct scratch {
+    unit q[HEAD_DIM / PACK * LINES], k[KEYS][HEAD_DIM / PACK], v[KEYS / PACK][HEAD_DIM];
+    float scores[KEYS * LINES], out[LINES + TALL][HEAD_DIM], top[LINES], total[LINES], factors[LINES + TALL];
+    int32_t lengths[LINES];
+};
+
+/* Like `attend`, for many tokens that read the same pages. Block i, at blocks[3 * i], is a row of `tables`, and from
+ * where to where its tokens, BLOCK at most, are in `tokens` and `lengths`, which grow within it. (FlashAttention, arXiv
+ * 2205.14135.) */
+int attend_blocks(const scalar *pages, int64_t page_size, const int32_t *tables, int64_t width, const int64_t *blocks,
+                  int64_t count, const int32_t *lengths, const int64_t *tokens, const scalar *queries, scalar *out,
+                  float *log_sums, int threads) {
+    const int64_t token = KV_HEADS * HEAD_DIM, half = page_size * token;
+    const float scale = 1 / sqrtf(HEAD_DIM);
+    static const scalar none[HEAD_DIM];
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        struct scratch *s = aligned_alloc(LINE, (sizeof *s + LINE - 1) / LINE * LINE);
+        if (!s) {
+#pragma omp atomic write
+            failed = -1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t work = 0; work < count * KV_HEADS; work++) {
+            if (!s) continue;
+            const int64_t kv = work % KV_HEADS, *block = blocks + 3 * (work / KV_HEADS);
+            const int64_t first = block[1], n = block[2] - first, longest = lengths[block[2] - 1];
+            const int64_t lines = (n * GROUP + LANES - 1) / LANES * LANES; /* the last ones may repeat a token */
+            const int32_t *table = tables + block[0] * width;
+            float *scores = s->scores;
+            unit *weights = (unit *)scores; /* take their place */
+            for (int64_t line = 0; line < lines; line++) {
+                const int64_t at = first + least(line / GROUP, n - 1);
+                const scalar *q = queries + (tokens[at] * HEADS + kv * GROUP + line % GROUP) * HEAD_DIM;
+                for (int i = 0; i < HEAD_DIM; i += PACK) s->q[i / PACK * lines + line] = pack(q[i], q[i + PACK - 1]);
+                s->lengths[line] = lengths[at];
+                s->top[line] = -INFINITY;
+                s->total[line] = 0;
+            }
+            memset(s->out, 0, lines * sizeof *s->out);
+            for (int64_t at = 0; at < longest; at += KEYS) {
+                const int64_t end = least(KEYS, longest - at), keys = (end + TALL - 1) / TALL * TALL;
+                for (int64_t t = 0; t < keys; t += PACK) {
+                    const scalar *v[PACK];
+                    for (int i = 0; i < PACK; i++) {
+                        const int64_t place = at + t + i;
+                        const int held = t + i < end; /* others have a weight of 0, but 0 times NaN is NaN */
+                        const int64_t offset = place % page_size * token + kv * HEAD_DIM;
+                        const scalar *k = held ? pages + 2 * table[place / page_size] * half + offset : none;
+                        v[i] = held ? k + half : none;
+                        pack_head(s->k[t + i], k);
+                    }
+                    for (int d = 0; d < HEAD_DIM; d++) s->v[t / PACK][d] = pack(v[0][d], v[PACK - 1][d]);
+                }
+                product(s->k[0], keys, HEAD_DIM / PACK, 1, s->q, lines, HEAD_DIM / PACK, scores, NULL);
+                if (at + keys > s->lengths[0])
+                    for (int64_t t = 0; t < keys; t++)
+                        for (int64_t line = 0; line < lines; line++)
+                            scores[t * lines + line] = at + t < s->lengths[line] ? scores[t * lines + line] : -INFINITY;
+                for (int64_t line = 0; line < lines; line++) s->factors[line] = s->top[line];
+                for (int64_t t = 0; t < keys; t++)
+                    for (int64_t line = 0; line < lines; line++) {
+                        const float score = scores[t * lines + line] * scale;
+                        s->top[line] = score > s->top[line] ? score : s->top[line];
+                    }
+                for (int64_t line = 0; line < lines; line++) {
+                    s->factors[line] = exponential(s->factors[line] - s->top[line]);
+                    s->total[line] *= s->factors[line];
+                }
+                for (int64_t t = 0; t < keys; t += PACK)
+                    for (int64_t line = 0; line < lines; line++) {
+                        const float *score = scores + t * lines + line, top = s->top[line];
+                        const float weight = exponential(score[0] * scale - top);
+                        const float other = PACK == 1 ? 0 : exponential(score[(PACK - 1) * lines] * scale - top);
+                        s->total[line] += weight + other;
+                        weights[t / PACK * lines + line] = pack_weights(weight, other);
+                    }
+                product(weights, lines, 1, lines, s->v[0], HEAD_DIM, keys / PACK, s->out[0], s->factors);
+            }
+            for (int64_t line = 0; line < n * GROUP; line++) {
+                const int64_t head = tokens[first + line / GROUP] * HEADS + kv * GROUP + line % GROUP;
+                for (int i = 0; i < HEAD_DIM; i++) out[head * HEAD_DIM + i] = narrow(s->out[line][i] / s->total[line]);
+                if (log_sums) log_sums[head] = s->top[line] + logf(s->total[line]);
+            }
+        }
+        free(s);
     }
     return failed;
 }

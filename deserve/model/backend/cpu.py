@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from deserve.model.cache import cache_folder
 from deserve.model.config import ModelConfig
 
 SOURCE = Path(__file__).with_name("cpu.c")
+LINES = 192  # queries of a block that read one KV head: they, their scores and results should stay in the cache
 GRAIN = 32768  # elements that are worth a thread, as in PyTorch
 LANES = 16  # floats that the kernel adds up at once
 # Sums may be taken in any order; NaN and infinity keep their meaning.
@@ -31,39 +33,51 @@ FLAGS = (
 )
 
 
-class CpuKernels:
-    """The functions of `cpu.c` for one model and dtype."""
+@dataclass(frozen=True)
+class Reads:
+    """Tokens that attend to pages in place.
 
-    def __init__(self, library: ctypes.CDLL):
+    `tokens` [n] of the visit, int64; each attends to `lengths` [n] tokens, int32. `tables`, by page table, int32:
+    [n, width] the pages of each token; or, with `blocks` [m, 3], int64, of many tokens: row blocks[i, 0] is read by
+    those from blocks[i, 1] to blocks[i, 2], whose lengths grow.
+    """
+
+    tokens: Ints
+    lengths: IntArray
+    tables: list[IntArray]
+    blocks: Ints | None = None
+
+
+class CpuKernels:
+    """The functions of `cpu.c` for one model and dtype. `block`: tokens that a block of `Reads` may have."""
+
+    def __init__(self, library: ctypes.CDLL, block: int):
+        self.block = block
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._attend, self._rms_norm, self._silu_and_mul = library.attend, library.rms_norm, library.silu_and_mul
+        self._attend_blocks = library.attend_blocks
         self._attend.argtypes = [pointer, count, pointer, count, *[pointer] * 2, count, *[pointer] * 3, number]
+        self._attend_blocks.argtypes = [pointer, count, pointer, count, pointer, count, *[pointer] * 5, number]
         self._rms_norm.argtypes = [*[pointer] * 4, count, count, ctypes.c_float, number]
         self._silu_and_mul.argtypes = [pointer, pointer, count, count, number]
         self._rms_norm.restype = self._silu_and_mul.restype = None
 
     def attend(
-        self,
-        layer: KVLayer,
-        table: IntArray,
-        lengths: IntArray,
-        tokens: Ints,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        log_sums: torch.Tensor | None,
+        self, layer: KVLayer, reads: Reads, q: torch.Tensor, out: torch.Tensor, log_sums: torch.Tensor | None
     ) -> None:
-        """Attend with the `tokens` [rows] of q [T, heads, head_dim] to `lengths` [rows] tokens on the pages of `table`
-        [rows, width], into their places of `out` [T, heads * head_dim].
+        """Attend with q [T, heads, head_dim] as `reads` says, into the tokens' places of `out` [T, heads * head_dim].
 
-        `log_sums` [T, heads], float32, takes the log-sum-exp of their scores. All are contiguous; `tokens` are int64.
-        Raises MemoryError.
+        `log_sums` [T, heads], float32, takes the log-sum-exp of their scores. All are contiguous. Raises MemoryError.
         """
-        elements = int(lengths.sum()) * layer.memory[0, 0, 0].numel()
-        failed = self._attend(
-            *(layer.memory.data_ptr(), layer.memory.shape[2], table.ctypes.data, table.shape[1], lengths.ctypes.data),
-            *(tokens.ctypes.data, len(tokens), q.data_ptr(), out.data_ptr()),
-            *(None if log_sums is None else log_sums.data_ptr(), _threads(elements)),
-        )
+        elements = int(reads.lengths.sum()) * layer.memory[0, 0, 0].numel()
+        table, blocks = reads.tables[layer.table], reads.blocks
+        pages = layer.memory.data_ptr(), layer.memory.shape[2], table.ctypes.data, table.shape[1]
+        places = out.data_ptr(), None if log_sums is None else log_sums.data_ptr(), _threads(elements)
+        lengths, tokens, queries = reads.lengths.ctypes.data, reads.tokens.ctypes.data, q.data_ptr()
+        if blocks is None:
+            failed = self._attend(*pages, lengths, tokens, len(reads.tokens), queries, *places)
+        else:
+            failed = self._attend_blocks(*pages, blocks.ctypes.data, len(blocks), lengths, tokens, queries, *places)
         if failed:
             raise MemoryError("out of memory for the scores of attention")
 
@@ -96,8 +110,9 @@ def cpu_kernels(config: ModelConfig, dtype: torch.dtype) -> CpuKernels | None:
     if dtype not in (torch.bfloat16, torch.float32) or config.head_dim % LANES:
         return None
     shape = {"HEADS": config.num_heads, "KV_HEADS": config.num_kv_heads, "HEAD_DIM": config.head_dim}
+    block = shape["BLOCK"] = max(1, LINES // config.group)
     library = _library(tuple(f"-D{name}={value}" for name, value in shape.items()), dtype == torch.bfloat16)
-    return CpuKernels(library) if library is not None else None
+    return CpuKernels(library, block) if library is not None else None
 
 
 @cache

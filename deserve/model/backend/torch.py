@@ -7,10 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deserve.batch import IntArray, Ints
 from deserve.kvcache.pages import KVLayer
 from deserve.model.backend.base import Backend, Rows
-from deserve.model.backend.cpu import cpu_kernels
+from deserve.model.backend.cpu import Reads, cpu_kernels
 from deserve.model.config import ModelConfig
 from deserve.model.rope import rope_table
 
@@ -49,29 +48,17 @@ class Shared:
 
 
 @dataclass
-class Decoding:
-    """Tokens that attend to their pages in place.
+class Attending:
+    """How layers of one window attend in a visit: in place, or in buckets; and which pages several rows share."""
 
-    `tokens` [n] of the visit, int64; `lengths` [n] tokens of their rows up to each; `tables` [n, width] by page table.
-    """
-
-    tokens: Ints
-    lengths: IntArray
-    tables: list[IntArray]
-
-
-@dataclass
-class Reads:
-    """How layers of one window attend in a visit."""
-
-    decoding: Decoding
+    in_place: list[Reads]
     buckets: list[Bucket]
     shared: list[Shared]
 
 
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
-FEW = 32  # new tokens of a row: each reads the row's pages, the first from memory and the others from the cache
+FEW = 4  # new tokens of a row: each reads the row's pages, the first from memory and the others from the cache
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 GATHER_BYTES = 4 << 20
 # Scores that are computed at a time where PyTorch has no kernel that keeps none: 256 MB of them.
@@ -91,8 +78,8 @@ class TorchBackend(Backend):
     rest of each row as if it began there, in layers without a window. The log-sum-exp of either's scores says how the
     two are to be merged.
 
-    Rows with few new tokens are not gathered on a CPU that has a C compiler: in layers without window and soft cap each
-    token reads its row's pages in place, unless these are in fp8.
+    On a CPU that has a C compiler nothing is gathered: in layers without window and soft cap tokens read their rows'
+    pages in place, unless these are in fp8. Those of a row with few new tokens do so one by one, others in blocks.
     """
 
     def __init__(
@@ -110,7 +97,7 @@ class TorchBackend(Backend):
             self._ropes.append((torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)))
         self._kernels = cpu_kernels(config, dtype) if device.type == "cpu" else None
         plain = config.attention_cap is None and config.scale == config.head_dim**-0.5 and not fp8_pages
-        self._in_place = self._kernels is not None and plain  # whether rows that decode read their pages in place
+        self._in_place = self._kernels if plain else None  # what reads pages in place
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
         self._finite = device.type == "cpu"  # whether no NaN was ever written to a page, as far as the host can know
         self._e4m3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(device, dtype)
@@ -170,16 +157,14 @@ class TorchBackend(Backend):
         halves = _raw(pages).view(pages.shape[0] * 2, -1)  # one row per (page, k or v)
         out = torch.empty(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
         scale, cap = self._config.scale, self._config.attention_cap
-        reads = self._reads(self._config.kinds[kind].window)
-        merges = bool(reads.shared) or sinks is not None
+        how = self._attending(self._config.kinds[kind].window)
+        merges = bool(how.shared) or sinks is not None
         # log-sum-exp of each token's scores
         weight = torch.empty(tokens, kv_heads, heads // kv_heads if merges else 0, device=q.device)
-        decoding = reads.decoding
-        if self._kernels is not None and len(decoding.tokens):
-            log_sums = weight if merges else None
-            table = decoding.tables[layer.table]
-            self._kernels.attend(layer, table, decoding.lengths, decoding.tokens, q.contiguous(), out, log_sums)
-        for bucket in reads.buckets:
+        for reads in how.in_place:
+            assert self._in_place is not None
+            self._in_place.attend(layer, reads, q.contiguous(), out, weight if merges else None)
+        for bucket in how.buckets:
             queries = q[bucket.tokens].view(bucket.rows, bucket.queries, kv_heads, heads // kv_heads, head_dim)
             queries = queries.transpose(1, 2).reshape(bucket.rows, kv_heads, -1, head_dim)
             attended = torch.empty_like(queries)
@@ -208,7 +193,7 @@ class TorchBackend(Backend):
                 scores = scores.view(bucket.rows, kv_heads, bucket.queries, -1).transpose(1, 2)
                 weight[into] = scores.reshape(bucket.rows * bucket.queries, kv_heads, -1)[real]
         none = self._tensor(np.zeros(0, np.int64))
-        for shared in reads.shared:
+        for shared in how.shared:
             queries = q[shared.tokens].view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
             keys = self._gather(0, halves, shared.keys[layer.table], none, kv_heads)
             values = self._gather(1, halves, shared.values[layer.table], none, kv_heads)
@@ -251,7 +236,7 @@ class TorchBackend(Backend):
     def _address(self, page_size: int) -> None:
         """Where the visit's keys and values are written, by page table."""
         self._page_size = page_size
-        self._read: dict[int | None, Reads] = {}  # by window
+        self._how: dict[int | None, Attending] = {}  # by window
         rows = self._rows
         self._slots = []
         for table in rows.tables:
@@ -259,28 +244,22 @@ class TorchBackend(Backend):
             slot = 2 * page * page_size + self._positions % page_size
             self._slots.append((self._tensor(slot), self._tensor(slot + page_size)))
 
-    def _reads(self, window: int | None) -> Reads:
+    def _attending(self, window: int | None) -> Attending:
         """How layers with that window attend in this visit."""
-        if window in self._read:
-            return self._read[window]
+        if window in self._how:
+            return self._how[window]
         page_size, rows, shared = self._page_size, self._rows.within(window, self._page_size), list[Shared]()
         if window is None:
             shared, skipped = self._share(rows, page_size)
             rows = rows.behind(skipped, page_size)
-        length = rows.context + rows.new_tokens
-        few = rows.new_tokens <= FEW if self._in_place and window is None else np.zeros(len(length), bool)
-        tokens = np.flatnonzero(few[self._row_of_token])
-        row = self._row_of_token[tokens]
-        decoding = Decoding(
-            tokens,
-            (rows.context[row] + tokens - self._first[row] + 1).astype(np.int32),
-            [table[row].astype(np.int32) for table in rows.tables],
-        )
-        alike = np.where(few, -1, 64 * _bits(rows.new_tokens) + _bits(length))
-        members = [np.flatnonzero(alike == each) for each in np.unique(alike[~few])]
-        buckets = [self._bucket(rows, each, page_size, window) for each in members]
-        self._read[window] = Reads(decoding, buckets, shared)
-        return self._read[window]
+        if self._in_place is not None and window is None:
+            how = Attending(in_place(rows, self._in_place.block), [], shared)
+        else:
+            alike = 64 * _bits(rows.new_tokens) + _bits(rows.context + rows.new_tokens)
+            members = [np.flatnonzero(alike == each) for each in np.unique(alike)]
+            how = Attending([], [self._bucket(rows, each, page_size, window) for each in members], shared)
+        self._how[window] = how
+        return how
 
     def _share(self, rows: Rows, page_size: int) -> tuple[list[Shared], np.ndarray]:
         """What several rows read at once, and how many pages of each row are in there: [rows]."""
@@ -344,6 +323,26 @@ class TorchBackend(Backend):
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def in_place(rows: Rows, block: int) -> list[Reads]:
+    """How a visit's tokens read their `rows`' pages: one by one, or `block` at most at a time."""
+    row = np.repeat(np.arange(len(rows.new_tokens)), rows.new_tokens)
+    nth = np.arange(len(row)) - (np.cumsum(rows.new_tokens) - rows.new_tokens)[row]
+    lengths = (rows.context[row] + nth + 1).astype(np.int32)
+    tables = [np.ascontiguousarray(table, np.int32) for table in rows.tables]
+    few = rows.new_tokens[row] <= FEW
+    single, many = np.flatnonzero(few), np.flatnonzero(~few)
+    reads = []
+    if len(single):
+        reads.append(Reads(single, lengths[single], [table[row[single]] for table in tables]))
+    if len(many):
+        begin = np.flatnonzero(nth[many] % block == 0)
+        end = np.append(begin[1:], len(many))
+        blocks = np.stack([row[many[begin]], begin, end], 1)
+        # The longest first, so that threads end at about the same time.
+        reads.append(Reads(many, lengths[many], tables, blocks[np.argsort(-lengths[many[end - 1]])]))
+    return reads
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
