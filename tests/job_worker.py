@@ -21,7 +21,7 @@ def lend_survey(first: Path) -> None:
     def lent(kept: Path | None, key: dict[str, Any]) -> list[Any] | None:
         if not first.exists():
             return None
-        stages: list[Any] = json.loads(first.read_text())["stages"]
+        stages: list[Any] = json.loads(first.read_text())[0]["stages"]
         *_, kinds = key["model"]
         for times, _ in stages:
             times["layers"] = times["layers"][:1] * (1 + max(kinds))

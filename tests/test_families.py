@@ -209,5 +209,5 @@ def test_ranks_of_layers_that_differ(tmp_path: Path) -> None:
     more = ["pipeline.max_batch_tokens=32", f"sampling.max_tokens={MAX_TOKENS}"]
     run_jobs(2, [truth.overrides(tmp_path / "out") + more], tmp_path)
     assert not wrong_answers(tmp_path / "out", truth)
-    stages = json.loads((tmp_path / "out" / "survey.json").read_text())["stages"]
+    stages = json.loads((tmp_path / "out" / "survey.json").read_text())[0]["stages"]
     assert [len(times["layers"]) for times, _ in stages] == [2, 2]

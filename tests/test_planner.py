@@ -681,7 +681,7 @@ def test_what_a_stage_takes_is_told_from_visits_that_differ_in_one_thing(monkeyp
     def measured(self: surveying.Probe, stage: Recorder, shapes: list[Shape], rounds: int) -> dict[Shape, Visited]:
         found = {}
         for shape in shapes:
-            load = shape.load(0)
+            load = self._loads[shape]
             compute = stage.layers * layer(load) + truth.visit(load)
             compute += truth.head(len(shape.new)) if shape.sampled else 0.0
             found[shape] = Visited(compute, 0.3 * MS, 0.2 * MS, compute + 0.9 * MS)

@@ -7,7 +7,7 @@ host use the same cores and caches.
 import gc
 import itertools
 import json
-import platform
+import os
 import statistics
 import tempfile
 import time
@@ -16,11 +16,11 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from timeit import repeat, timeit
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from deserve import __version__
 from deserve.batch import Completion, IntArray, Request, VisitPlan, VisitResult
@@ -40,7 +40,7 @@ from deserve.model.tools import Answer
 from deserve.model.weights import layer_kinds, parameter_bytes
 from deserve.pipeline import run_pipeline
 from deserve.planner.simulator import Requests
-from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad, outside
+from deserve.planner.times import POWERS, Cost, Curve, LinkTimes, Machine, StageTimes, VisitLoad
 from deserve.report.files import replace_file
 from deserve.report.results import ResultsWriter
 from deserve.scheduler.scheduler import Scheduler
@@ -86,15 +86,15 @@ def survey(
     measured anew.
     """
     free_cached(device)
-    memory = usable_memory(world, device)
     host_memory = available_memory() // 2 // world.local_size
+    memory = torch.cuda.mem_get_info(device)[0] - RESERVE_BYTES if device.type == "cuda" else host_memory
     edges = nccl_edges(world, config, device)
     budgets = token_budgets(config.pipeline.max_batch_tokens, device.type == "cuda")
     page_bytes = config.kvcache.page_size * checkpoint.config.kv_spec(dtype, config.kvcache.fp8).token_bytes
     kinds = list(layer_kinds(checkpoint.config, dtype))
     link = replace(measure_link(world), far=far_links(NetworkSection(), world.hosts)[world.rank])
-    if edges[world.rank] is not None or (world.rank and edges[world.rank - 1] is not None):
-        link = replace(link, byte_s=measure_nccl(world, edges, device))
+    if edges[world.rank] is not None and not link.far:
+        link = replace(link, byte_s=0.0)  # NCCL within a host: copies hide behind the visits
     key = {
         "versions": [__version__, torch.__version__],
         "hardware": world.gather("survey/hardware", hardware(device)),
@@ -119,8 +119,8 @@ def survey(
         free_cached(device)
         known = world.gather("survey/stages", own)
     if kept is not None and world.rank == 0:
-        others = [other for other in read_surveys(kept) if other["key"] != key][: MOST_KEPT - 1]
-        write_surveys(kept, [{"key": key, "stages": known}, *others])
+        others = [other for other in read_surveys(kept) if other["key"] != key]
+        write_surveys(kept, [{"key": key, "stages": known}, *others][:MOST_KEPT])
     found = world.gather("survey", [list(astuple(link)), memory, host_memory])
     if not found:
         return None
@@ -158,12 +158,9 @@ def hardware(device: torch.device) -> list[Any]:
     """What the times of a stage depend on: the processor and the threads that compute."""
     if device.type == "cuda":
         return [torch.cuda.get_device_name(device)]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return [models[0] if models else platform.processor(), len(models), torch.get_num_threads()]
+    return [*models[:1], os.cpu_count(), torch.get_num_threads()]
 
 
 def read_kept(kept: Path | None, key: dict[str, Any]) -> list[Any] | None:
@@ -175,17 +172,15 @@ def read_kept(kept: Path | None, key: dict[str, Any]) -> list[Any] | None:
 def read_surveys(kept: Path) -> list[dict[str, Any]]:
     """The surveys in `kept`, the last one first: `key` and `stages` of each."""
     try:
-        found = json.loads(kept.read_text())
-        surveys = [found, *found.get("others", [])]
-        return [{"key": survey["key"], "stages": survey["stages"]} for survey in surveys]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or cut short
+        return [{"key": survey["key"], "stages": survey["stages"]} for survey in json.loads(kept.read_text())]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut short
         return []
 
 
 def write_surveys(kept: Path, surveys: list[dict[str, Any]]) -> None:
     """Keep `surveys`, that of this start first."""
     with suppress(OSError):  # it would only have saved time
-        replace_file(kept, json.dumps({**surveys[0], "others": surveys[1:]}).encode() + b"\n")
+        replace_file(kept, json.dumps(surveys).encode() + b"\n")
 
 
 def keep_pace(kept: Path, slow: Sequence[float]) -> None:
@@ -200,22 +195,15 @@ def keep_pace(kept: Path, slow: Sequence[float]) -> None:
 def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
     """`stages`, where ranks of one of `kinds` are equally fast: as fast as the fastest of them was measured to be."""
     visit = VisitLoad(decodes=64, decode_kv=64 * CONTEXT[0])
-    best: dict[str, StageTimes] = {}
-    for stage, kind in zip(stages, kinds, strict=True):
-        every = [1] * len(stage.layers)
-        if kind not in best or stage.layers_s(visit, every) < best[kind].layers_s(visit, every):
-            best[kind] = stage
-    return tuple(
-        replace(stage, layers=best[kind].layers, visit=best[kind].visit)
-        for stage, kind in zip(stages, kinds, strict=True)
-    )
-
-
-def usable_memory(world: World, device: torch.device) -> int:
-    """Bytes that this rank may fill with weights and KV pages: what is free, less room for everything else."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - RESERVE_BYTES
-    return available_memory() // 2 // world.local_size
+    pairs = [*zip(stages, kinds, strict=True)]
+    fastest = {
+        kind: min(
+            (stage for stage, other in pairs if other == kind),
+            key=lambda stage: stage.layers_s(visit, [1] * len(stage.layers)),
+        )
+        for kind in kinds
+    }
+    return tuple(replace(stage, layers=fastest[kind].layers, visit=fastest[kind].visit) for stage, kind in pairs)
 
 
 def over(links: Sequence[LinkTimes], network: NetworkSection) -> tuple[LinkTimes, ...]:
@@ -257,26 +245,6 @@ def measure_link(world: World) -> LinkTimes:
     return LinkTimes(small_s / 2, max(0.0, large_s - small_s) / LARGE_FRAME)
 
 
-def measure_nccl(world: World, edges: list[dist.ProcessGroup | None], device: torch.device) -> float:
-    """Seconds per byte of the NCCL link to the next rank; 0 where there is none. `edges`: see `World.nccl_edges`."""
-    payload = torch.zeros(16 * LARGE_FRAME, dtype=torch.uint8, device=device)
-
-    def took(move: Callable[..., dist.Work | None], peer: int, edge: dist.ProcessGroup) -> float:
-        begin = time.perf_counter()
-        work = move(payload, peer, group=edge)
-        assert work is not None
-        work.wait()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    if world.rank and (edge := edges[world.rank - 1]) is not None:
-        for _ in range(TRANSFERS):
-            took(dist.irecv, world.rank - 1, edge)
-    if (edge := edges[world.rank]) is None:
-        return 0.0
-    return min(took(dist.isend, world.rank + 1, edge) for _ in range(TRANSFERS)) / len(payload)
-
-
 def measure_bus(device: torch.device) -> float:
     """Seconds per byte from host memory to the device, while a little goes the other way: what is new in pages."""
     cuda = device.type == "cuda"
@@ -298,26 +266,11 @@ def measure_bus(device: torch.device) -> float:
 
 def measure_requests(page_size: int) -> float:
     """Seconds that rank 0 spends on a request beside its visits: admission, completion, and its line of results."""
-    rows = 64
-
-    def visit_s(answer: int) -> float:
-        """Scheduling a visit of sequences that end after `answer` tokens."""
-        schedule = scheduling(rows, page_size, answer)
-        took = []
-        for _ in range(9):
-            begin = time.perf_counter()
-            schedule()
-            took.append(time.perf_counter() - begin)
-        return statistics.median(took)
-
-    come_and_go = max(0.0, visit_s(1) - visit_s(ANSWER)) / rows
-    tokens = np.arange(ANSWER, dtype=np.int32)
+    rows, tokens = 64, np.arange(ANSWER, dtype=np.int32)
+    all_new = statistics.median(repeat(scheduling(rows, page_size, answer=1), number=1, repeat=9))
+    answer = Completion(Request("0", tokens), tokens, "length"), Answer(" ".join(map(str, tokens.tolist())))
     with tempfile.TemporaryDirectory() as folder, ResultsWriter(Path(folder) / "results", False, "") as writer:
-        begin = time.perf_counter()
-        for row in range(WRITTEN):
-            answer = Completion(Request(f"{row}", tokens), tokens, "length")
-            writer.completion(answer, Answer(" ".join(map(str, tokens.tolist()))))
-        return come_and_go + (time.perf_counter() - begin) / WRITTEN
+        return all_new / rows + timeit(lambda: writer.completion(*answer), number=WRITTEN) / WRITTEN
 
 
 def scheduling(rows: int, page_size: int, answer: int = ANSWER) -> Callable[[], None]:
@@ -341,15 +294,6 @@ class Shape:
     new: tuple[int, ...]
     context: int = 0
     sampled: bool = False
-
-    def load(self, window: int) -> VisitLoad:
-        """`window`: tokens, 0: none."""
-        rows, new = len(self.new), np.array(self.new)
-        prompts = new[(new > 1) | (self.context == 0)]
-        decodes, reach = rows - len(prompts), self.context + prompts
-        load = VisitLoad(decodes, decodes * (self.context + 1), float(prompts.sum()), float((prompts * reach).sum()))
-        kv, pairs = decodes * outside(self.context, window), (prompts * outside(reach, window)).sum()
-        return load._replace(outside_kv=float(kv), outside_pairs=float(pairs))
 
 
 @dataclass(frozen=True)
@@ -381,7 +325,7 @@ class Probe:
         self._world, self._config, self._device = world, config, device
         self._gpu = device.type == "cuda"
         model, self._page_size = checkpoint.config, config.kvcache.page_size
-        self._window, self._max_tokens = model.window, max_tokens
+        self._max_tokens = max_tokens
         kinds = layer_kinds(model, dtype)
         self._firsts = [kinds.index(kind) for kind in range(max(kinds) + 1)]
         counts = graph_tokens(max_tokens, torch.cuda.get_device_name(device)) if self._gpu else []
@@ -406,6 +350,7 @@ class Probe:
         self._next_slot = self._next_page = 0
         self._page_writes: list[IntArray] = []
         self._entries = {shape: self._entry(shape) for shape in [*self._bare, *self._heads]}
+        self._loads = {shape: VisitLoad.of(plan, model.window) for shape, plan in self._entries.items()}
         pages = max(
             self._next_page, COLD_BYTES // (self._page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes) + 1
         )
@@ -457,9 +402,8 @@ class Probe:
                     layer[shape] = max(0.0, several - rest[shape]) / layers
             costs.append(self._cost(layer, bool(self._checkpoint.config.sliding(first, first + 1))))
             self.graph_bytes = max(self.graph_bytes, stage.graph_bytes // layers)
-            if first != self._firsts[-1]:
-                del stage
-                free_cached(self._device)
+            del stage
+            free_cached(self._device)
         head = [(0.0, 0.0)]
         for shape in self._heads:
             bare = replace(shape, sampled=False)
@@ -468,7 +412,7 @@ class Probe:
         plan = [(rows, min(short[shape].plan, long[shape].plan)) for rows, shape in self._decodes.items()]
         # As many rounds as ranks: every rank is idle until its next visit arrives.
         # On a GPU the first visits begin while others are still being launched.
-        ring = self._timed(stage, [self._near] * (RING_VISITS if self._gpu else 1), size)[self._near]
+        ring = self._timed(self._short, [self._near] * (RING_VISITS if self._gpu else 1), size)[self._near]
         begins_s = ring.apart - ring.compute - (0.0 if self._gpu else ring.host)
         return StageTimes(
             layers=tuple(costs),
@@ -503,25 +447,20 @@ class Probe:
         for shape in [shape for _ in range(TAKES) for shape in shapes]:
             for _ in range(BUSY_GEMMS):
                 matrix @ matrix  # its result does not matter
-            takes[shape].append(self._row_s(stage, shape))
+            plan = self._entries[shape]
+            x = (self._ids if stage is self._short else self._hidden)[: plan.tokens]
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            for _ in range(IN_A_ROW):
+                stage.forward(plan, x)
+            last.record()
+            last.synchronize()
+            takes[shape].append(first.elapsed_time(last) / 1e3 / IN_A_ROW)
         return {shape: statistics.median(took) for shape, took in takes.items()}
-
-    @torch.inference_mode()
-    def _row_s(self, stage: Stage, shape: Shape) -> float:
-        """Seconds of the device for each of `IN_A_ROW` visits of `shape` that follow each other."""
-        plan = self._entries[shape]
-        x = (self._ids if stage is self._short else self._hidden)[: plan.tokens]
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        for _ in range(IN_A_ROW):
-            stage.forward(plan, x)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3 / IN_A_ROW
 
     def _cost(self, seconds: dict[Shape, float], windowed: bool = False) -> Cost:
         """The cost of visits that took `seconds`."""
-        attended = {shape: Cost(windowed=windowed).attended(shape.load(self._window)) for shape in seconds}
+        attended = {shape: Cost(windowed=windowed).attended(self._loads[shape]) for shape in seconds}
         kv, pairs = ({shape: each[part] for shape, each in attended.items()} for part in (0, 1))
         whole, long = self._prompts[self._max_tokens], self._long_prompt
         more_pairs = pairs[long] - pairs[whole]
@@ -534,7 +473,7 @@ class Probe:
         cost = Cost(stepped(tokens, self._steps), Curve.through(decodes), kv_s, pair_s, windowed=windowed)
         if self._mixed not in seconds:
             return cost
-        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(self._mixed.load(self._window))))
+        return replace(cost, mixed_s=max(0.0, seconds[self._mixed] - cost(self._loads[self._mixed])))
 
     def _loop(self, stage: Stage, shapes: Sequence[Shape], rounds: int) -> dict[Shape, Visited]:
         """Take `stage` through visits of `shapes`, one after the other and several times, in the loop of a run."""
@@ -546,8 +485,7 @@ class Probe:
         timeline = Timeline(keep=True, device=self._device)
         script = None
         if links.tokens_in is not None:
-            steps = [self._step(shape) for shape in shapes]
-            script = _Script(steps, self._ids, rounds, FEWEST + self._gpu, links.tokens_in, timeline)
+            script = _Script(self._takes(shapes), self._ids, rounds, links.tokens_in, timeline)
         actor = _Actor(stage, self._ids if stage is self._short else self._hidden, self._hidden, world.is_last)
         run_pipeline(cast(Stage, actor), links, script, rounds, hidden, timeline)
         return self._visited(shapes, timeline, actor.began)
@@ -590,10 +528,21 @@ class Probe:
             samples=np.full(rows, shape.sampled, np.int32),
         )
 
-    def _step(self, shape: Shape) -> tuple[VisitPlan, Callable[[], None]]:
-        """A visit, and what rank 0 has to do to plan one like it."""
-        decodes = shape.context and set(shape.new) == {1}
-        return self._entries[shape], scheduling(len(shape.new), self._page_size) if decodes else lambda: None
+    def _takes(self, shapes: Sequence[Shape]) -> Iterator[tuple[VisitPlan, Callable[[], None]]]:
+        """Visits of `shapes` in turn, and what rank 0 has to do to plan one like each.
+
+        Some takes of all of them, and further ones for `LONGEST_S` at most.
+        """
+        decodes = [bool(shape.context) and set(shape.new) == {1} for shape in shapes]
+        steps = [
+            (self._entries[shape], scheduling(len(shape.new), self._page_size) if decode else lambda: None)
+            for shape, decode in zip(shapes, decodes, strict=True)
+        ]
+        deadline = time.monotonic() + LONGEST_S
+        for taken in range(MOST):
+            if taken >= FEWEST + self._gpu and time.monotonic() > deadline:
+                return
+            yield from steps
 
 
 class _Actor:
@@ -622,30 +571,19 @@ class _Actor:
 
 
 class _Script:
-    """Rank 0's half of the loop: `steps` in turn, each `fewest` times at least, and then for `LONGEST_S` at most."""
+    """Rank 0's half of the loop: `steps`, each a visit and what it takes to plan it, and then empty visits."""
 
     def __init__(
         self,
-        steps: Sequence[tuple[VisitPlan, Callable[[], None]]],
+        steps: Iterator[tuple[VisitPlan, Callable[[], None]]],
         ids: torch.Tensor,
         rounds: int,
-        fewest: int,
         tokens_in: Receiver,
         timeline: Timeline,
     ):
-        self._rounds, self._tokens_in, self._timeline, self._ids = rounds, tokens_in, timeline, ids.numpy()
-        self._steps = self._takes(steps, fewest)
+        self._steps, self._ids, self._rounds = steps, ids.numpy(), rounds
+        self._tokens_in, self._timeline = tokens_in, timeline
         self._under_way = 0
-
-    @staticmethod
-    def _takes(
-        steps: Sequence[tuple[VisitPlan, Callable[[], None]]], fewest: int
-    ) -> Iterator[tuple[VisitPlan, Callable[[], None]]]:
-        deadline = time.monotonic() + LONGEST_S
-        for taken in range(MOST):
-            if taken >= fewest and time.monotonic() > deadline:
-                return
-            yield from steps
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         if self._under_way == self._rounds:
