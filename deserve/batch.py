@@ -17,6 +17,7 @@ def _empty(*shape: int) -> IntArray:
 NO_TOKEN = -1  # sampled where the logits are NaN or infinite: the request cannot go on
 DEAD_END = -2  # sampled where the request's own rules allow no token
 UNDECIDED = -3  # sampled where the likeliest tokens did not decide: whoever asks again is given the token
+PENDING = -4  # in place of a token that the last visit samples, where the next one is planned before that has ended
 
 
 @dataclass(frozen=True)

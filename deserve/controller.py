@@ -69,14 +69,18 @@ class Controller:
         self._requests, self._outcomes, self._counts = requests, outcomes, counts
         self._tuner = tuner
         self.planned: Callable[[VisitPlan], object] = lambda plan: None  # who is to be told of each visit
+        # Plan the only round's next visit while its last one is under way: its tokens are where they are embedded.
+        self.ahead = False
         self._checkpoint_s, self._saved = checkpoint_s, time.monotonic()
         self._deciding = threading.Lock()  # held while the scheduler's state changes
         self._under_way: deque[tuple[int, VisitPlan]] = deque()  # micro-batches whose tokens are to come
 
     def next_visit(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
-        """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding."""
-        while any(micro_batch == visited for visited, _ in self._under_way):
-            self._collect()  # its own tokens, after what micro-batches that have retired meanwhile left behind
+        """Take in the tokens of the micro-batch's last visit and plan its next; token ids [T] for the embedding.
+
+        If the next one is planned ahead, take in those of the visit before: ids may be PENDING.
+        """
+        self._collect_all(micro_batch, but=int(self.ahead))
         if self._stop.reason is not None:
             self._scheduler.admitting = False
             if self._stop.overdue and self._scheduler.in_flight:
@@ -86,12 +90,32 @@ class Controller:
             self._save()
         if not self._scheduler.in_flight and not self._scheduler.waiting and self._scheduler.admitting:
             self._requests.wait(1, lambda: self._stop.reason is not None)  # nothing to do meanwhile
-        with self._timeline.span("plan", micro_batch), self._deciding:
-            plan, tokens = self._scheduler.plan(micro_batch)
-            self.planned(plan)
+        plan, tokens = self._plan_ahead(micro_batch) or self._plan(micro_batch)
+        self.planned(plan)
         self._tokens_in.expect()
         self._under_way.append((micro_batch, plan))
         return plan, tokens
+
+    def _plan_ahead(self, micro_batch: int) -> tuple[VisitPlan, IntArray] | None:
+        if not self._awaited(micro_batch):
+            return None
+        with self._timeline.span("plan", micro_batch), self._deciding:
+            return self._scheduler.plan_ahead(micro_batch)
+
+    def _plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
+        self._collect_all(micro_batch)
+        with self._timeline.span("plan", micro_batch), self._deciding:
+            return self._scheduler.plan(micro_batch)
+
+    def _awaited(self, micro_batch: int) -> int:
+        """Visits of the micro-batch whose tokens are to come."""
+        return sum(micro_batch == visited for visited, _ in self._under_way)
+
+    def _collect_all(self, micro_batch: int, but: int = 0) -> None:
+        """Take in the tokens of the micro-batch's visits, `but` of so many, after what micro-batches that have retired
+        meanwhile left behind."""
+        while self._awaited(micro_batch) > but:
+            self._collect()
 
     def save_now(self) -> None:
         """Save the answers in flight, for the start that follows when another rank has died. Any thread may call it.

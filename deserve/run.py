@@ -130,6 +130,7 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
             head = Head(config, checkpoint, load_tokenizer(checkpoint), plan, None, client)
             controller = head.controller(links.tokens_in, client, client, stop, timeline)
         if controller is not None:
+            controller.ahead = ring.size == 1 and device.type == "cuda"
             world.save = controller.save_now
     run_pipeline(stage, links, controller, layout.rounds, checkpoint.config.hidden_size, timeline)
     if job is not None:

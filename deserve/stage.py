@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deserve.batch import ADMISSION_WORDS, VisitPlan
+from deserve.batch import ADMISSION_WORDS, PENDING, IntArray, VisitPlan
 from deserve.errors import UserError
 from deserve.kvcache.buddy import pool_pages
 from deserve.kvcache.pages import KVPages
@@ -55,6 +55,8 @@ class Stage:
         self._sampler = Sampler(slots, device, guide)
         self._switch = decoder.config.rope_switch
         self._prompts = np.zeros(slots, np.int32)  # tokens of each sequence's prompt
+        # Of a ring's only rank, by micro-batch: slots and tokens on the device that its last visit sampled.
+        self._sampled: dict[int, tuple[IntArray, torch.Tensor]] = {}
 
     @property
     def swapping(self) -> SwapCounters:
@@ -78,6 +80,8 @@ class Stage:
     def forward(self, plan: VisitPlan, x: torch.Tensor, timeline: Timeline = UNTIMED) -> torch.Tensor:
         """One visit. x: token ids [T] on the first rank, hidden states [T, hidden] on the others.
 
+        Ids may be PENDING if this is the only rank: what the micro-batch's last visit sampled for their sequences.
+
         Returns hidden states [T, hidden], or on the last rank the words of a VisitResult, int32 [words].
         """
         tables = self._kv.begin_visit(plan, timeline)
@@ -86,9 +90,10 @@ class Stage:
         if not plan.rows:
             return torch.empty(0, dtype=torch.int32)
         rows = Rows(plan.new_tokens, plan.context, tables, self._long(plan))
-        x = to_device(x, self._device)
         if self._decoder.weights.embedding is not None:
-            x = self._decoder.embed(x)
+            x = self._decoder.embed(self._known(plan, x))
+        else:
+            x = to_device(x, self._device)
         x = self._through_layers(rows, x)
         if self._decoder.weights.head is None:
             return x
@@ -101,7 +106,24 @@ class Stage:
         logits = self._decoder.logits(x)
         with timeline.on_device("sample", plan.micro_batch):
             words = self._sampler.sample(logits, plan.slots[row], position, plan.assumed())
+        if self._decoder.weights.embedding is not None:
+            self._sampled[plan.micro_batch] = plan.slots[row], words[: len(row)]
         return torch.cat([words, scores]) if len(scores) else words
+
+    def _known(self, plan: VisitPlan, ids: torch.Tensor) -> torch.Tensor:
+        """`ids` [T] on the device, with what the last visit sampled in place of those that are PENDING.
+
+        These are of decode rows, which come first, a token each. Of a sequence that has ended any id will do.
+        """
+        pending = np.flatnonzero(ids.numpy() == PENDING)
+        ids = to_device(ids, self._device)
+        if not len(pending):
+            return ids
+        slots, tokens = self._sampled[plan.micro_batch]
+        order = np.argsort(slots, kind="stable")
+        place = order[np.searchsorted(slots, plan.slots[pending], sorter=order)]
+        told = tokens.index_select(0, to_device(place, self._device)).clamp(min=0)
+        return ids.index_copy(0, to_device(pending, self._device), told)
 
     def _score(self, plan: VisitPlan, x: torch.Tensor, timeline: Timeline) -> torch.Tensor:
         """The words of a VisitResult's `prompt_beside`, int32 [words], from hidden states x [T, hidden]."""

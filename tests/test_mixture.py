@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from background import line_count, running, torchrun_command
 from checkpoints import make_checkpoint, save_tokenizer
 from launch import run_here
 from results import code, read_results
+
+from deserve.batch import PENDING, VisitPlan
+from deserve.controller import Controller
+from deserve.stage import Stage
 
 TEMPLATE = (
     "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
@@ -68,20 +74,70 @@ def answers(output: Path) -> dict[str, tuple[Any, Any, list[float]]]:
     return found
 
 
-def test_a_stop_far_away_and_short_of_memory_changes_nothing(tmp_path: Path) -> None:
-    """Two ranks, 16 ms apart, three rounds whose sequences are swapped and suspended, stopped and gone on with."""
-    model = make_checkpoint(tmp_path / "model", num_hidden_layers=2)
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("job")
+    model = make_checkpoint(folder / "model", num_hidden_layers=2)
     save_tokenizer(model, TEMPLATE)
-    write_requests(tmp_path / "in.jsonl")
-    job = [f"model.path={model}", "device=cpu", f"workload.source={tmp_path}/in.jsonl", "pipeline.tune=false"]
-    assert run_here(*job, f"output.dir={tmp_path}/calm") == 0
-    calm = answers(tmp_path / "calm")
+    write_requests(folder / "in.jsonl")
+    return [f"model.path={model}", "device=cpu", f"workload.source={folder}/in.jsonl", "pipeline.tune=false"]
+
+
+@pytest.fixture(scope="module")
+def calm(job: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any, list[float]]]:
+    """The answers of one rank with all the memory it wants."""
+    folder = tmp_path_factory.mktemp("calm")
+    assert run_here(*job, f"output.dir={folder}") == 0
+    calm = answers(folder)
     assert len(calm) == COUNT and len({json.dumps(choices) for choices, _, _ in calm.values()}) > COUNT // 2
     assert {choice["finish_reason"] for choices, _, _ in calm.values() for choice in choices} == {
         "stop",
         "length",
         "tool_calls",
     }
+    return calm
+
+
+def same(given: dict[str, Any], calm: dict[str, Any]) -> None:
+    """All answers are those of `calm`."""
+    assert given.keys() == calm.keys()
+    for name, (choices, usage, numbers) in calm.items():
+        assert given[name][:2] == (choices, usage), name
+        np.testing.assert_allclose(given[name][2], numbers, atol=1e-4)
+
+
+@pytest.mark.parametrize("pressed", [False, True])
+def test_visits_planned_ahead_change_nothing(
+    job: list[str],
+    calm: dict[str, Any],
+    pressed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As on a GPU: the next visit is launched before anybody has seen what the last one has sampled."""
+    pending = []
+    forward = Stage.forward
+
+    def counted(self: Stage, plan: VisitPlan, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        pending.append(int((x == PENDING).sum()))
+        return forward(self, plan, x, *rest)
+
+    monkeypatch.setattr(Stage, "forward", counted)
+    monkeypatch.setattr(Controller, "ahead", property(lambda self: True, lambda self, value: None), raising=False)
+    words = ["pipeline.rounds=1", "speculation.tokens=0"]
+    if pressed:
+        words += ["pipeline.micro_batch_size=12", "kvcache.main_pages=60", "kvcache.buddy_height=6"]
+    assert run_here(*job, *words, f"output.dir={tmp_path}") == 0
+    same(answers(tmp_path), calm)
+    assert sum(pending) > 200
+    pressure = json.loads((tmp_path / "metrics.json").read_text())["memory_pressure"]
+    assert bool(pressure["suspensions"]) == pressed
+
+
+def test_a_stop_far_away_and_short_of_memory_changes_nothing(
+    job: list[str], calm: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two ranks, 16 ms apart, three rounds whose sequences are swapped and suspended, stopped and gone on with."""
     far = ["network.latency_ms=16", "pipeline.rounds=3", "pipeline.micro_batch_size=6", "kvcache.main_pages=22"]
     far += ["kvcache.swap_pages=10", "kvcache.buddy_height=9", "pipeline.max_batch_tokens=96", "output.grace_s=0"]
     output = tmp_path / "out"
@@ -98,8 +154,4 @@ def test_a_stop_far_away_and_short_of_memory_changes_nothing(tmp_path: Path) -> 
     assert line_count(output) < COUNT
     assert run_here(*job, f"output.dir={output}") == 0
     assert json.loads((output / "metrics.json").read_text())["resumed_tokens"] > 0
-    resumed = answers(output)
-    assert resumed.keys() == calm.keys()
-    for name, (choices, usage, numbers) in calm.items():
-        assert resumed[name][:2] == (choices, usage), name
-        np.testing.assert_allclose(resumed[name][2], numbers, atol=1e-4)
+    same(answers(output), calm)

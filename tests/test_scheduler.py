@@ -1,13 +1,13 @@
 """The scheduler alone, with a fake engine that does to its pages what a stage would do, and looks at every one."""
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from deserve.batch import (
     NO_TOKEN,
+    PENDING,
     SCORE_WIDTH,
     UNDECIDED,
     Begun,
@@ -77,7 +78,7 @@ class Case:
     concurrency: int = 8
     pause: int = 0
     gather: bool = False  # close rounds whenever that can be done
-    drafts: int = 0  # draft tokens of a row, at most
+    drafts: int = 0  # draft tokens of a row, at most; -1: whoever is asked for them has none
     losses: tuple[int, ...] = ()  # visits before which all KV memory is lost, and what is under way
     undecided: int = 0  # of so many tokens, one is to be asked for again; 0: none
     requeued: tuple[int, ...] = ()  # visits before which a sequence of the round is requeued
@@ -91,6 +92,7 @@ class Case:
     window: int = 0  # of some layers, with just enough sliding pages for `slides` whole sequences; 0: none has one
     slides: int = 1
     cut: int = 0  # every answer that gets so far holds a stop string there, which ends with this token
+    ahead: bool = False  # plan the only round's next visit while its last one is under way, where that can be done
 
     @property
     def layout(self) -> Layout:
@@ -134,7 +136,7 @@ class Case:
         if self.gather:
             options["cycle_s"] = lambda rounds, sequences: float(max(rounds, self.latency))
         if self.drafts:
-            options["drafter"] = Guesses(self.drafts)
+            options["drafter"] = Guesses(max(0, self.drafts))
         return Scheduler(self.layout, source, **options)
 
 
@@ -274,6 +276,8 @@ def requests_of(case: Case) -> list[Request]:
         prompt = [*stem, 10_000 + index, *range(length)][:length]
         sampling = SamplingParams(
             max_tokens,
+            temperature=float(bool(case.undecided)),
+            top_p=0.5 if case.undecided else 1.0,
             stop=("stop",) if case.cut else (),
             stop_token_ids=(1, 2, EOS)[index % 2 :] if case.stop_token else (),
             prompt_logprobs=0 if index % 3 == 1 else None,
@@ -303,17 +307,35 @@ def expected_output(request: Request, end: int) -> tuple[list[int], str]:
 
 def run(case: Case) -> Scheduler:
     """Run `case` and check all that must hold meanwhile."""
-    return run_counted(case)[0]
+    return run_counted(case).scheduler
 
 
-def run_counted(case: Case) -> tuple[Scheduler, int]:
-    """Run `case` as the pipeline would, with a trip of `rounds` visits. Returns the number of visits too."""
+class Ran(NamedTuple):
+    """How a case went: `ahead` tokens were computed before anybody knew them."""
+
+    scheduler: Scheduler
+    visits: int
+    ahead: int
+
+
+def take_in(scheduler: Scheduler, micro_batch: int, results: deque[VisitResult], but: int = 0) -> list[Completion]:
+    """Commit `results`, oldest first, all but so many."""
+    completions = []
+    while len(results) > but:
+        assert len(results[0].tokens) == scheduler.awaited(micro_batch)
+        completions += scheduler.commit(micro_batch, results.popleft())
+    return completions
+
+
+def run_counted(case: Case) -> Ran:
+    """Run `case` as the pipeline would, with a trip of `rounds` visits."""
     requests = requests_of(case)
     ends = {request.custom_id: end for request, (_, _, end) in zip(requests, case.prompts, strict=True)}
     scheduler = case.scheduler(Source(deque(requests), case.pause))
     engine, completions = Engine(case), []
-    under_way: dict[int, VisitResult] = {}
-    turn, visits = deque(range(case.rounds)), 0
+    under_way: dict[int, deque[VisitResult]] = defaultdict(deque)
+    sampled_last: dict[int, dict[int, int]] = {}  # by micro-batch and slot
+    turn, visits, ahead = deque(range(case.rounds)), 0, 0
     # Far more visits than any order of the work needs: every token alone, thrice over, in one round of many.
     work = sum(length + max_tokens for length, max_tokens, _ in case.prompts) * (2 if case.undecided else 1)
     most = 50 + case.rounds * (case.pause + 2) * 3 * work * (1 + len(case.losses) + len(case.requeued))
@@ -324,15 +346,21 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             assert scheduler.pages.all_free
             under_way.clear()
             engine.lose()
-        if micro_batch in under_way:
-            result = under_way.pop(micro_batch)
-            assert len(result.tokens) == scheduler.awaited(micro_batch)
-            completions += scheduler.commit(micro_batch, result)
+        results = under_way[micro_batch]
+        completions += take_in(scheduler, micro_batch, results, int(case.ahead))
         if visits in case.requeued and len(slots := scheduler.micro_batches[micro_batch].slots):
-            scheduler.rounds.requeue(micro_batch, int(slots[visits % len(slots)]))
+            completions += take_in(scheduler, micro_batch, results)
+            slots = scheduler.micro_batches[micro_batch].slots
+            for slot in slots[visits % max(1, len(slots)) :][:1].tolist():
+                scheduler.rounds.requeue(micro_batch, slot)
         digests = scheduler.pages.prefixes.digests
         prefixes = {page: (digest, engine.tokens(page)) for page, digest in digests.items()}
-        plan, tokens = scheduler.plan(micro_batch)
+        planned = scheduler.plan_ahead(micro_batch) if results else None
+        if planned is None:
+            completions += take_in(scheduler, micro_batch, results)
+            planned = scheduler.plan(micro_batch)
+        plan, tokens = planned
+        ahead += int((tokens == PENDING).sum())
         visits += 1
         assert visits < most, "a sequence starves"
         check_plan(plan, tokens, case)
@@ -343,26 +371,30 @@ def run_counted(case: Case) -> tuple[Scheduler, int]:
             if end := ends[request.custom_id]:
                 length = len(request.prompt) + abs(end) - 1
                 stops[slot] = length if end > 0 else -length
+        for at in np.flatnonzero(tokens == PENDING).tolist():  # decode rows come first
+            tokens[at] = max(0, sampled_last[micro_batch][int(plan.slots[at])])
         sampled = np.array(engine.visit(plan, tokens, stops), np.int32)
+        row = plan.sampled_positions()[0]
+        sampled_last[micro_batch] = dict(zip(plan.slots[row].tolist(), sampled.tolist(), strict=True))
         scores = np.zeros((plan.scored, SCORE_WIDTH), np.int32)
         if plan.scored:
             scores[:, 0] = plan.scored_positions()[2]
         words = VisitResult(sampled, prompt_beside=scores).encode()
-        under_way[micro_batch] = VisitResult.decode(words, plan.sampled, plan.scored)
+        results.append(VisitResult.decode(words, plan.sampled, plan.scored))
         # Written again it may be: evicted for a prompt that begins alike, or as the token behind it is sampled again.
         for page, digest in scheduler.pages.prefixes.digests.items():
             if page in prefixes and prefixes[page][0] == digest:
                 assert engine.tokens(page) == prefixes[page][1], "a prefix page has changed"
         if plan.retires:
             assert not plan.rows
-            under_way.pop(micro_batch)
+            results.clear()
         else:
             turn.append(micro_batch)
     assert scheduler.finished and not scheduler.in_flight and scheduler.pages.all_free
     check_answers(requests, ends, completions, case.cut)
     sampled = sum(len(completion.tokens) - len(completion.request.begun.tokens) for completion in completions)
     assert scheduler.output_tokens == sampled
-    return scheduler, visits
+    return Ran(scheduler, visits, ahead)
 
 
 def check_plan(plan: VisitPlan, tokens: np.ndarray, case: Case) -> None:
@@ -463,7 +495,7 @@ def cases(draw: Any) -> Case:
         concurrency=draw(st.integers(1, 24)),
         pause=draw(st.integers(0, 3)),
         gather=draw(st.booleans()),
-        drafts=draw(st.sampled_from([0, 0, 1, 4])),
+        drafts=draw(st.sampled_from([0, 0, -1, 1, 4])),
         losses=tuple(draw(st.lists(st.integers(1, 60), max_size=2))),
         undecided=draw(st.sampled_from((0, 0, 1, 3))),
         requeued=tuple(draw(st.lists(st.integers(1, 60), max_size=4))),
@@ -476,6 +508,7 @@ def cases(draw: Any) -> Case:
         window=draw(st.sampled_from([0, 1, 2, 5, 16])),
         slides=draw(st.integers(1, 4)),
         cut=draw(st.sampled_from([0, 0, 1, 3, 12])),
+        ahead=draw(st.booleans()),
     )
 
 
@@ -483,6 +516,24 @@ def cases(draw: Any) -> Case:
 @given(cases())
 def test_every_request_is_answered_from_its_own_context(case: Case) -> None:
     run(case)
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_visits_that_are_planned_ahead_change_no_answer(case: Case) -> None:
+    run(replace(case, rounds=1, ahead=True))
+
+
+@pytest.mark.parametrize(("undecided", "drafts"), [(0, 0), (3, 0), (0, -1)])
+def test_the_only_round_is_planned_ahead(undecided: int, drafts: int) -> None:
+    """All tokens but the first of each answer, and those that come by asking again, are computed before they are known.
+    A sequence that ends early takes a row of one visit more, and the next request its place."""
+    prompts = [(6, 12, 0), (6, 12, 5), (6, 1, 0), (6, 12, -7), (9, 12, 0), (6, 12, 0)]
+    case = Case(prompts, rounds=1, main=100, max_batch_tokens=64, ahead=True, undecided=undecided, drafts=drafts)
+    ran, before = run_counted(case), run_counted(replace(case, ahead=False))
+    answered = ran.scheduler.output_tokens
+    assert ran.ahead > (answered / 2 if drafts else answered - 12)
+    assert undecided or ran.visits <= before.visits + 2
 
 
 @st.composite
@@ -555,7 +606,7 @@ def test_rounds_close_at_the_end_if_that_shortens_the_cycle() -> None:
     visits = {}
     for latency in (0, 2, 4):
         case = Case(prompts, rounds=4, main=200, concurrency=16, gather=True, latency=latency)
-        scheduler, visited = run_counted(case)
+        scheduler, visited, _ = run_counted(case)
         visits[latency] = visited
         assert bool(scheduler.counters.moved_to_other_rounds) == (latency < 4) and not scheduler.counters.suspensions
     assert visits[0] < visits[2] < visits[4] and visits[0] < 0.8 * visits[4]
@@ -582,11 +633,11 @@ class Unhurried(ThreadPoolExecutor):
 def test_visits_do_not_depend_on_when_stop_strings_are_found(monkeypatch: pytest.MonkeyPatch, drafts: int) -> None:
     """A sequence ends with its next sample, which is dropped: a visit each, and no more."""
     case = Case([(6, 30, 0)] * 8, rounds=2, main=100, cut=5, drafts=drafts)
-    _, at_once = run_counted(case)
+    at_once = run_counted(case).visits
     monkeypatch.setattr(sequences_module, "ThreadPoolExecutor", Unhurried)
-    assert run_counted(case)[1] == at_once
+    assert run_counted(case).visits == at_once
     if not drafts:
-        _, by_length = run_counted(replace(case, prompts=[(6, 6, 0)] * 8, cut=0))
+        by_length = run_counted(replace(case, prompts=[(6, 6, 0)] * 8, cut=0)).visits
         assert at_once == by_length
 
 

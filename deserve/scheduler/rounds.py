@@ -1,6 +1,7 @@
 """Which sequences are in which round, and their moves: into a round, out to wait, back, and to another round."""
 
 import heapq
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,21 +10,33 @@ from deserve.batch import IntArray
 from deserve.layout import READS
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.prefixes import Chain
-from deserve.scheduler.sequences import Sequences
+from deserve.scheduler.sequences import Bools, Sequences
+
+
+@dataclass
+class Awaited:
+    """What a visit under way samples: `samples` [rows] tokens for each of `slots` [rows].
+
+    `scores` [n, 2]: a slot, and how many tokens of its prompt are scored. `counts` [rows]: which rows still do. The
+    sequence of one that does not had ended before the visit.
+    """
+
+    slots: IntArray
+    samples: IntArray
+    scores: IntArray
+    counts: Bools
+
+    def drop(self, slots: IntArray) -> None:
+        """What is sampled for `slots` [n] will not be taken in."""
+        self.counts &= ~np.isin(self.slots, slots)
 
 
 @dataclass
 class MicroBatch:
-    """The sequences of a round. `slots` in the order in which they take turns."""
+    """The sequences of a round, in the order in which they take turns, and its visits under way, oldest first."""
 
     slots: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))
-    awaited: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # [rows] slots with samples under way
-    samples: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # [rows] how many each
-    scores: IntArray = field(default_factory=lambda: np.zeros((0, 2), np.int32))  # [n, 2] slot, prompt tokens scored
-
-    def forget_awaited(self) -> None:
-        """What is under way has come, or will not be taken in."""
-        self.awaited, self.samples, self.scores = self.awaited[:0], self.samples[:0], self.scores[:0]
+    under_way: deque[Awaited] = field(default_factory=deque)
 
 
 @dataclass
@@ -155,7 +168,8 @@ class Rounds:
     def requeue_all(self) -> None:
         """Requeue every sequence in flight, as if all KV memory were lost. What is awaited will not be taken in."""
         for round_, batch in enumerate(self.batches):
-            batch.forget_awaited()
+            batch.under_way.clear()
+            self._sequences.withdraw(batch.slots)
             for slot in batch.slots.tolist():
                 self.requeue(round_, slot)
         for _, slot in self._waiting:
@@ -252,7 +266,7 @@ class Rounds:
     def drop_all(self) -> None:
         """Take every sequence out of flight, unfinished as it is."""
         for round_, batch in enumerate(self.batches):
-            batch.forget_awaited()
+            batch.under_way.clear()
             for slot in batch.slots.tolist():
                 self._pages.release(round_, slot)
                 self._wait(round_, slot)

@@ -21,7 +21,7 @@ from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
-from deserve.scheduler.rounds import MicroBatch, Moves, Rounds
+from deserve.scheduler.rounds import Awaited, MicroBatch, Moves, Rounds
 from deserve.scheduler.sequences import CutFinder, Sequences, never
 from deserve.scheduler.sliding import SlidingPages
 from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
@@ -29,6 +29,7 @@ from deserve.scheduler.window import SIZE, RequestSource, Waiting, Window
 NONE = np.zeros(0, np.int32)
 LATE = 0.1  # what the last visit weighs in a mean of the last ones
 SHORTER = 0.9  # of a cycle: a round that has closed stays closed, and later more rounds may be better again
+QUIET, ASKS = 4, 16  # visits without drafts, after which visits are planned ahead; of those, every so manieth is not
 
 
 class Drafter(Protocol):
@@ -132,6 +133,7 @@ class Scheduler:
         self.prompt_tokens = self.cached_tokens = 0  # of all that were admitted, and found in prefix pages
         self._prompts_a_visit = 0.0  # prompt tokens, of late
         self._fewer = (0, 0, False)  # sequences in flight, open rounds, and whether fewer rounds would be better
+        self._quiet = 0  # visits since the drafter has last had something to propose
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -166,8 +168,9 @@ class Scheduler:
         return empty and not self.rounds.waiting and not self._more_to_admit()
 
     def awaited(self, micro_batch: int) -> int:
-        """Tokens that the micro-batch's last visit samples, until `commit` has taken them in."""
-        return int(self.micro_batches[micro_batch].samples.sum())
+        """Tokens that the next `commit` takes in."""
+        under_way = self.micro_batches[micro_batch].under_way
+        return int(under_way[0].samples.sum()) if under_way else 0
 
     def abandon(self) -> None:
         """Drop all sequences, unfinished as they are, and admit no more; all micro-batches retire."""
@@ -196,24 +199,30 @@ class Scheduler:
     # -- a visit's end and the next one's beginning
 
     def commit(self, micro_batch: int, result: VisitResult) -> list[Completion]:
-        """Take in what the micro-batch's visit sampled; returns the sequences that it completes."""
+        """Take in what the micro-batch's oldest visit sampled; returns the sequences that it completes."""
         batch = self.micro_batches[micro_batch]
-        slots, samples = batch.awaited, batch.samples
-        if self._abandoned:
+        if self._abandoned or not batch.under_way:
             return []
-        self._keep_scores(batch.scores, result.prompt_beside)
+        awaited = batch.under_way.popleft()
+        self._keep_scores(awaited.scores, result.prompt_beside)
+        slots, samples = awaited.slots[awaited.counts], awaited.samples[awaited.counts]
         if not len(slots):
-            batch.forget_awaited()
             return []
-        sampled = int(samples.sum())
+        sampled = int(awaited.samples.sum())
         assert len(result.tokens) == sampled, f"{len(result.tokens)} tokens where {sampled} were sampled"
-        batch.forget_awaited()
+        tokens, wanted = result.tokens, result.beside
+        if not awaited.counts.all():
+            of_them = np.repeat(awaited.counts, awaited.samples)
+            tokens, wanted = tokens[of_them], wanted[of_them]
         completions = []
-        before = self.sequences.length[slots] if result.beside.size else None
-        endings = self.sequences.append(slots, samples, result.tokens)
+        sequences = self.sequences
+        before = sequences.length[slots] - sequences.assumed[slots] if wanted.size else None
+        endings = sequences.append(slots, samples, tokens)
         if before is not None:
-            kept = np.maximum(0, self.sequences.length[slots] - before)
-            self._keep_beside(slots, samples, kept, result.beside)
+            self._keep_beside(slots, samples, np.maximum(0, sequences.length[slots] - before), wanted)
+        for later in batch.under_way:
+            gone = np.array([ending.slot for ending in endings], np.int32)
+            later.drop(np.append(slots[sequences.undecided[slots]], gone))
         for ending in endings:
             request, output = self.sequences.request(ending.slot), self.sequences.output(ending.slot).copy()
             beside = self._beside.pop(ending.slot, None)
@@ -250,6 +259,30 @@ class Scheduler:
             self._prompt_beside[slot].append(np.hstack([narrowed(words[:, :-1], logprobs), words[:, -1:]]))
             at += count
 
+    def plan_ahead(self, micro_batch: int) -> tuple[VisitPlan, IntArray] | None:
+        """The next visit of the only round while its last one is under way; the ids of tokens that this samples are
+        PENDING. None where it must be known first what they are.
+
+        Every sequence is taken to go on, as far as its length allows. If it has ended, `commit` drops what is sampled
+        behind its end; its pages and its slot are given to others no earlier than in the visit after that.
+        """
+        batch, sequences = self.micro_batches[micro_batch], self.sequences
+        (awaited,) = batch.under_way
+        drafts = self._drafter is not None and (self._quiet < QUIET or self._quiet % ASKS == 0)
+        known = len(awaited.scores) or (awaited.samples > 1).any()
+        if drafts or known or self.rounds.open.sum() > 1 or self._gathers(micro_batch):
+            return None
+        slots = awaited.slots[awaited.counts]
+        # Who asks again computes a token anew: its grammar must not have gone on, nor its window. It waits a visit.
+        asks = sequences.wavers[slots] & (sequences.guided[slots] | bool(self._layout.sliding_pages))
+        going = slots[~asks & (sequences.length[slots] + 1 < sequences.end[slots])]
+        sequences.assume(going)
+        idle = not (sequences.missing(batch.slots) > 0).any()
+        if idle or self.rounds.growth(micro_batch) > self.pages.free(micro_batch):
+            sequences.withdraw(going)
+            return None
+        return self.plan(micro_batch)
+
     def plan(self, micro_batch: int) -> tuple[VisitPlan, IntArray]:
         """The next visit of `micro_batch`: what all ranks do, and the token ids that rank 0 embeds."""
         visit = _Filling(self._visit_tokens)
@@ -278,7 +311,8 @@ class Scheduler:
         self.micro_batches[micro_batch].slots = np.concatenate([prefills, rest, taken])
         visit.decodes = taken
         visit.budget -= len(taken)
-        if self._drafter is not None and len(taken):
+        self._quiet += 1
+        if self._drafter is not None and len(taken) and not self.sequences.assumed[taken].any():
             self._add_drafts(micro_batch, visit, self._drafter)
 
     def _add_drafts(self, micro_batch: int, visit: _Filling, drafter: Drafter) -> None:
@@ -297,10 +331,12 @@ class Scheduler:
             sequences, slots, most, room, int(self.rounds.open.sum()), round(self._prompts_a_visit), tail
         )
         visit.budget -= int(visit.drafts.sum())
+        self._quiet = 0 if visit.drafts.any() else self._quiet
         visit.moves.page_writes.append(self.pages.grow(micro_batch, slots, sequences.length[slots] + visit.drafts))
 
     def _add_prefills(self, micro_batch: int, visit: _Filling) -> None:
-        for slot in self._split(micro_batch, [])[1].tolist():
+        others = self._split(micro_batch, [])[1]
+        for slot in others[self.sequences.missing(others) > 0].tolist():
             if not visit.budget:
                 break
             self._add_prefill(micro_batch, visit, slot)
@@ -315,7 +351,8 @@ class Scheduler:
         self.pages.computes(micro_batch, slot, computed + count)
 
     def _split(self, micro_batch: int, placed: list[int]) -> tuple[IntArray, IntArray]:
-        """The micro-batch's sequences that decode, and the others: prefills, and those already `placed`."""
+        """The micro-batch's sequences that decode, and the others: prefills, those already `placed`, and those that
+        wait for the token that is awaited."""
         slots = self.micro_batches[micro_batch].slots
         decoding = self.sequences.missing(slots) == 1
         if placed:  # a prompt of one token, admitted in this visit, looks like a decode
@@ -414,10 +451,10 @@ class Scheduler:
         new_tokens[: len(visit.drafts)] += visit.drafts
         samples[: len(visit.drafts)] += visit.drafts
         sliding_writes = self.pages.slide(slots, context + new_tokens, computed)
-        batch.awaited, batch.samples = slots[complete], samples[complete]
         scores = self._scores(slots, context, computed) if self._prompt_beside else NONE
         scoring = np.flatnonzero(scores)
-        batch.scores = np.stack([slots[scoring], scores[scoring]], 1)
+        scored = np.stack([slots[scoring], scores[scoring]], 1)
+        batch.under_way.append(Awaited(slots[complete], samples[complete], scored, complete[complete]))
         rows = len(visit.decodes)
         ids = sequences.ids(visit.decodes, context[:rows], new_tokens[:rows])
         chunks = [

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deserve.batch import NO_TOKEN, UNDECIDED, IntArray, Ints, Request
+from deserve.batch import NO_TOKEN, PENDING, UNDECIDED, IntArray, Ints, Request
 from deserve.kvcache.pages import widen
 from deserve.scheduler.ids import IdStack, spread
 
@@ -48,7 +48,7 @@ class Sequences:
 
     A sequence has `length` tokens, prompt and output, of which the KV cache holds `computed`. If one is missing it
     decodes, if more are it prefills: a new prompt, or a sequence whose pages were taken. Draft tokens stand behind
-    `length` while a visit verifies them.
+    `length` while a visit verifies them. A token that is `assumed` counts before it is known: PENDING stands for it.
 
     A thread looks for stop strings while the next visits run. Its answer about a sequence is taken in with the
     sequence's next sample, which is dropped if the stop string came before it. Never earlier: otherwise the visits of a
@@ -71,6 +71,8 @@ class Sequences:
         self._stop_tokens = np.full((slots, 0), NO_STOP, np.int32)
         self._ignore_eos = np.zeros(slots, bool)
         self.guided = np.zeros(slots, bool)  # has a grammar
+        self.wavers = np.zeros(slots, bool)  # UNDECIDED may be sampled
+        self.assumed = np.zeros(slots, bool)  # the last token is PENDING
         self.undecided = np.zeros(slots, bool)  # the last token asks again, and that is yet to be planned
         self.logprobs = np.full(slots, -1)  # how many are wanted beside each token's own, -1: not even that
         self._added = 0
@@ -97,8 +99,8 @@ class Sequences:
         return request
 
     def output(self, slot: int) -> IntArray:
-        """The answer so far."""
-        return self._tokens[slot, len(self.request(slot).prompt) : self.length[slot]]
+        """The answer so far, as far as it is known."""
+        return self._tokens[slot, len(self.request(slot).prompt) : self.length[slot] - self.assumed[slot]]
 
     def add(self, request: Request, cached: int = 0) -> int:
         """Give `request` a slot, of which one must be free; of its tokens the first `cached` are computed."""
@@ -121,7 +123,10 @@ class Sequences:
         self._stop_tokens[slot, : len(stop_tokens)] = stop_tokens
         self._ignore_eos[slot] = request.sampling.ignore_eos
         self.guided[slot] = request.sampling.grammar is not None
-        self.undecided[slot] = False
+        self.wavers[slot] = request.sampling.temperature > 0 and (
+            request.sampling.top_k > 0 or request.sampling.top_p < 1
+        )
+        self.undecided[slot] = self.assumed[slot] = False
         self.logprobs[slot] = -1 if request.sampling.logprobs is None else request.sampling.logprobs
         return slot
 
@@ -134,6 +139,19 @@ class Sequences:
     def missing(self, slots: Ints) -> Ints:
         """Tokens of `slots` [rows] that the KV cache does not hold: [rows]."""
         return self.length[slots] - self.computed[slots]
+
+    def assume(self, slots: IntArray) -> None:
+        """Let each of `slots` [rows] have one more token, which `append` will tell."""
+        if len(slots):
+            self._tokens = widen(self._tokens, int(self.length[slots].max()) + 1)
+            self._tokens[slots, self.length[slots]] = PENDING
+            self.length[slots] += 1
+            self.assumed[slots] = True
+
+    def withdraw(self, slots: IntArray) -> None:
+        """Take back what was assumed of `slots` [rows]."""
+        self.length[slots] -= self.assumed[slots]
+        self.assumed[slots] = False
 
     def propose(self, slots: IntArray, counts: IntArray, drafts: IntArray) -> None:
         """Put `counts` [rows] draft tokens behind the sequences of `slots` [rows]; `drafts` holds all of them."""
@@ -169,14 +187,16 @@ class Sequences:
         A sample behind a draft token counts if that token is what was sampled in its place. All the others are dropped.
         Where UNDECIDED was sampled, the token before it is computed again, to ask again.
         """
+        self.withdraw(slots)
         length = self.length[slots]
         if len(tokens) == len(slots):
             self._tokens = widen(self._tokens, int(length.max()) + 1)
             self._tokens[slots, length] = tokens
             ended = self._ends(slots, tokens[:, None])[:, 0]
             failed = np.minimum(tokens, 0)
-            kept = 1 - (failed < 0)  # and they are computed as far as they were: all but the new token
-            self.computed[slots[tokens == UNDECIDED]] -= 1
+            kept = 1 - (failed < 0)  # and they are computed as far as they were: all but the new token, or that too
+            again = tokens == UNDECIDED
+            self.computed[slots[again]] = length[again] - 1
         else:
             kept, ended, failed = self._verify(slots, samples, tokens)
         undecided = failed == UNDECIDED
