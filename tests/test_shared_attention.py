@@ -153,7 +153,7 @@ def test_attention_in_place_is_attention(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
+def test_norms_activations_and_rotations_of_the_kernels(dtype: torch.dtype) -> None:
     """Against float64; in bfloat16 to one rounding. Infinity and NaN stay what they are."""
     kernels = cpu_kernels(kernel_config(3, 3, 64), dtype)
     assert kernels is not None
@@ -176,6 +176,10 @@ def test_norms_and_activations_of_the_kernels(dtype: torch.dtype) -> None:
     weight = torch.randn(64, generator=random).to(dtype)
     found = kernels.rms_norm(parts, weight, 1e-6).double()
     torch.testing.assert_close(found, F.rms_norm(parts.double(), (64,), weight.double(), 1e-6), **close)
+    for size in (64, 24):
+        cos, sin = torch.randn(2, 4, 1, size, generator=random).to(dtype)
+        expected = backends._rotated(parts.double(), cos.double(), sin.double())
+        torch.testing.assert_close(kernels.rotate(parts, cos, sin).double(), expected, **close)
 
 
 def test_without_a_compiler_pages_are_gathered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -416,3 +416,22 @@ void silu_and_mul(const scalar *gate_up, scalar *out, int64_t rows, int64_t n, i
         }
     }
 }
+
+/* out [tokens, heads, HEAD_DIM] = x, whose tokens are `stride` apart, with the first `size` elements of each head turned.
+ * sines [tokens, size], of which the first halves are negated, and cosines. */
+void rotate(const scalar *x, int64_t stride, const scalar *cosines, const scalar *sines, scalar *out, int64_t tokens,
+            int64_t heads, int64_t size, int threads) {
+    const int64_t half = size / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t head = 0; head < heads; head++) {
+            const scalar *from = x + token * stride + head * HEAD_DIM;
+            const scalar *c = cosines + token * size, *s = sines + token * size;
+            scalar *restrict to = out + (token * heads + head) * HEAD_DIM;
+            for (int64_t i = 0; i < half; i++)
+                to[i] = narrow(widen(from[i]) * widen(c[i]) + widen(from[half + i]) * widen(s[i]));
+            for (int64_t i = half; i < size; i++)
+                to[i] = narrow(widen(from[i]) * widen(c[i]) + widen(from[i - half]) * widen(s[i]));
+            for (int64_t i = size; i < HEAD_DIM; i++) to[i] = from[i];
+        }
+}

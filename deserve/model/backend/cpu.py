@@ -60,7 +60,9 @@ class CpuKernels:
         self._attend_blocks.argtypes = [pointer, count, pointer, count, pointer, count, *[pointer] * 5, number]
         self._rms_norm.argtypes = [*[pointer] * 4, count, count, ctypes.c_float, number]
         self._silu_and_mul.argtypes = [pointer, pointer, count, count, number]
-        self._rms_norm.restype = self._silu_and_mul.restype = None
+        self._rotate = library.rotate
+        self._rotate.argtypes = [pointer, count, *[pointer] * 3, *[count] * 3, number]
+        self._rms_norm.restype = self._silu_and_mul.restype = self._rotate.restype = None
 
     def attend(
         self, layer: KVLayer, reads: Reads, q: torch.Tensor, out: torch.Tensor, log_sums: torch.Tensor | None
@@ -97,6 +99,14 @@ class CpuKernels:
         gate_up, n = gate_up.contiguous(), gate_up.shape[-1] // 2
         out = gate_up.new_empty(len(gate_up), n)
         self._silu_and_mul(gate_up.data_ptr(), out.data_ptr(), len(gate_up), n, _threads(out.numel()))
+        return out
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [T, heads, head_dim], of which only tokens may lie apart, turned by cos and sin [T, ..., dim]."""
+        tokens, heads, _ = x.shape
+        out = torch.empty(x.shape, dtype=x.dtype)
+        sizes = (tokens, heads, cos.shape[-1], _threads(x.numel()))
+        self._rotate(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *sizes)
         return out
 
 

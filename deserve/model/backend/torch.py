@@ -139,7 +139,8 @@ class TorchBackend(Backend):
         return F.gelu(gate, approximate="tanh").mul_(up)
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor, kind: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        return _rotated(q, *self._angles[kind]), _rotated(k, *self._angles[kind])
+        rotated = _rotated if self._kernels is None else self._kernels.rotate
+        return rotated(q, *self._angles[kind]), rotated(k, *self._angles[kind])
 
     def append(self, layer: KVLayer, k: torch.Tensor, v: torch.Tensor, kind: int = 0) -> None:
         if not self._page_size:
