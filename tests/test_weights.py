@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from deserve.errors import UserError
 from deserve.kvcache.pages import KVPages
 from deserve.layout import Shard
-from deserve.model import safetensors_folder
+from deserve.model import linear, safetensors_folder
 from deserve.model.backend.base import Rows
 from deserve.model.backend.torch import TorchBackend
 from deserve.model.config import ModelConfig, parse_config
@@ -62,7 +62,8 @@ def tensors_of(loaded: ShardWeights) -> dict[str, torch.Tensor]:
         parts = vars(layer) | vars(layer.attention) | vars(layer.mlp)
         found |= {f"{index}.{field}": part for field, part in parts.items() if isinstance(part, torch.Tensor | Linear)}
     linears = {name: part for name, part in found.items() if isinstance(part, Linear)}
-    found |= {f"{name}.{field}": tensor for name, part in linears.items() for field, tensor in vars(part).items()}
+    found |= {f"{name}.weight": part.weight for name, part in linears.items()}
+    found |= {f"{name}.bias": part.bias for name, part in linears.items()}
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
 
 
@@ -125,7 +126,10 @@ def test_fused_weights_hold_what_transformers_loads(tmp_path, family, options, s
     assert found.keys() == {"embedding", "final_norm", "head.weight"}
     assert torch.equal(loaded.embedding, state[EMBEDDING])
     assert torch.equal(loaded.head.weight, state[HEAD])
-    assert (loaded.head.weight is loaded.embedding) == config.tied_embeddings
+    with pytest.MonkeyPatch.context() as patch:  # as on a GPU
+        patch.setattr(linear, "_blocks", lambda dtype: False)
+        plain = load_shard(folder, config, WHOLE, CPU, FLOAT)
+    assert (plain.head.weight is plain.embedding) == config.tied_embeddings
     assert sum(t.numel() for t in model.parameters()) * 4 == parameter_bytes(config, WHOLE, FLOAT)
 
 
