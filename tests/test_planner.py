@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 import deserve.plan
 from deserve.batch import VisitPlan
@@ -94,7 +95,7 @@ def test_times_survive_json() -> None:
         request_s=7.0,
         head=Curve((0.0, 1.0), (0.0, 2.0)),
     )
-    assert StageTimes.from_json(json.loads(json.dumps(times.to_json()))) == times
+    assert TypeAdapter(StageTimes).validate_python(json.loads(json.dumps(asdict(times)))) == times
 
 
 def test_a_visit_of_both_kinds_pays_for_mixing_them() -> None:
@@ -189,7 +190,7 @@ def test_layers_that_differ_are_split_by_their_times() -> None:
     assert kinds == (0, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0)
     costs = tuple(Cost(Curve((0.0,), (ms * MS,))) for ms in (1, 3))
     on = replace(machine(2), stages=(StageTimes(costs),) * 2, kinds=kinds)
-    found = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
+    found, _ = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
     assert found.partition == (0, 5) and found.stage_s == pytest.approx((9 * MS, 9 * MS))
 
 
@@ -200,7 +201,7 @@ def test_layers_that_differ_are_split_by_their_bytes() -> None:
     raw |= {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "mlp_only_layers": [*range(6)]}
     model = parse_config(raw | {"max_position_embeddings": 512, "rms_norm_eps": 1e-6}, "test")
     on = machine(2, memory=5_000_000)
-    found = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
+    found, _ = choose_plan(load_config([]), model, torch.float32, lengths(4000), on)
     assert found.partition == (0, 8)
     for rank, layers in enumerate((8, 4)):
         held = parameter_bytes(model, found.shard(rank, 12), torch.float32)
@@ -217,7 +218,7 @@ def test_layers_with_a_window_hold_little_more_than_that(swap: int) -> None:
     raw |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 4}
     on, config = machine(2, memory=5_000_000), load_config([f"kvcache.swap_pages={swap}", "pipeline.rounds=2"])
     found, without = (
-        choose_plan(config, parse_config(raw | more, "test"), torch.float32, lengths(400, 481, 32), on)
+        choose_plan(config, parse_config(raw | more, "test"), torch.float32, lengths(400, 481, 32), on)[0]
         for more in ({}, {"use_sliding_window": False, "layer_types": None})
     )
     assert found.window == 64 and not without.sliding_pages
@@ -229,7 +230,7 @@ def test_layers_with_a_window_hold_little_more_than_that(swap: int) -> None:
         assert held <= 5_000_000 < held * 1.05
     fitting = (found.main_pages + 2 * swap) / (without.main_pages + 2 * swap)
     assert 12 / (4 + 8 * 6 / 32) * 0.8 < fitting < 12 / (4 + 8 * 6 / 32) * 1.2
-    short = choose_plan(config, parse_config(raw, "test"), torch.float32, lengths(400, 48, 16), on)
+    short, _ = choose_plan(config, parse_config(raw, "test"), torch.float32, lengths(400, 48, 16), on)
     assert not short.sliding_pages  # no sequence is longer than its window by much
 
 
@@ -451,7 +452,7 @@ def test_one_long_answer_outlasts_the_others() -> None:
 
 def chosen(requests: Lengths, on: Machine, *overrides: str) -> Layout:
     config: Config = load_config(["model=tiny", f"model.architecture.num_hidden_layers={LAYERS}", *overrides])
-    return choose_plan(config, resolve(config.model).config, torch.float32, requests, on)
+    return choose_plan(config, resolve(config.model).config, torch.float32, requests, on)[0]
 
 
 def test_far_ranks_get_enough_rounds() -> None:
@@ -543,7 +544,7 @@ def on_two_gpus(
     requests = replace(lengths(20000, 512, 256), exact=exact)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deserve.planner.planner.EFFORT", (visits, 0, visits))  # less than for so long a job
-        return choose_plan(config, model, torch.bfloat16, requests, gpus)
+        return choose_plan(config, model, torch.bfloat16, requests, gpus)[0]
 
 
 def test_the_host_of_a_device_plans_ahead_of_it() -> None:
@@ -653,7 +654,7 @@ def test_the_host_pool_fits_its_memory() -> None:
 
 def test_plan_survives_json() -> None:
     made = chosen(lengths(64), machine(2))
-    assert Layout.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert TypeAdapter(Layout).validate_python(json.loads(json.dumps(asdict(made)))) == made
     assert f"{made.rounds} rounds" in table(made, LAYERS)
     assert "max_tokens" not in table(made, LAYERS)
     assert "as long as max_tokens allows" in table(made, LAYERS, exact=False)

@@ -60,22 +60,14 @@ REQUESTS, MEMORY, BUS, BANDWIDTH, LATENCY, COMPUTE = (
 )
 
 
-def choose_plan(config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine) -> Layout:
-    """The plan for `lengths` on `machine`.
+def choose_plan(
+    config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine
+) -> tuple[Layout, float]:
+    """The plan for `lengths` on `machine`, and its output tokens/s in the simulation.
 
     What `config` sets by hand stays as it is. Raises UserError, naming the key, where that cannot work.
     """
     return _Search(config, model, dtype, lengths, machine).best()
-
-
-def estimate(
-    config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine
-) -> tuple[float, str]:
-    """Output tokens/s of the best plan by the arithmetic alone, and what it is bound by. Raises as `choose_plan`."""
-    search = _Search(config, model, dtype, lengths, machine)
-    rates = search._rates()
-    best, _ = next(search._fitting(search._ranked(rates)))
-    return rates[best], search._bound(best)
 
 
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ class _Search:
         if refused and not some:
             raise refused
 
-    def best(self) -> Layout:
+    def best(self) -> tuple[Layout, float]:
         rates = self._rates()
         most = max(rates.values())
         least, each_second, limit = EFFORT
@@ -196,7 +188,7 @@ class _Search:
         good = [found for found in finalists if found.rate >= (1 - EQUAL) * max(each.rate for each in finalists)]
         best = self._climb(min(good, key=lambda found: (found.layout.rounds, -found.rate)))
         bound = self._bound(best.candidate)
-        return replace(
+        layout = replace(
             best.layout,
             predicted=best.rate if self._predictable(best) else None,
             bound=bound,
@@ -204,6 +196,7 @@ class _Search:
             hint=self._hint(bound, most),
             stage_s=tuple(self._decode(best.candidate.partition, self._pace(best.candidate).rows)),
         )
+        return layout, best.rate
 
     def _screened(self, ranked: list[_Candidate], policy: str) -> Iterator[_Found]:
         """What short simulations say of the first of `ranked` that fit and differ in more than their size."""

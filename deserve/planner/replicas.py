@@ -4,7 +4,7 @@ More rings have fewer links to wait for and more copies of the weights, which le
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -12,18 +12,9 @@ from deserve.config import Config
 from deserve.errors import UserError
 from deserve.layout import Layout
 from deserve.model.config import ModelConfig
-from deserve.planner.planner import EQUAL, choose_plan, estimate, table
+from deserve.planner.planner import EQUAL, choose_plan, table
 from deserve.planner.times import LinkTimes, Machine
 from deserve.workload import Lengths
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """A number of rings: output tokens/s by the arithmetic (0: it cannot work) and why."""
-
-    replicas: int
-    rate: float
-    why: str
 
 
 def choose_rings(
@@ -34,28 +25,33 @@ def choose_rings(
     Raises UserError, naming the key, where that number of rings cannot work.
     """
     wanted, ranks = config.pipeline.replicas, machine.ranks
-    if wanted != "auto":
-        if ranks % wanted:
-            raise UserError(
-                f"pipeline.replicas={wanted} does not divide {ranks} ranks: all rings have as many ranks; start a "
-                "multiple of it"
-            )
-        return _planned(config, model, dtype, lengths, machine, wanted), ""
-    divisors = [count for count in range(1, ranks + 1) if ranks % count == 0]
-    choices = [_choice(config, model, dtype, lengths, machine, count) for count in divisors]
-    best = max(choice.rate for choice in choices)
-    # Of those as good as each other the most rings, which have the fewest links.
-    ranked = sorted(choices, key=lambda each: (-int(each.rate / best / EQUAL) if best else 0, -each.replicas))
-    error: UserError | None = None
-    for choice in ranked:
+    counts = [count for count in range(1, ranks + 1) if ranks % count == 0] if wanted == "auto" else [wanted]
+    if ranks % counts[0]:
+        raise UserError(
+            f"pipeline.replicas={wanted} does not divide {ranks} ranks: all rings have as many ranks; start a "
+            "multiple of it"
+        )
+    plans: dict[int, list[tuple[Layout, Machine]]] = {}
+    rates: dict[int, float] = {}
+    refused: dict[int, UserError] = {}
+    for count in counts:
         try:
-            plans = _planned(config, model, dtype, lengths, machine, choice.replicas)
-        except UserError as problem:  # what the arithmetic did not see
-            error = error or problem
-            continue
-        return plans, _comparison(choices, choice.replicas, ranks) if ranks > 1 else ""
-    assert error is not None
-    raise error
+            plans[count], rates[count] = _planned(config, model, dtype, lengths, machine, count)
+        except UserError as error:
+            refused[count] = error
+    if not plans:
+        raise refused[counts[0]]
+    # Of those as good as each other the most rings, which have the fewest links.
+    chosen = max(count for count in plans if rates[count] >= (1 - EQUAL) * max(rates.values()))
+    if len(counts) == 1:
+        return plans[chosen], ""
+    lines = ["rings     ranks each  output tokens/s, simulated"]
+    for count in counts:
+        rate, why = f"{'none':>12}", str(refused.get(count, ""))
+        if count in plans:
+            rate, why = f"{rates[count]:12,.1f}", f"bound by {plans[count][0][0].bound}"
+        lines.append(f"{count:<8}  {ranks // count:10}  {rate}  {why}{' <- chosen' * (count == chosen)}")
+    return plans[chosen], "\n".join(lines)
 
 
 def ring_table(layouts: Sequence[Layout], layers: int, exact: bool = True) -> str:
@@ -76,7 +72,8 @@ def ring_table(layouts: Sequence[Layout], layers: int, exact: bool = True) -> st
 
 def _planned(
     config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine, replicas: int
-) -> list[tuple[Layout, Machine]]:
+) -> tuple[list[tuple[Layout, Machine]], float]:
+    """Each ring's layout and machine, and output tokens/s of all of them."""
     config, lengths = _share(config, replicas), part(lengths, replicas)
     rings = _rings(machine, replicas)
     if replicas > 1 and machine.coded and not any(link.far for ring in rings for link in ring.links[:-1]):
@@ -84,29 +81,8 @@ def _planned(
             f"comm.activations={config.comm.activations} codes hidden states between hosts, and pipeline.replicas="
             f"{replicas} makes rings that are on one host each: leave it at auto"
         )
-    layouts = {ring: choose_plan(config, model, dtype, lengths, ring) for ring in dict.fromkeys(rings)}
-    return [(layouts[ring], ring) for ring in rings]
-
-
-def _choice(
-    config: Config, model: ModelConfig, dtype: torch.dtype, lengths: Lengths, machine: Machine, replicas: int
-) -> _Choice:
-    try:
-        config, lengths = _share(config, replicas), part(lengths, replicas)
-        rings = _rings(machine, replicas)
-        found = {ring: estimate(config, model, dtype, lengths, ring) for ring in dict.fromkeys(rings)}
-    except UserError as error:
-        return _Choice(replicas, 0.0, str(error))
-    return _Choice(replicas, sum(found[ring][0] for ring in rings), f"bound by {found[rings[0]][1]}")
-
-
-def _comparison(choices: Sequence[_Choice], chosen: int, ranks: int) -> str:
-    lines = ["rings     ranks each  output tokens/s, estimated"]
-    for choice in choices:
-        rate = f"{choice.rate:12,.1f}" if choice.rate else f"{'none':>12}"
-        mark = " <- chosen" if choice.replicas == chosen else ""
-        lines.append(f"{choice.replicas:<8}  {ranks // choice.replicas:10}  {rate}  {choice.why}{mark}")
-    return "\n".join(lines)
+    found = {ring: choose_plan(config, model, dtype, lengths, ring) for ring in dict.fromkeys(rings)}
+    return [(found[ring][0], ring) for ring in rings], sum(found[ring][1] for ring in rings)
 
 
 def _share(config: Config, replicas: int) -> Config:
