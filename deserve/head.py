@@ -42,14 +42,6 @@ class RingPlan:
         """Requests that the ring may have at once: those in flight, and some to choose from."""
         return self.layout.concurrency + max(16, self.layout.concurrency // 2)
 
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "layout": self.layout.to_json(), "machine": self.machine.to_json()}
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "RingPlan":
-        parts = {"layout": Layout.from_json(raw["layout"]), "machine": Machine.from_json(raw["machine"])}
-        return RingPlan(**{**raw, **parts})
-
 
 class Head:
     """Schedules one ring. `requests` are where its work comes from, `outcomes` where that goes."""
@@ -138,7 +130,7 @@ class Head:
                 "host_pool_pages": pages.host.pages,
                 "most_host_pages_used": pages.host.pages - pages.host.least_free,
             },
-            "plan": {**layout.to_json(), "predicted_output_tokens_per_s": layout.predicted},
+            "plan": {**asdict(layout), "predicted_output_tokens_per_s": layout.predicted},
             "tuning": self._tuner.report(),
             "speculation": self._drafts.report() if self._drafts is not None else None,
             "machine": asdict(self.plan.machine),

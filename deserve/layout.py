@@ -1,6 +1,6 @@
 """The layout of a run, as the planner decides it: layers and pages of each rank, and how much circulates."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from deserve.errors import UserError
@@ -64,13 +64,6 @@ class Layout:
     def visit_pages(self) -> int:
         """Pages that the rows of a visit read at most, a prefix page counted for each of its readers."""
         return READS * (self.main_pages + self.swap_pages)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Layout":
-        return Layout(**{**raw, "partition": tuple(raw["partition"]), "stage_s": tuple(raw.get("stage_s", ()))})
 
 
 def slab_slots(layers: int, rounds: int = 2) -> int:

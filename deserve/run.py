@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 
 from deserve import __version__
 from deserve.comm.network import require_far_links, require_one_host
@@ -96,9 +98,9 @@ def run_until(stop: Stop, config: Config, world: World, startup: Startup) -> int
     chosen = None
     with host_awaited(config, world), world.step("plan"):
         if job is not None and machine is not None:
-            chosen = [plan.to_json() for plan in job.plan(machine, dtype)]
+            chosen = [asdict(plan) for plan in job.plan(machine, dtype)]
     startup.done("plan")
-    plans = [RingPlan.from_json(plan) for plan in world.share("plan", chosen)]
+    plans = TypeAdapter(list[RingPlan]).validate_python(world.share("plan", chosen))
     ring = world.ring(len(plans))
     layout = plans[ring.number].layout
     with world.step("load"):

@@ -5,6 +5,7 @@ The survey is given, and so is what visits take: measured times may be anything 
 
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import deserve.planner.pace
@@ -20,7 +21,7 @@ from deserve.timeline import Timeline
 if __name__ == "__main__":
     config, world = load_config(sys.argv[1:]), World()
     deserve.timeline.PACE_VISITS = deserve.planner.pace.PACE_VISITS = 16
-    surveyed = StageTimes((Cost(Curve((0.0,), (0.004,))),)).to_json()
+    surveyed = asdict(StageTimes((Cost(Curve((0.0,), (0.004,))),)))
     first = {"stages": [[surveyed, 0]] * 2}
     survey.read_kept = lambda kept, key: (survey.read_surveys(kept) or [first])[0]["stages"]
     add = Timeline.add

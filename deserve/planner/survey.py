@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from deserve import __version__
 from deserve.batch import Completion, IntArray, Request, VisitPlan, VisitResult
@@ -69,6 +70,7 @@ TAKES, IN_A_ROW = 3, 6  # of each shape, and visits in each take
 BUSY_GEMMS = 16  # of 8192 x 8192: 20 ms, in which a host launches that many visits
 # Of a GPU: activations and logits of a visit, workspaces of kernels, NCCL's buffers, and what the allocator wastes.
 RESERVE_BYTES = 2_500_000_000
+STAGES = TypeAdapter(list[tuple[StageTimes, int]])  # and the bytes of a layer's graphs, of each rank
 
 
 def survey(
@@ -114,7 +116,7 @@ def survey(
         stage = replace(probe.times(link.latency_s), page_s=page_bytes * measure_bus(device))
         if world.rank == 0:
             stage = replace(stage, request_s=measure_requests(config.kvcache.page_size))
-        own = [stage.to_json(), probe.graph_bytes]
+        own = [asdict(stage), probe.graph_bytes]
         del probe
         free_cached(device)
         known = world.gather("survey/stages", own)
@@ -125,13 +127,13 @@ def survey(
     if not found:
         return None
     links, memories, host_memories = zip(*found, strict=True)
-    stages, graphs = zip(*known, strict=True)
+    stages, graphs = zip(*STAGES.validate_python(known), strict=True)
     # Processors of one name on two hosts may be used by others differently, those of one host share what is to be had.
     processors = [
         str(part if device.type == "cuda" else (part, world.hosts[rank])) for rank, part in enumerate(key["hardware"])
     ]
     return Machine(
-        stages=alike([StageTimes.from_json(stage) for stage in stages], processors),
+        stages=alike(stages, processors),
         links=over([LinkTimes(*each) for each in links], config.network),
         memory=memories,
         host_memory=min(host_memories),
@@ -192,7 +194,7 @@ def keep_pace(kept: Path, slow: Sequence[float]) -> None:
         write_surveys(kept, surveys)
 
 
-def alike(stages: list[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
+def alike(stages: Sequence[StageTimes], kinds: Sequence[str]) -> tuple[StageTimes, ...]:
     """`stages`, where ranks of one of `kinds` are equally fast: as fast as the fastest of them was measured to be."""
     visit = VisitLoad(decodes=64, decode_kv=64 * CONTEXT[0])
     pairs = [*zip(stages, kinds, strict=True)]

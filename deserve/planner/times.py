@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -168,21 +168,6 @@ class StageTimes:
         """Bringing in the visit's swap pages."""
         return self.swapping(counts) * self.page_s * load.swapped
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "StageTimes":
-        def curve(points: dict[str, Any]) -> Curve:
-            return Curve(tuple(points["at"]), tuple(points["seconds"]))
-
-        def cost(parts: dict[str, Any]) -> Cost:
-            return Cost(**{**parts, "tokens": curve(parts["tokens"]), "decodes": curve(parts["decodes"])})
-
-        layers = tuple(map(cost, raw["layers"]))
-        curves = {name: curve(raw[name]) for name in ("head", "plan", "host")}
-        return StageTimes(**{**raw, "layers": layers, "visit": cost(raw["visit"]), **curves})
-
 
 @dataclass(frozen=True)
 class LinkTimes:
@@ -243,16 +228,6 @@ class Machine:
         back = max(links, key=lambda link: link.latency_s, default=LinkTimes())
         stages = (head, *self.stages[ranks][1:])
         return replace(self, stages=stages, links=(*links, back), memory=self.memory[ranks])
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Machine":
-        stages = tuple(map(StageTimes.from_json, raw["stages"]))
-        links = tuple(LinkTimes(**link) for link in raw["links"])
-        tuples = {key: tuple(raw[key]) for key in ("memory", "budgets", "kinds")}
-        return Machine(**{**raw, "stages": stages, "links": links, **tuples})
 
     def token_bytes(self, rank: int) -> int:
         """One token's hidden state on the link that leaves `rank`."""
