@@ -73,7 +73,7 @@ def plan(ranks: int, rounds: int, size: int, policy: str = "prefill_first", **ch
 
 
 def lengths(count: int | None, prompt: int = 16, output: int = 32) -> Lengths:
-    return Lengths(count, float(prompt), float(output), prompt + output, prompt)
+    return Lengths(count, float(prompt), float(output), prompt + output)
 
 
 def simulated(made: Layout, requests: Lengths, on: Machine) -> Outcome:
@@ -437,7 +437,7 @@ def mixed(sizes: list[tuple[int, int]]) -> Lengths:
     prompts, outputs = zip(*sizes, strict=True)
     count = len(sizes)
     longest = max(map(sum, sizes))
-    return Lengths(count, sum(prompts) / count, sum(outputs) / count, longest, max(prompts), tuple(sizes))
+    return Lengths(count, sum(prompts) / count, sum(outputs) / count, longest, tuple(sizes))
 
 
 def test_one_long_answer_outlasts_the_others() -> None:

@@ -111,7 +111,7 @@ def test_fixed_is_deterministic_and_within_its_bounds() -> None:
     assert {item.endpoint for item in first} == {COMPLETIONS}
     assert peek_lengths(config, None, LIMITS) == peek_lengths(config, None, LIMITS, sample=1)
     lengths = peek_lengths(config, None, LIMITS)
-    assert (lengths.count, lengths.mean_prompt, lengths.max_prompt, lengths.max_total) == (200, 20, 25, 41)
+    assert (lengths.count, lengths.mean_prompt, lengths.max_total) == (200, 20, 41)
     config.workload.limit = 3
     assert len(list(open_workload(config, None, LIMITS))) == 3
     assert peek_lengths(config, None, LIMITS).count == 3
@@ -632,7 +632,7 @@ def test_to_the_end_of_the_context(tmp_path: Path) -> None:
         100
     }
     lengths = peek_lengths(config, None, LIMITS)
-    assert (lengths.mean_output, lengths.max_prompt, lengths.max_total) == (40, 90, 100)
+    assert (lengths.mean_output, lengths.max_total) == (40, 100)
     with pytest.raises(UserError, match=r"up to 100 tokens; with sampling\.max_tokens=null"):
         open_workload(configure("fixed9:60:40", max_tokens=None), None, LIMITS)
 
@@ -687,7 +687,7 @@ def test_peek_spreads_over_the_file(tmp_path: Path) -> None:
     lines = [{"prompt": "a" * 10}] * 60 + [{"prompt": "a" * 70, "max_tokens": 20}] * 60 + [{}]
     path.write_text("\n\n".join(json.dumps(line) for line in lines))
     lengths = peek_lengths(configure(path), Bytes(), LIMITS, sample=10)
-    assert (lengths.count, lengths.max_prompt, lengths.max_total) == (121, 70, 90)
+    assert (lengths.count, lengths.max_total) == (121, 90)
     assert 30 < lengths.mean_prompt < 50 and 17 < lengths.mean_output < 19
     path.write_text("{}\n")
     lengths = peek_lengths(configure(path), Bytes(), LIMITS)
@@ -934,7 +934,7 @@ def test_sharegpt(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) ->
     rejected(ill, "invalid_request", "sharegpt-2")
     rejected(alien, "invalid_value", "sharegpt-3-1", "alien")
     assert text(last) == f"u:{'z' * 50};"
-    assert peek_lengths(configure("sharegpt", path), Bytes(), LIMITS).max_prompt == 53
+    assert peek_lengths(configure("sharegpt", path), Bytes(), LIMITS).max_total == 53 + 16
 
 
 @pytest.mark.parametrize("content", ["[{", '[{"a": 1}', "{]", '{"a": 1}', "[" * 10**5, "[" + '{"a":' * 10**5])

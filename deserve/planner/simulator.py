@@ -17,7 +17,7 @@ from deserve.workload import Lengths
 WAVES = 5  # of a long job's sequences that are simulated; all but the first and the last are usual ones: at least 3
 MOST_VISITS = 1_500  # of a simulation, which then takes about half a second
 FEWEST_STEPS = 16  # that an answer takes in a simulation, however coarse
-NOTHING_SHARED = Lengths(None, 0.0, 0.0, 0, 0)
+NOTHING_SHARED = Lengths(None, 0.0, 0.0, 0)
 
 
 @dataclass(frozen=True)

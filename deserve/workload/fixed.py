@@ -79,7 +79,6 @@ class Fixed:
     def lengths(self, limits: Limits, max_tokens: int, limit: int | None = None) -> Lengths:
         """Those of the distribution, of which the first `limit` prompts are taken."""
         count = self.count if limit is None else min(self.count, limit)
-        longest = self.length + self.variation
         answer = min(max_tokens, limits.max_context - self.length)
-        total = min(longest + max_tokens, limits.max_context)
-        return Lengths(count, float(self.length), float(answer), total, longest)
+        total = min(self.length + self.variation + max_tokens, limits.max_context)
+        return Lengths(count, float(self.length), float(answer), total)

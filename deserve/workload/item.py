@@ -94,7 +94,6 @@ class Lengths:
     mean_prompt: float
     mean_output: float
     max_total: int
-    max_prompt: int
     sizes: tuple[tuple[int, int], ...] = ()
     exact: bool = True
     answers: float = 1.0

@@ -118,7 +118,6 @@ def peek_lengths(
         mean_prompt=sum(prompts) / len(sizes),
         mean_output=sum(outputs) / len(sizes),
         max_total=max(map(sum, sizes)),
-        max_prompt=max(prompts),
         sizes=tuple(sizes) if whole else (),
         exact=all(runs_full(request.sampling) for request in requests),
         answers=len(sequences) / max(1, len(requests)),
