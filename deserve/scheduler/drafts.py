@@ -79,7 +79,7 @@ class Drafts:
     ):
         assert cycle_s is not None or fixed is not None
         self._cycle_s, self._fixed, self._forced, self._model = cycle_s, fixed, forced, model
-        self._most = MOST if fixed is None else fixed
+        self.most = MOST if fixed is None else fixed  # draft tokens of a row
         self._store = slots  # the finished answers stand for one more slot
         self._text = np.full(TEXT, -1, np.int32)
         self._text_end = self._text_indexed = 1
@@ -89,8 +89,8 @@ class Drafts:
         self._indexed = np.zeros(slots, np.int64)  # tokens of it that the tables know what follows
         # The last proposals: the length before them, how many a visit verifies, and all that were found.
         self._length, self._verified = np.zeros((2, slots), np.int64)
-        self._found = np.full((slots, self._most), -1, np.int32)
-        self._bucket = np.zeros((slots, self._most), np.int64)
+        self._found = np.full((slots, self.most), -1, np.int32)
+        self._bucket = np.zeros((slots, self.most), np.int64)
         self._luck = np.full((2, slots), LUCK)  # right drafts of each row of late, and how many were expected
         self._tried, self._right = np.zeros((2, len(SOURCES) * (COMPARED + 1)))
         self._tried += PRIOR
@@ -111,11 +111,6 @@ class Drafts:
             "tokens_per_trip": (count["rows"] + right) / max(1, count["rows"]),
         }
 
-    @property
-    def most(self) -> int:
-        """Draft tokens of a row, at most."""
-        return self._most
-
     def propose(
         self,
         sequences: Sequences,
@@ -133,7 +128,7 @@ class Drafts:
         """
         self._counts["rows"] += len(slots)
         self._settle(sequences, slots)
-        most = np.clip(most, 0, self._most)
+        most = np.clip(most, 0, self.most)
         room = min(room, int(most.sum()))
         certain, load = np.ones(room), (rounds, sequences.in_flight, prompts)
         if not room or not self._allowed(len(slots), certain, *load):
@@ -148,18 +143,18 @@ class Drafts:
             steps = self._steps(self._model, len(slots), len(rows), min(room, int(most[rows].max(initial=0))), *load)
             if steps:
                 drafting_s = self._model.seconds(len(rows), steps)
-                found[rows, steps:], bucket[rows] = -1, _bucket(MODEL, np.minimum(np.arange(self._most), COMPARED))
+                found[rows, steps:], bucket[rows] = -1, _bucket(MODEL, np.minimum(np.arange(self.most), COMPARED))
                 found[rows, :steps] = self._model.draft(sequences, slots[rows], steps)
                 if self._forced is not None:
                     self._forced.cut(sequences, slots, found)
                 chances = self._chances(slots, found, bucket)
-        possible = np.where(np.arange(self._most) < most[:, None], chances, 0.0)
+        possible = np.where(np.arange(self.most) < most[:, None], chances, 0.0)
         # The likeliest of all rows' drafts; none is likelier than the one before it in its row.
         order = np.argsort(-possible, axis=None, kind="stable")[: min(room, int(np.count_nonzero(possible)))]
-        of_row = order // self._most
+        of_row = order // self.most
         allowed = self._allowed(len(slots), possible.flat[order], *load, drafting_s, of_row if tail else None)
         counts = np.bincount(of_row[:allowed], minlength=len(slots))
-        sequences.propose(slots, counts.astype(np.int32), found[np.arange(self._most) < counts[:, None]])
+        sequences.propose(slots, counts.astype(np.int32), found[np.arange(self.most) < counts[:, None]])
         self._length[slots], self._verified[slots] = sequences.length[slots], counts
         self._found[slots], self._bucket[slots] = found, bucket
         return counts
@@ -219,7 +214,7 @@ class Drafts:
 
     def _model_rate(self) -> NDArray[np.float64]:
         """How likely each draft of the model's is right behind right ones: [most]."""
-        nth = _bucket(MODEL, np.minimum(np.arange(self._most), COMPARED))
+        nth = _bucket(MODEL, np.minimum(np.arange(self.most), COMPARED))
         return np.minimum(self._right[nth] / self._tried[nth], SURE)
 
     def _steps(
@@ -248,7 +243,7 @@ class Drafts:
         """Learn which drafts that were last found for `slots` [rows] were right, and forget them."""
         length, found, bucket = self._length[slots, None], self._found[slots], self._bucket[slots]
         self._found[slots] = -1
-        came = sequences.text(slots, length + np.arange(self._most))  # -1 beyond the end
+        came = sequences.text(slots, length + np.arange(self.most))  # -1 beyond the end
         right = ((found == came) & (found >= 0)).cumprod(1)
         before = np.pad(right, ((0, 0), (1, 0)), constant_values=1)[:, :-1]
         tried = (before > 0) & (found >= 0) & (came >= 0)
@@ -260,7 +255,7 @@ class Drafts:
         old = self._tried > MEMORY
         self._tried[old] /= 2
         self._right[old] /= 2
-        verified = (np.arange(self._most) < self._verified[slots, None]) & (came[:, :1] >= 0)
+        verified = (np.arange(self.most) < self._verified[slots, None]) & (came[:, :1] >= 0)
         self._verified[slots] = 0
         for nth_source, name in enumerate(SOURCES):
             of_it = verified & (bucket // (COMPARED + 1) == nth_source)
@@ -273,16 +268,16 @@ class Drafts:
 
         First comes what a grammar forces, then what followed the text with that. A grammar also ends drafts.
         """
-        nth = np.arange(self._most)
+        nth = np.arange(self.most)
         last = sequences.text(slots, sequences.length[slots, None] + np.arange(-COMPARED, 0))
         if self._forced is None:
-            forced = np.full((len(slots), self._most), -1, np.int32)
+            forced = np.full((len(slots), self.most), -1, np.int32)
         else:
-            forced = self._forced.tokens(sequences, slots, self._most)
+            forced = self._forced.tokens(sequences, slots, self.most)
         begin = np.count_nonzero(forced >= 0, 1)[:, None]
         known = np.hstack([last, forced])
         source, match, at = self._lookup(sequences, slots, np.take_along_axis(known, begin + np.arange(COMPARED), 1))
-        behind = self._behind(sequences, at, self._most)
+        behind = np.where(at[:, None] >= 0, self._read(sequences, at, np.arange(self.most)), -1)
         found = np.where(nth < begin, forced, np.take_along_axis(behind, np.maximum(nth - begin, 0), 1))
         found = np.where((found >= 0).cumprod(1), found, np.int32(-1))
         # At the start of an answer a match says little: all prompts end with the same tokens of a chat template.
@@ -342,22 +337,14 @@ class Drafts:
             keys = _hashes(last[:, -n:])
             for where, salt in ((OWN, sequences.age[slots]), (ANSWERS, None)):
                 entry = self._tables[where][order][_place(keys, salt)]
-                same = (self._before(sequences, entry) == last) & (last >= 0)
+                same = (self._read(sequences, entry, np.arange(-COMPARED, 0)) == last) & (last >= 0)
                 alike = same[:, ::-1].cumprod(1).sum(1)
                 better = (entry >= 0) & (alike >= n) & (alike > match)
                 source[better], match[better], at[better] = where, alike[better], entry[better]
         return source, match, at
 
-    def _before(self, sequences: Sequences, entry: Ints) -> IntArray:
-        """The `COMPARED` tokens before each of the places `entry` [rows]."""
-        return self._read(sequences, entry, np.arange(-COMPARED, 0))
-
-    def _behind(self, sequences: Sequences, entry: Ints, count: int) -> IntArray:
-        """The `count` tokens from each of the places `entry` [rows] on; negative behind the end of a text."""
-        tokens = self._read(sequences, entry, np.arange(count))
-        return np.where(entry[:, None] >= 0, tokens, -1)
-
     def _read(self, sequences: Sequences, entry: Ints, offsets: Ints) -> IntArray:
+        """The tokens at `offsets` [n] from each of the places `entry` [rows], -1 beyond a text: [rows, n]."""
         slot, position = entry >> 32, (entry & 0xFFFFFFFF)[:, None] + offsets
         stored = self._text[np.clip(position, 0, TEXT - 1)]
         held = slot < self._store

@@ -1,8 +1,6 @@
 """Rank 0's decisions: which sequences run in a visit, on which pages, and which wait."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +17,7 @@ from deserve.batch import (
 )
 from deserve.layout import Layout
 from deserve.model.admissions import Encoder, extra_words
+from deserve.scheduler.drafts import CycleTime, Drafts
 from deserve.scheduler.pages import Pages
 from deserve.scheduler.policy import POLICIES, Fill
 from deserve.scheduler.rounds import Awaited, MicroBatch, Moves, Rounds
@@ -30,33 +29,6 @@ NONE = np.zeros(0, np.int32)
 LATE = 0.1  # what the last visit weighs in a mean of the last ones
 SHORTER = 0.9  # of a cycle: a round that has closed stays closed, and later more rounds may be better again
 QUIET, ASKS = 4, 16  # visits without drafts, after which visits are planned ahead; of those, every so manieth is not
-
-
-class Drafter(Protocol):
-    """Guesses how sequences go on."""
-
-    @property
-    def most(self) -> int:
-        """Draft tokens of a row, at most."""
-
-    def propose(
-        self,
-        sequences: Sequences,
-        slots: IntArray,
-        most: Ints,
-        room: int,
-        rounds: int,
-        prompts: int,
-        tail: bool = False,
-    ) -> Ints:
-        """Put up to `most` [rows] draft tokens behind the sequences of `slots` [rows], `room` in all; returns how many:
-        [rows].
-
-        `rounds` are open, and visits hold `prompts` prompt tokens. In a job's `tail` nobody waits for a place.
-        """
-
-    def ends(self, sequences: Sequences, slot: int) -> None:
-        """The sequence in `slot` is complete."""
 
 
 @dataclass
@@ -87,8 +59,8 @@ class Scheduler:
         *,
         eos_ids: tuple[int, ...] = (),
         find_cuts: CutFinder = never,
-        cycle_s: Callable[[int, int], float] | None = None,
-        drafter: Drafter | None = None,
+        cycle_s: CycleTime | None = None,
+        drafter: Drafts | None = None,
         share_prefixes: bool = False,
         grouped: bool = False,
         mixed: bool = False,
@@ -315,7 +287,7 @@ class Scheduler:
         if self._drafter is not None and len(taken) and not self.sequences.assumed[taken].any():
             self._add_drafts(micro_batch, visit, self._drafter)
 
-    def _add_drafts(self, micro_batch: int, visit: _Filling, drafter: Drafter) -> None:
+    def _add_drafts(self, micro_batch: int, visit: _Filling, drafter: Drafts) -> None:
         """Let sequences that decode verify draft tokens, as far as budget and free pages allow."""
         sequences, slots = self.sequences, visit.decodes
         # No use beyond the end: the token after the last draft is sampled too.
