@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deserve.batch import Ints
 from deserve.kvcache.pages import KVLayer
 from deserve.model.backend.base import Backend, Rows
 from deserve.model.backend.cpu import Reads, cpu_kernels
@@ -39,12 +40,11 @@ class Bucket:
 class Shared:
     """Rows whose contexts begin with the same pages, which are read once for all of them.
 
-    `tokens` [n] of the rows in the visit; `keys`, `values` [1, p] half-page indices, by page table.
+    `tokens` [n] of the rows in the visit; `reads`: how they, numbered from 0 on, attend to the pages, a single row's.
     """
 
     tokens: torch.Tensor
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    reads: Reads
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Attending:
 
 # Pages that must be saved where a visit's rows share some, for a call of its own: fewer cost less to read again.
 SHARED_PAGES = 128
+SHARED_TOKENS = 12  # new tokens of a row: with more, in place, to merge two results costs more than to read pages again
 FEW = 4  # new tokens of a row: each reads the row's pages, the first from memory and the others from the cache
 # Keys and values that are gathered at a time: the gathered copy should be read again before it leaves the cache.
 GATHER_BYTES = 4 << 20
@@ -74,7 +75,7 @@ class TorchBackend(Backend):
 
     A layer with a window gathers only the pages that its rows' windows reach.
 
-    On a CPU, pages with which the contexts of several rows begin are attended in one call for all of these, and the
+    On a CPU, pages with which the contexts of several rows begin are attended at once for all of these, and the
     rest of each row as if it began there, in layers without a window. The log-sum-exp of either's scores says how the
     two are to be merged.
 
@@ -193,14 +194,8 @@ class TorchBackend(Backend):
             if scores is not None:
                 scores = scores.view(bucket.rows, kv_heads, bucket.queries, -1).transpose(1, 2)
                 weight[into] = scores.reshape(bucket.rows * bucket.queries, kv_heads, -1)[real]
-        none = self._tensor(np.zeros(0, np.int64))
         for shared in how.shared:
-            queries = q[shared.tokens].view(-1, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
-            keys = self._gather(0, halves, shared.keys[layer.table], none, kv_heads)
-            values = self._gather(1, halves, shared.values[layer.table], none, kv_heads)
-            attended, scores = _attend(queries.reshape(1, kv_heads, -1, head_dim), keys, values, None, scale, cap)
-            attended = attended.view(queries.shape).transpose(0, 1).flatten(2)  # [n, kv_heads, group * head_dim]
-            scores = scores.view(queries.shape[:3]).transpose(0, 1)
+            attended, scores = self._attend_shared(layer, shared, q[shared.tokens])
             share = torch.sigmoid(scores - weight[shared.tokens]).unsqueeze(-1)  # of the shared pages
             own = out[shared.tokens].view(*share.shape[:3], head_dim)
             merged = torch.lerp(own.float(), attended.reshape(own.shape).float(), share)
@@ -210,6 +205,24 @@ class TorchBackend(Backend):
             share = torch.sigmoid(weight - sinks.float().view(kv_heads, -1)).unsqueeze(-1)  # of all but the sink
             out.view(*share.shape[:3], head_dim).mul_(share.to(out.dtype))
         return out
+
+    def _attend_shared(self, layer: KVLayer, shared: Shared, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q [n, heads, head_dim] over the shared pages, and the log-sum-exp of its scores [n, kv_heads,
+        group], float32."""
+        pages, n = layer.memory, len(q)
+        kv_heads = pages.shape[3]
+        if self._in_place is not None:
+            attended, scores = torch.empty_like(q), torch.empty(n, kv_heads, q.shape[1] // kv_heads)
+            self._in_place.attend(layer, shared.reads, q, attended, scores)
+            return attended, scores
+        halves, none = _raw(pages).view(pages.shape[0] * 2, -1), self._tensor(np.zeros(0, np.int64))
+        queries = q.view(n, kv_heads, -1, q.shape[2]).transpose(0, 1)
+        table = self._tensor(shared.reads.tables[layer.table].astype(np.int64))
+        keys = self._gather(0, halves, 2 * table, none, kv_heads)
+        values = self._gather(1, halves, 2 * table + 1, none, kv_heads)
+        scale, cap = self._config.scale, self._config.attention_cap
+        attended, scores = _attend(queries.reshape(1, kv_heads, -1, q.shape[2]), keys, values, None, scale, cap)
+        return attended.view(queries.shape).transpose(0, 1), scores.view(queries.shape[:3]).transpose(0, 1)
 
     def _gather(
         self, buffer: int, halves: torch.Tensor, index: torch.Tensor, past: torch.Tensor, kv_heads: int
@@ -268,18 +281,19 @@ class TorchBackend(Backend):
         skipped = np.zeros(len(rows.new_tokens), np.int64)
         if self._device.type != "cpu":
             return shares, skipped
-        for members, width in _shared_groups(rows.tables[0], rows.context // page_size):
+        full = rows.context // page_size
+        if self._in_place is not None:
+            full = np.where(rows.new_tokens <= SHARED_TOKENS, full, 0)
+        for members, width in _shared_groups(rows.tables[0], full):
             if (len(members) - 1) * width < SHARED_PAGES:
                 continue
             skipped[members] = width
-            pages = [table[members[:1], :width].astype(np.int64) for table in rows.tables]
-            shares.append(
-                Shared(
-                    tokens=self._tensor(np.flatnonzero(np.isin(self._row_of_token, members))),
-                    keys=[self._tensor(2 * table) for table in pages],
-                    values=[self._tensor(2 * table + 1) for table in pages],
-                )
-            )
+            tokens = np.flatnonzero(np.isin(self._row_of_token, members))
+            first, nth = np.zeros(len(tokens), np.int64), np.arange(len(tokens))
+            lengths = np.full(len(tokens), width * page_size, np.int32)
+            pages = [np.ascontiguousarray(table[members[:1], :width], np.int32) for table in rows.tables]
+            blocks = None if self._in_place is None else _blocks(first, nth, self._in_place.block)
+            shares.append(Shared(self._tensor(tokens), Reads(nth, lengths, pages, blocks)))
         return shares, skipped
 
     def _bucket(self, rows: Rows, members: np.ndarray, page_size: int, window: int | None) -> Bucket:
@@ -338,12 +352,17 @@ def in_place(rows: Rows, block: int) -> list[Reads]:
     if len(single):
         reads.append(Reads(single, lengths[single], [table[row[single]] for table in tables]))
     if len(many):
-        begin = np.flatnonzero(nth[many] % block == 0)
-        end = np.append(begin[1:], len(many))
-        blocks = np.stack([row[many[begin]], begin, end], 1)
+        blocks = _blocks(row[many], nth[many], block)
         # The longest first, so that threads end at about the same time.
-        reads.append(Reads(many, lengths[many], tables, blocks[np.argsort(-lengths[many[end - 1]])]))
+        blocks = blocks[np.argsort(-lengths[many[blocks[:, 2] - 1]])]
+        reads.append(Reads(many, lengths[many], tables, blocks))
     return reads
+
+
+def _blocks(row: Ints, nth: Ints, block: int) -> Ints:
+    """The `blocks` of `Reads` for tokens that are the `nth` [n] new ones of rows `row` [n]."""
+    begin = np.flatnonzero(nth % block == 0)
+    return np.stack([row[begin], begin, np.append(begin[1:], len(row))], 1)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
