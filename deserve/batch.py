@@ -1,5 +1,6 @@
 """The words everybody speaks: a request, how it is sampled, and the plan and the result of a visit."""
 
+import base64
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+Key = tuple[str, int]  # custom_id and choice of a request
 Ints = NDArray[np.signedinteger[Any]]  # counts and indices, which do not travel
 
 
@@ -150,6 +152,11 @@ class Request:
     begun: Begun = NOT_BEGUN
 
     @property
+    def key(self) -> Key:
+        """What names it, also in files and between rings."""
+        return self.custom_id, self.choice
+
+    @property
     def prompt_number(self) -> int:
         """Which of the line's prompts this is, from 0 on."""
         return self.choice // self.sampling.n
@@ -158,6 +165,21 @@ class Request:
     def length(self) -> int:
         """Tokens of the prompt and of the answer so far."""
         return len(self.prompt) + len(self.begun.tokens)
+
+
+def encode_words(words: IntArray | None) -> Any:
+    """`words` of any shape, or None, as JSON can hold them."""
+    if words is None:
+        return None
+    return [list(words.shape), base64.b64encode(np.ascontiguousarray(words, "<i4").tobytes()).decode()]
+
+
+def decode_words(raw: Any) -> Any:
+    """What was given to `encode_words`. Raises ValueError or TypeError for anything else."""
+    if raw is None:
+        return None
+    shape, text = raw
+    return np.frombuffer(base64.b64decode(text), "<i4").astype(np.int32).reshape(shape)
 
 
 def shared_tokens(one: IntArray, other: IntArray) -> int:

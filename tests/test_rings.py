@@ -27,7 +27,6 @@ from deserve.dispatch.messages import (
     decode_report,
     encode_portion,
     encode_report,
-    key_of,
 )
 from deserve.errors import UserError
 from deserve.plan import load_plan_config, plan
@@ -94,7 +93,7 @@ def test_what_travels_arrives() -> None:
     request = Request("\ud800é", ids(1, 2, 3), sampling, choice=2, answers=4, begun=begun)
     wire = json.loads(json.dumps(encode_portion(Portion([request, Request("b", ids(1))], True))))
     found, plain = decode_portion(wire).requests
-    assert key_of(found) == key_of(request) and found.sampling == sampling and found.begun.cached_tokens == 3
+    assert found.key == request.key and found.sampling == sampling and found.begun.cached_tokens == 3
     assert decode_portion(wire).last and plain.begun.beside is None and plain.sampling == SamplingParams()
     for one, other in (
         (found.prompt, request.prompt),
@@ -108,7 +107,7 @@ def test_what_travels_arrives() -> None:
         4, [done, [SoFar(found, ids(8), [scores, scores], 2), SoFar(found, ids(), [], 0)]], 5, 6, True, True
     )
     wire = json.loads(json.dumps(encode_report(report)))
-    back = decode_report(wire, {key_of(request): request})
+    back = decode_report(wire, {request.key: request})
     completion, (so_far, young) = back.outcomes
     assert isinstance(completion, Completion) and completion.request is request and so_far.request is request
     assert (completion.text, completion.finish_reason, completion.cached_tokens) == ("text", "stop", 1)

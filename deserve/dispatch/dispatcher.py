@@ -9,18 +9,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch.distributed as dist
 
-from deserve.batch import Completion, Request, shared_tokens
+from deserve.batch import Completion, Key, Request, shared_tokens
 from deserve.comm.link import start_thread
 from deserve.comm.world import World
 from deserve.dispatch.messages import (
-    Key,
     Portion,
     Report,
     decode_portion,
     decode_report,
     encode_portion,
     encode_report,
-    key_of,
 )
 from deserve.report.progress import Progress
 from deserve.report.recorder import Recorder
@@ -49,7 +47,7 @@ class Ledger:
     def give(self, waiting: Waiting) -> None:
         """It is given `waiting`."""
         self.last = waiting
-        self.requests[key_of(waiting.request)] = waiting.request
+        self.requests[waiting.request.key] = waiting.request
         insort(self._given, waiting.key[0])
         if len(self._given) > SIZE:  # those between others that are alike are missed least
             self._given = self._given[::2]
@@ -130,7 +128,7 @@ class Dispatcher:
     def _count(self, ledger: Ledger, report: Report) -> None:
         for outcome in report.outcomes:
             if isinstance(outcome, Completion):
-                del ledger.requests[key_of(outcome.request)]
+                del ledger.requests[outcome.request.key]
                 ledger.totals["requests"] += outcome.request.choice == 0
                 sampled = len(outcome.tokens) - len(outcome.request.begun.tokens)
                 ledger.totals["output_tokens"] += sampled

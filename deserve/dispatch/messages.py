@@ -3,7 +3,6 @@
 A report names its requests by `custom_id` and `choice`: rank 0 keeps them as they were read.
 """
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
@@ -11,9 +10,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from pydantic import TypeAdapter
 
-from deserve.batch import Begun, Completion, IntArray, Request, SamplingParams, SoFar
+from deserve.batch import Begun, Completion, Key, Request, SamplingParams, SoFar, decode_words, encode_words
 
-Key: TypeAlias = tuple[str, int]  # custom_id, choice
 Outcome: TypeAlias = Completion | list[SoFar]
 
 SAMPLING = TypeAdapter(SamplingParams)
@@ -43,10 +41,6 @@ class Portion:
     last: bool = False
 
 
-def key_of(request: Request) -> Key:
-    return request.custom_id, request.choice
-
-
 def encode_portion(portion: Portion) -> dict[str, Any]:
     return {"requests": [_encode_request(request) for request in portion.requests], "last": portion.last}
 
@@ -69,9 +63,9 @@ def _encode_request(request: Request) -> dict[str, Any]:
     return {
         "custom_id": request.custom_id,
         "choice": request.choice,
-        "prompt": _encoded(request.prompt),
+        "prompt": encode_words(request.prompt),
         "sampling": SAMPLING.dump_python(request.sampling),
-        "begun": [_encoded(begun.tokens), _encoded(begun.beside), begun.cached_tokens],
+        "begun": [encode_words(begun.tokens), encode_words(begun.beside), begun.cached_tokens],
     }
 
 
@@ -79,53 +73,38 @@ def _decode_request(raw: dict[str, Any]) -> Request:
     tokens, beside, cached = raw["begun"]
     return Request(
         raw["custom_id"],
-        _decoded(raw["prompt"]),
+        decode_words(raw["prompt"]),
         SAMPLING.validate_python(raw["sampling"]),
         choice=raw["choice"],
-        begun=Begun(_decoded(tokens), _maybe_decoded(beside), cached),
+        begun=Begun(decode_words(tokens), decode_words(beside), cached),
     )
 
 
 def _encode_outcome(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, list):
         return {"so_far": [_encode_so_far(each) for each in outcome]}
-    arrays = {name: _encoded(getattr(outcome, name)) for name in ("tokens", "beside", "prompt_beside")}
+    arrays = {name: encode_words(getattr(outcome, name)) for name in ("tokens", "beside", "prompt_beside")}
     plain = {entry.name: getattr(outcome, entry.name) for entry in fields(outcome) if entry.name not in arrays}
-    return plain | arrays | {"request": key_of(outcome.request)}
+    return plain | arrays | {"request": outcome.request.key}
 
 
 def _decode_outcome(raw: dict[str, Any], requests: Mapping[Key, Request]) -> Outcome:
     if "so_far" in raw:
         return [_decode_so_far(each, requests) for each in raw["so_far"]]
-    arrays = {name: _maybe_decoded(raw[name]) for name in ("tokens", "beside", "prompt_beside")}
+    arrays = {name: decode_words(raw[name]) for name in ("tokens", "beside", "prompt_beside")}
     return Completion(**{**raw, **arrays, "request": requests[_key(raw["request"])]})
 
 
 def _encode_so_far(so_far: SoFar) -> list[Any]:
     request, tokens, beside, cached = so_far
-    return [key_of(request), _encoded(tokens), _encoded(np.concatenate(beside) if beside else None), cached]
+    return [request.key, encode_words(tokens), encode_words(np.concatenate(beside) if beside else None), cached]
 
 
 def _decode_so_far(raw: list[Any], requests: Mapping[Key, Request]) -> SoFar:
     key, tokens, beside, cached = raw
-    blocks = [] if beside is None else [_decoded(beside)]
-    return SoFar(requests[_key(key)], _decoded(tokens), blocks, cached)
+    blocks = [] if beside is None else [decode_words(beside)]
+    return SoFar(requests[_key(key)], decode_words(tokens), blocks, cached)
 
 
 def _key(raw: list[Any]) -> Key:
     return raw[0], raw[1]
-
-
-def _encoded(words: IntArray | None) -> list[Any] | None:
-    if words is None:
-        return None
-    return [list(words.shape), base64.b64encode(np.ascontiguousarray(words, "<i4").tobytes()).decode()]
-
-
-def _decoded(raw: list[Any]) -> IntArray:
-    shape, text = raw
-    return np.frombuffer(base64.b64decode(text), "<i4").astype(np.int32).reshape(shape)
-
-
-def _maybe_decoded(raw: list[Any] | None) -> IntArray | None:
-    return None if raw is None else _decoded(raw)

@@ -5,7 +5,6 @@ as it would have. The file has a header and a line per answer, and is replaced a
 for log-probabilities: 20 a token make 220 KB of an answer of 1,000 tokens.
 """
 
-import base64
 import json
 import sys
 import time
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from deserve.batch import Begun, Completion, IntArray, Request, SoFar
+from deserve.batch import Begun, Completion, Key, Request, SoFar, decode_words, encode_words
 from deserve.report.files import replace_file
 
-FORMAT = 1
+FORMAT = 2
 SOONEST_S = 1.0  # between two copies
 CHEAP, MOST = 0.02, 0.05  # of the time, that copies may take: to come sooner than they must, and at all
 
@@ -33,9 +32,6 @@ class _Saved:
     begun: Begun
     finish_reason: str | None = None
     text: str | None = None
-
-
-Key = tuple[str, int]  # custom_id, choice
 
 
 class Unfinished:
@@ -60,7 +56,7 @@ class Unfinished:
 
     def continued(self, request: Request) -> Request | Completion:
         """`request` with the answer that an earlier start has begun, if there is one; the completion if it is whole."""
-        saved = self._found.get((request.custom_id, request.choice))
+        saved = self._found.get(request.key)
         if saved is None or saved.digest != _digest_of(request):
             return request
         self.resumed += 1
@@ -68,7 +64,8 @@ class Unfinished:
         request = replace(request, begun=saved.begun)
         if saved.finish_reason is None:
             return request
-        return _completion(request, saved)
+        begun = saved.begun
+        return Completion(request, begun.tokens, saved.finish_reason, saved.text, begun.beside, begun.cached_tokens)
 
     def due_s(self, checkpoint_s: float) -> float:
         """Seconds from one copy to the next: at most `checkpoint_s`, unless they are so large that they take long."""
@@ -87,7 +84,7 @@ class Unfinished:
             if request.sampling.prompt_logprobs is not None:
                 continue
             begun = Begun(tokens, np.concatenate(beside)[: len(tokens)] if beside else None, cached)
-            self._left[request.custom_id, request.choice] = _Saved(_digest_of(request), begun)
+            self._left[request.key] = _Saved(_digest_of(request), begun)
 
     def whole(self, completion: Completion) -> None:
         """One of several answers to a request is whole, and waits for the others."""
@@ -96,7 +93,7 @@ class Unfinished:
             return
         begun = Begun(completion.tokens, completion.beside, completion.cached_tokens)
         saved = _Saved(_digest_of(request), begun, completion.finish_reason, completion.text)
-        self._left[request.custom_id, request.choice] = saved
+        self._left[request.key] = saved
 
     def answered(self, request: Request) -> None:
         """All answers to the line of `request` are whole and written."""
@@ -138,21 +135,14 @@ class Unfinished:
             return {}, "is torn"
 
 
-def _completion(request: Request, saved: _Saved) -> Completion:
-    assert saved.finish_reason is not None
-    begun = saved.begun
-    return Completion(request, begun.tokens, saved.finish_reason, saved.text, begun.beside, begun.cached_tokens)
-
-
 def _line(key: Key, saved: _Saved) -> bytes:
     begun = saved.begun
     entry = {
         "custom_id": key[0],
         "choice": key[1],
         "request": saved.digest,
-        "tokens": _encoded(begun.tokens),
-        "beside": None if begun.beside is None else _encoded(begun.beside),
-        "width": None if begun.beside is None else begun.beside.shape[1],
+        "tokens": encode_words(begun.tokens),
+        "beside": encode_words(begun.beside),
         "cached_tokens": begun.cached_tokens,
         "finish_reason": saved.finish_reason,
         "text": saved.text,
@@ -162,18 +152,8 @@ def _line(key: Key, saved: _Saved) -> bytes:
 
 def _entry(line: bytes) -> tuple[Key, _Saved]:
     entry = json.loads(line)
-    beside = None if entry["beside"] is None else _decoded(entry["beside"]).reshape(-1, entry["width"])
-    begun = Begun(_decoded(entry["tokens"]), beside, entry["cached_tokens"])
-    key = entry["custom_id"], entry["choice"]
-    return key, _Saved(entry["request"], begun, entry["finish_reason"], entry["text"])
-
-
-def _encoded(words: IntArray) -> str:
-    return base64.b64encode(words.astype("<i4").tobytes()).decode()
-
-
-def _decoded(text: str) -> IntArray:
-    return np.frombuffer(base64.b64decode(text), "<i4").astype(np.int32)
+    begun = Begun(decode_words(entry["tokens"]), decode_words(entry["beside"]), entry["cached_tokens"])
+    return (entry["custom_id"], entry["choice"]), _Saved(entry["request"], begun, entry["finish_reason"], entry["text"])
 
 
 def _digest(*data: bytes) -> str:
