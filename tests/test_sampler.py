@@ -8,7 +8,7 @@ import torch
 
 from deserve.batch import DEAD_END, NO_TOKEN, UNDECIDED, Rules, SamplingParams, VisitResult, beside_width
 from deserve.model.admissions import Encoder, encode_sampling
-from deserve.model.sampler import LIKELIEST, Sampler, argmax, draw, draw_likeliest, draw_uncut, uniforms
+from deserve.model.sampler import LIKELIEST, Sampler, argmax, draw, draw_uncut, uniforms
 
 VOCAB = 50
 DRAWS = 40_000
@@ -97,7 +97,7 @@ def test_the_likeliest_tokens_decide_as_all_of_them_do(vocab: int, dtype: torch.
     top_k[1::3] = 0
     top_p = top_p.clamp(max=1.0)
     whole = draw(logits, uniform, temperature, min_p, top_p, top_k)
-    few = draw_likeliest(logits, uniform, temperature, min_p, top_p, top_k)
+    few = draw(logits, uniform, temperature, min_p, top_p, top_k, LIKELIEST)
     decided = few != UNDECIDED
     assert torch.equal(few[decided], whole[decided])
     assert decided.all() if vocab <= LIKELIEST else 300 < decided.sum() < n

@@ -1,6 +1,7 @@
 """The choice of the next token: greedy, or sampled, determined by the request's seed and the token's position."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,7 +193,8 @@ class Sampler:
         chance = among & (self._temperature[slots] > 0)
         cut = (self._top_k[slots] > 0) | (self._top_p[slots] < 1)
         whole = self._sorts[slots]
-        ways = (chance & ~cut, draw_uncut), (chance & cut & whole, draw), (chance & cut & ~whole, draw_likeliest)
+        few = partial(draw, likeliest=LIKELIEST)
+        ways = (chance & ~cut, draw_uncut), (chance & cut & whole, draw), (chance & cut & ~whole, few)
         for asked, choose in ways:
             rows = np.flatnonzero(asked)
             if len(rows):
@@ -279,31 +281,22 @@ def draw(
     min_p: torch.Tensor,
     top_p: torch.Tensor,
     top_k: torch.Tensor,
+    likeliest: int | None = None,
 ) -> torch.Tensor:
     """The same cut to the `top_k` [n] most likely tokens (0: all), then to the fewest of them that hold `top_p` [n] of
-    the probability. The most likely token is always kept."""
-    scaled = _likely(logits / temperature[:, None], min_p)
-    tokens = scaled.sort(dim=-1, descending=True, stable=True).indices
-    return _drawn(scaled.softmax(-1).gather(1, tokens), tokens, uniform, top_p, top_k)[0]
+    the probability. The most likely token is always kept.
 
-
-def draw_likeliest(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: torch.Tensor,
-    min_p: torch.Tensor,
-    top_p: torch.Tensor,
-    top_k: torch.Tensor,
-) -> torch.Tensor:
-    """The tokens that `draw` gives, without sorting more than the LIKELIEST ones; UNDECIDED where these are too few."""
+    With `likeliest` only so many of the likeliest are sorted; UNDECIDED where these are too few.
+    """
     scaled = _likely(logits / temperature[:, None], min_p)
+    if likeliest is None or likeliest >= scaled.shape[1]:
+        tokens = scaled.sort(dim=-1, descending=True, stable=True).indices
+        return _drawn(scaled.softmax(-1).gather(1, tokens), tokens, uniform, top_p, top_k)[0]
     # Among equals topk takes and gives any: those with the lowest ids come first, as in a stable sort.
-    tokens = scaled.topk(min(LIKELIEST, scaled.shape[1]), dim=-1).indices.sort(dim=-1).values
+    tokens = scaled.topk(likeliest, dim=-1).indices.sort(dim=-1).values
     values, order = scaled.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
     tokens = tokens.gather(1, order)
     drawn, kept = _drawn(scaled.softmax(-1).gather(1, tokens), tokens, uniform, top_p, top_k)
-    if values.shape[1] == scaled.shape[1]:
-        return drawn
     # What equals the last may stand for others; nothing is beyond a last one that is ruled out.
     last = values[:, -1:]
     decided = (values.gather(1, kept[:, None] - 1) > last) | last.isneginf()
