@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 import torch
 
@@ -23,7 +24,7 @@ from deserve.model.weights import layer_kinds
 from deserve.planner.planner import GB
 from deserve.planner.replicas import choose_rings, ring_table
 from deserve.planner.survey import over, survey
-from deserve.planner.times import LinkTimes, Machine, StageTimes, stated_times
+from deserve.planner.times import LinkTimes, Machine, stated_times
 from deserve.run import set_up_device
 from deserve.workload import Limits, default_sampling, peek_lengths
 
@@ -62,13 +63,25 @@ def plan(config: PlanConfig) -> str:
     defaults = default_sampling(config.sampling, checkpoint.generation)
     tokenizer = load_tokenizer(checkpoint, chat_template=config.workload.chat_template)
     lengths = peek_lengths(config, tokenizer, limits, defaults=defaults)
-    budgets = token_budgets(config.pipeline.max_batch_tokens, gpu=True)
-    times = stated_stage(config, model, dtype, budgets[-1])
-    if config.stage.measure:
+    page_bytes = config.kvcache.page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes
+    if measures:
         world = World(config.comm.timeout_s)
         measured = survey(world, config, checkpoint, dtype, set_up_device(config, world))
         assert measured is not None
         times, budgets = measured.stages[0], measured.budgets
+    else:
+        stage = config.stage
+        budgets = token_budgets(config.pipeline.max_batch_tokens, gpu=True)
+        times = stated_times(
+            model,
+            dtype,
+            stage.bandwidth_gbs * GB,
+            stage.tflops * 1e12,
+            None if stage.time_ms is None else stage.time_ms / 1e3,
+            budgets[-1],
+            page_bytes / (stage.bus_gbs * GB),
+            config.kvcache.fp8,
+        )
     memory = config.memory_gb * GB
     if config.kv_memory_gb is not None:  # however much the weights leave
         memory, config.kvcache.gpu_memory_gb = AMPLE, config.kv_memory_gb
@@ -79,7 +92,7 @@ def plan(config: PlanConfig) -> str:
         memory=(int(memory),) * ranks,
         host_memory=int(config.host_memory_gb * GB),
         hidden_bytes=model.hidden_size * dtype.itemsize,
-        page_bytes=config.kvcache.page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes,
+        page_bytes=page_bytes,
         budgets=budgets,
         coded_bytes=coded_bytes(model.hidden_size),
         coded=config.comm.activations == "fp8",
@@ -112,31 +125,13 @@ def sequence_pages(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, t
     return f"{said}: {int(memory / held)} and {int(memory / without)} of them fill that memory of {config.ranks} ranks"
 
 
-def stated_stage(config: PlanConfig, model: ModelConfig, dtype: torch.dtype, most_tokens: int) -> StageTimes:
-    """One rank as `stage.*` states it, for visits of up to `most_tokens`."""
-    stage = config.stage
-    layer_s = None if stage.time_ms is None else stage.time_ms / 1e3
-    page_bytes = config.kvcache.page_size * model.kv_spec(dtype, config.kvcache.fp8).token_bytes
-    page_s = page_bytes / (stage.bus_gbs * GB)
-    rates = stage.bandwidth_gbs * GB, stage.tflops * 1e12
-    return stated_times(model, dtype, *rates, layer_s, most_tokens, page_s, config.kvcache.fp8)
-
-
 def load_plan_config(overrides: list[str]) -> PlanConfig:
     """Compose `conf/plan.yaml`. Raises UserError for an unknown key or an impossible value."""
     config = compose_config(overrides, "plan", PlanConfig)
-    positive = {
-        "ranks": config.ranks,
-        "kv_memory_gb": config.kv_memory_gb,
-        "memory_gb": config.memory_gb,
-        "host_memory_gb": config.host_memory_gb,
-        "stage.bandwidth_gbs": config.stage.bandwidth_gbs,
-        "stage.tflops": config.stage.tflops,
-        "stage.bus_gbs": config.stage.bus_gbs,
-        "stage.time_ms": config.stage.time_ms,
-    }
-    for key, value in positive.items():
-        in_range(key, value, 0, exclusive=True)
+    positive = ["ranks", "kv_memory_gb", "memory_gb", "host_memory_gb"]
+    positive += [f"stage.{name}" for name in ("bandwidth_gbs", "tflops", "bus_gbs", "time_ms")]
+    for key in positive:
+        in_range(key, attrgetter(key)(config), 0, exclusive=True)
     return config
 
 
