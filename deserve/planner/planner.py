@@ -40,7 +40,7 @@ EFFORT = 1_000, 100, 30_000
 PLANNED_POLICIES = ("prefill_first", "decode_first")  # vanilla only by hand: its visits are never fuller
 MOST_ROUNDS = 512  # each needs receive buffers on every link
 ENDLESS = 10**6  # requests of a workload that does not tell how many it has
-SWAP_PARTS = 8  # of the swap pages that a micro-batch is short of, so many are tried
+SWAP_PARTS = 5  # of the swap pages that a micro-batch is short of, so many are tried
 STEPS = (0.75, 1.33)  # in which a finalist's token budget and size are changed
 EQUAL = 0.01  # candidates this close are as good as each other: the one with fewer rounds is taken
 # A job is too small for a prediction if its tail, in which most sequences have ended, is longer than this fraction of
@@ -305,7 +305,8 @@ class _Search:
         if rounds == 1 or not any(self._swapped(partition)):
             return [0]
         pages = self._capacity(partition, rounds, 0, tokens)
-        slab = max(slab_slots(layers) / layers for layers in self._shares(partition))  # its memory for a swap page
+        # Memory of the slab for each swap page
+        slab = max(slab_slots(end - first) / (end - first) for first, end in self._bounds(partition))
         wanted = min(size, -(-self._count // rounds)) * self._mean_pages
         if kv.main_pages == "auto":
             most = min((wanted - pages / rounds) / (1 - slab / rounds), pages / 2 / slab)
@@ -367,15 +368,13 @@ class _Search:
 
     # -- memory
 
-    def _shares(self, partition: tuple[int, ...]) -> list[int]:
-        """Layers of each rank."""
-        return [end - first for first, end in zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
+    def _bounds(self, partition: tuple[int, ...]) -> list[tuple[int, int]]:
+        """The first layer of each rank, and the one behind its last."""
+        return [*zip(partition, (*partition[1:], self._model.num_layers), strict=True)]
 
     def _swapped(self, partition: tuple[int, ...]) -> list[int]:
         """Layers of each rank that have main and swap pages."""
-        shares = self._shares(partition)
-        pairs = zip(shares, partition, strict=True)
-        return [layers - int(self._sliding_layers(first, first + layers)) for layers, first in pairs]
+        return [end - first - int(self._sliding_layers(first, end)) for first, end in self._bounds(partition)]
 
     def _kv_bytes(self, rank: int, rounds: int, tokens: int, first: Any, end: Any) -> Any:
         """What `rank` has left for pages beside the weights of layers `first` to `end` and the frames of all rounds.
@@ -415,7 +414,7 @@ class _Search:
 
     def _pages_that_fit(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
         """The same of the rank that can hold the fewest under this split."""
-        parts = enumerate(zip(partition, (*partition[1:], self._model.num_layers), strict=True))
+        parts = enumerate(self._bounds(partition))
         return int(min(self._pages_of(rank, rounds, swap, tokens, *part) for rank, part in parts))
 
     def _main_pages(self, partition: tuple[int, ...], rounds: int, swap: int, tokens: int) -> int:
@@ -428,14 +427,14 @@ class _Search:
         """`candidate` in full. Raises UserError where its pages do not fit, or not even a sequence fits its pages."""
         kv = self._config.kvcache
         rounds, swap, tokens = candidate.rounds, candidate.swap, candidate.tokens
-        shares = self._shares(candidate.partition)
+        parts = self._bounds(candidate.partition)
+        shares = [end - first for first, end in parts]
         if rounds > 1 and swap > self._host_pages(candidate.partition, rounds):
             gigabytes = rounds * swap * self._machine.page_bytes * max(shares) / GB
             raise UserError(
                 f"kvcache.swap_pages={swap} of {rounds} rounds take {gigabytes:.3f} GB of host memory for "
                 f"{max(shares)} layers, but a rank has {self._machine.host_memory / GB:.3f} GB: set fewer"
             )
-        parts = [(first, first + layers) for first, layers in zip(candidate.partition, shares, strict=True)]
         pages = [int(self._pages_of(rank, rounds, 0, tokens, *part)) for rank, part in enumerate(parts)]
         rank = pages.index(min(pages))
         free = max(0.0, self._kv_bytes(rank, rounds, tokens, *parts[rank]))

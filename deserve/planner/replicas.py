@@ -4,7 +4,7 @@ More rings have fewer links to wait for and more copies of the weights, which le
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import torch
 
@@ -111,16 +111,10 @@ def _rings(machine: Machine, replicas: int) -> list[Machine]:
     worst = {}
     for kind in dict.fromkeys(kinds):
         alike = [ring for ring, other in zip(rings, kinds, strict=True) if other == kind]
-        links = zip(*(ring.links for ring in alike), strict=True)
+        links = zip(*([astuple(link) for link in ring.links] for ring in alike), strict=True)
         worst[kind] = replace(
             alike[0],
             memory=tuple(map(min, zip(*(ring.memory for ring in alike), strict=True))),
-            links=tuple(_longest(each) for each in links),
+            links=tuple(LinkTimes(*map(max, zip(*each, strict=True))) for each in links),
         )
     return [worst[kind] for kind in kinds]
-
-
-def _longest(links: Sequence[LinkTimes]) -> LinkTimes:
-    return LinkTimes(
-        max(link.latency_s for link in links), max(link.byte_s for link in links), any(link.far for link in links)
-    )
