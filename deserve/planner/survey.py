@@ -231,17 +231,15 @@ def measure_link(world: World) -> LinkTimes:
     pings, pongs = GlooSender(after, PINGS, 8), GlooSender(before, PONGS, 8)
     small, large = torch.empty(0, dtype=torch.uint8), torch.zeros(LARGE_FRAME, dtype=torch.uint8)
 
-    def round_trip(payload: torch.Tensor) -> float:
-        begin = time.monotonic()
+    def round_trip(payload: torch.Tensor) -> None:
         pings.send(payload)
         pings_in.receive()
         pongs.send(small)
         pongs_in.receive()
-        return time.monotonic() - begin
 
     round_trip(large)  # opens the connections and their windows
-    small_s = min(round_trip(small) for _ in range(4))
-    large_s = round_trip(large)
+    small_s = min(repeat(lambda: round_trip(small), number=1, repeat=4))
+    large_s = timeit(lambda: round_trip(large), number=1)
     pings.close()
     pongs.close()
     return LinkTimes(small_s / 2, max(0.0, large_s - small_s) / LARGE_FRAME)
@@ -253,17 +251,16 @@ def measure_bus(device: torch.device) -> float:
     near = torch.empty(2, BUS_BYTES, dtype=torch.uint8, device=device)
     far = torch.zeros(2, BUS_BYTES, dtype=torch.uint8, pin_memory=cuda)
     back = torch.cuda.Stream(device) if cuda else None
-    took = []
-    for _ in range(TRANSFERS):
-        begin = time.perf_counter()
+
+    def transfer() -> None:
         if back is not None:
             with torch.cuda.stream(back):
                 far[1, :BACK_BYTES].copy_(near[1, :BACK_BYTES], non_blocking=True)
         near[0].copy_(far[0], non_blocking=True)
         if cuda:
             torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - begin)
-    return min(took) / BUS_BYTES
+
+    return min(repeat(transfer, number=1, repeat=TRANSFERS)) / BUS_BYTES
 
 
 def measure_requests(page_size: int) -> float:
