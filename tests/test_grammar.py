@@ -126,7 +126,7 @@ def test_masks_behind_draft_tokens(tokenizer: tuple[LLTokenizer, Tokenizer]) -> 
     grammars.record(torch.tensor([b, a, a, a], dtype=torch.int32), slots, np.array([c, a, -1, -1], np.int32))
     assert allowed([c, d, -1, -1]) == [{a, c}, {d}, {a, c}, {b}]
     undecided = np.array([-3], np.int32)  # it will be asked for again
-    before = grammars.masks(np.array([1], np.int32), NOTHING, vocab)
+    before = grammars.masks(np.array([1], np.int32), NOTHING, vocab).copy()
     grammars.record(torch.from_numpy(undecided), np.array([1], np.int32), NOTHING)
     assert np.array_equal(grammars.masks(np.array([1], np.int32), NOTHING, vocab), before)
     plain_slots, both = np.array([1], np.int32), np.array([1, 0, 0], np.int32)

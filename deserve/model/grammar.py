@@ -10,11 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
-from llguidance.numpy import (
-    allocate_token_bitmask,
-    fill_next_token_bitmask_par,
-    fill_next_token_bitmask_par_with_draft_tokens,
-)
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 from numpy.typing import NDArray
 
 from deserve.batch import IntArray
@@ -71,10 +67,12 @@ class Grammars:
     def __init__(self, tokenizer: LLTokenizer, device: torch.device):
         self._device = device
         self._compiled = lru_cache(COMPILED)(lambda grammar: LLMatcher(tokenizer, grammar, log_level=0))
-        self._executor, self._known = LLExecutor(), tokenizer.vocab_size
+        self._executor = LLExecutor()
         self._matchers: dict[int, LLMatcher] = {}
         self._sampled: dict[int, _Sampled] = {}  # by slot: the tokens that its matcher has yet to take in
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
+        self._masks = torch.zeros(0, dtype=torch.int32)
+        self._applied: torch.cuda.Event | None = None  # when the device has read them
 
     def admit(self, slot: int, grammar: str | None, output: IntArray) -> None:
         """A new sequence in `slot`, with the `output` tokens that it has already; None: no grammar binds it."""
@@ -115,10 +113,9 @@ class Grammars:
 
         The rows of a slot lie side by side, each after the token `assumed` [n] in the row before it. None may behind a
         token that the grammar does not allow, nor where a matcher has failed: a grammar can take more steps than its
-        limits allow.
+        limits allow. They are valid until the next call.
         """
-        masks = allocate_token_bitmask(len(slots), self._known)
-        masks[:] = 0
+        masks = self._zeros(len(slots), -(-vocab // 32))
         sound = []
         for at in _runs(slots):
             matcher = self._matchers[int(slots[at.start])]
@@ -133,7 +130,17 @@ class Grammars:
             fill_next_token_bitmask_par(self._executor, alone, masks)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
-        return np.pad(masks, ((0, 0), (0, max(0, -(-vocab // 32) - masks.shape[1]))))
+        return masks
+
+    def _zeros(self, rows: int, words: int) -> NDArray[np.int32]:
+        """Zeros [rows, words] in memory that is used again: touching new memory takes longer than filling masks."""
+        if self._applied is not None:
+            self._applied.synchronize()
+        if self._masks.numel() < rows * words:
+            self._masks = torch.empty(rows * words, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        masks = self._masks[: rows * words].view(rows, words).zero_()
+        zeros: NDArray[np.int32] = masks.numpy()
+        return zeros
 
     def apply(self, logits: torch.Tensor, masks: NDArray[np.int32]) -> torch.Tensor:
         """`logits` [n, vocab], changed in place: tokens that `masks` [n, vocab / 32] rule out cannot be chosen."""
@@ -148,6 +155,9 @@ class Grammars:
                     torch.bool
                 )
             logits[begin : begin + few].masked_fill_(closed.view(len(some), -1)[:, :vocab], -torch.inf)
+        if logits.is_cuda:
+            self._applied = torch.cuda.Event()
+            self._applied.record()
         return logits
 
 

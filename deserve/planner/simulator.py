@@ -166,7 +166,7 @@ class Simulation:
         arrival = self.now
         self.planned = self.now + machine.stages[0].host_s(load, True)
         for rank, link in enumerate(machine.links):
-            begin = max(free[rank], arrival + machine.stages[rank].start_s)
+            begin = max(free[rank], arrival + machine.start_s(rank))
             end = begin + seconds[rank]
             free[rank] = max(end, begin + copies[rank])
             wire[rank] = max(wire[rank], end) + wires[rank]

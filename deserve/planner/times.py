@@ -233,6 +233,11 @@ class Machine:
         """One token's hidden state on the link that leaves `rank`."""
         return self.coded_bytes if self.coded and self.links[rank].far else self.hidden_bytes
 
+    def start_s(self, rank: int) -> float:
+        """From the arrival of a visit's frame until its work begins on the idle `rank`. A single GPU knows its next
+        visit before its last one ends."""
+        return 0.0 if self.ranks == 1 and self.stages[0].ahead else self.stages[rank].start_s
+
     def reading_binds(self, rows: int) -> bool:
         """Whether one row takes at least half as long as `rows`: then further tokens of a visit cost little."""
         times, every = self.stages[0], self.counts(0, len(self.kinds) or 1)
@@ -272,7 +277,7 @@ class Stages:
             for rank, (times, first, end) in enumerate(zip(machine.stages, partition, ends, strict=True))
         ]
         self.kinds = list(kinds)
-        self._starts_s = sum(times.start_s for times in machine.stages)
+        self._starts_s = sum(map(machine.start_s, range(machine.ranks)))
 
     def seconds(self, load: VisitLoad) -> list[float]:
         """A visit on each rank."""
