@@ -67,7 +67,7 @@ class Grammars:
     def __init__(self, tokenizer: LLTokenizer, device: torch.device):
         self._device = device
         self._compiled = lru_cache(COMPILED)(lambda grammar: LLMatcher(tokenizer, grammar, log_level=0))
-        self._executor = LLExecutor()
+        self._executor, self._known = LLExecutor(), tokenizer.vocab_size
         self._matchers: dict[int, LLMatcher] = {}
         self._sampled: dict[int, _Sampled] = {}  # by slot: the tokens that its matcher has yet to take in
         self._bits = torch.arange(32, dtype=torch.int32, device=device)
@@ -115,7 +115,7 @@ class Grammars:
         token that the grammar does not allow, nor where a matcher has failed: a grammar can take more steps than its
         limits allow. They are valid until the next call.
         """
-        masks = self._zeros(len(slots), -(-vocab // 32))
+        masks = self._zeros(len(slots), -(-self._known // 32))  # as llguidance wants them
         sound = []
         for at in _runs(slots):
             matcher = self._matchers[int(slots[at.start])]
@@ -130,7 +130,8 @@ class Grammars:
             fill_next_token_bitmask_par(self._executor, alone, masks)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, masks)
-        return masks
+        unknown = -(-vocab // 32) - masks.shape[1]  # of the model, beyond the tokenizer's
+        return np.pad(masks, ((0, 0), (0, unknown))) if unknown > 0 else masks
 
     def _zeros(self, rows: int, words: int) -> NDArray[np.int32]:
         """Zeros [rows, words] in memory that is used again: touching new memory takes longer than filling masks."""
