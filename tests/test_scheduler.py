@@ -536,6 +536,17 @@ def test_the_only_round_is_planned_ahead(undecided: int, drafts: int) -> None:
     assert undecided or ran.visits <= before.visits + 2
 
 
+def test_what_is_abandoned_is_not_planned_ahead() -> None:
+    case = Case([(6, 12, 0)], rounds=1, main=100)
+    scheduler = case.scheduler(Source(deque(requests_of(case))))
+    plan, _ = scheduler.plan(0)
+    assert scheduler.plan_ahead(0) is not None
+    scheduler.commit(0, VisitResult(np.full(plan.sampled, 500, np.int32)))
+    assert [so_far.tokens.tolist() for so_far in scheduler.unfinished()] == [[500]]  # no PENDING
+    scheduler.abandon()
+    assert scheduler.plan_ahead(0) is None and scheduler.plan(0)[0].retires
+
+
 @st.composite
 def alike(draw: Any) -> Case:
     """Prompts that part within a page, in little memory."""

@@ -239,6 +239,8 @@ class Scheduler:
         behind its end; its pages and its slot are given to others no earlier than in the visit after that.
         """
         batch, sequences = self.micro_batches[micro_batch], self.sequences
+        if not batch.under_way:  # abandoned
+            return None
         (awaited,) = batch.under_way
         drafts = self._drafter is not None and (self._quiet < QUIET or self._quiet % ASKS == 0)
         known = len(awaited.scores) or (awaited.samples > 1).any()
