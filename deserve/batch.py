@@ -2,7 +2,7 @@
 
 import base64
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +114,7 @@ PLAIN = AnswerForm()
 
 @dataclass(frozen=True)
 class Begun:
-    """What earlier starts of the job have sampled of an answer.
+    """What has been sampled of an answer, by earlier starts of the job or, of one in flight, so far.
 
     `beside` [tokens, width] as `Completion` has it. `cached_tokens`: of the prompt, when it was first computed.
     """
@@ -206,15 +206,6 @@ class Completion:
     beside: IntArray | None = None
     cached_tokens: int = 0  # of the prompt, that others had computed
     prompt_beside: IntArray | None = None
-
-
-class SoFar(NamedTuple):
-    """A sequence in flight: its answer so far. `beside`: blocks [tokens, width] as `Completion` has them, or none."""
-
-    request: Request
-    tokens: IntArray
-    beside: list[IntArray]
-    cached_tokens: int
 
 
 @dataclass

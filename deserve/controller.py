@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from deserve.batch import Completion, IntArray, SoFar, VisitPlan, VisitResult
+from deserve.batch import Completion, IntArray, Request, VisitPlan, VisitResult
 from deserve.comm.link import Receiver
 from deserve.scheduler.scheduler import Scheduler
 from deserve.scheduler.window import RequestSource
@@ -29,7 +29,7 @@ class Requests(RequestSource, Protocol):
 class Outcomes(Protocol):
     """Where results go: the `Recorder`, or rank 0."""
 
-    def put(self, outcome: Completion | list[SoFar]) -> None:
+    def put(self, outcome: Completion | list[Request]) -> None:
         """Have `outcome` written, or how far the answers in flight have come after all that was put before."""
 
     def save_due_s(self, checkpoint_s: float) -> float:

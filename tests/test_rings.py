@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launch import run_here, run_jobs
 from results import code, read_results
 
-from deserve.batch import Begun, Completion, Request, Rules, SamplingParams, SoFar
+from deserve.batch import Begun, Completion, Request, Rules, SamplingParams
 from deserve.config import load_config
 from deserve.dispatch.client import Client
 from deserve.dispatch.dispatcher import Dispatcher
@@ -104,17 +104,15 @@ def test_what_travels_arrives() -> None:
     scores = np.arange(6, dtype=np.int32).reshape(2, 3)
     done = Completion(found, ids(8), "stop", "text", begun.beside, 1, scores)
     report = Report(
-        4, [done, [SoFar(found, ids(8), [scores, scores], 2), SoFar(found, ids(), [], 0)]], 5, 6, True, True
+        4, [done, [replace(found, begun=Begun(ids(8), scores, 2)), replace(found, begun=Begun())]], 5, 6, True, True
     )
     wire = json.loads(json.dumps(encode_report(report)))
     back = decode_report(wire, {request.key: request})
     completion, (so_far, young) = back.outcomes
-    assert isinstance(completion, Completion) and completion.request is request and so_far.request is request
+    assert isinstance(completion, Completion) and completion.request is request and so_far.key == request.key
     assert (completion.text, completion.finish_reason, completion.cached_tokens) == ("text", "stop", 1)
-    assert np.array_equal(completion.prompt_beside, scores) and np.array_equal(
-        np.concatenate(so_far.beside)[2:], scores
-    )
-    assert young.beside == [] and len(young.tokens) == 0
+    assert np.array_equal(completion.prompt_beside, scores) and np.array_equal(so_far.begun.beside, scores)
+    assert so_far.begun.tokens.tolist() == [8] and young.begun.beside is None and len(young.begun.tokens) == 0
     assert replace(back, outcomes=[]) == replace(report, outcomes=[])
 
 
@@ -204,10 +202,10 @@ def test_the_last_save_waits_for_the_other_rings() -> None:
     request = client.poll()
     assert request is not None
     other = desk.serve(1, Report(1)).requests[0]
-    client.put([SoFar(request, ids(1), [], 0)])
+    client.put([replace(request, begun=Begun(ids(1)))])
     saving = threading.Thread(target=client.flush, args=(30,))
     saving.start()
-    desk.serve(1, Report(outcomes=[[SoFar(other, ids(2), [], 0)]], saves=True))
+    desk.serve(1, Report(outcomes=[[replace(other, begun=Begun(ids(2)))]], saves=True))
     saving.join()
     assert len(sink.outcomes) == 3 and sink.outcomes[-1] == "flushed"
     client.put(answered(request))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from launch import run_here
 from results import read_results
 
-from deserve.batch import Begun, Completion, Request, SamplingParams, SoFar, VisitPlan
+from deserve.batch import Begun, Completion, Request, SamplingParams, VisitPlan
 from deserve.controller import Controller
 from deserve.report.unfinished import Unfinished
 from deserve.stop import STOPPED
@@ -116,9 +117,9 @@ def request(custom_id: str, prompt: int = 3, **sampling: Any) -> Request:
     return Request(custom_id, np.arange(prompt, dtype=np.int32), SamplingParams(**sampling))
 
 
-def so_far(of: Request, tokens: int, width: int = 0) -> SoFar:
-    rows = [np.full((1, width), at, np.int32) for at in range(tokens)] if width else []
-    return SoFar(of, np.arange(tokens, dtype=np.int32), rows, cached_tokens=2)
+def so_far(of: Request, tokens: int, width: int = 0) -> Request:
+    beside = np.repeat(np.arange(tokens, dtype=np.int32)[:, None], width, 1) if width else None
+    return replace(of, begun=Begun(np.arange(tokens, dtype=np.int32), beside, cached_tokens=2))
 
 
 def begun(path: Path, of: Request, model: Any = "model", done: tuple[str, ...] = ()) -> Begun:

@@ -4,15 +4,14 @@ A report names its requests by `custom_id` and `choice`: rank 0 keeps them as th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 from pydantic import TypeAdapter
 
-from deserve.batch import Begun, Completion, Key, Request, SamplingParams, SoFar, decode_words, encode_words
+from deserve.batch import Begun, Completion, Key, Request, SamplingParams, decode_words, encode_words
 
-Outcome: TypeAlias = Completion | list[SoFar]
+Outcome: TypeAlias = Completion | list[Request]  # of an answer in flight, what is begun
 
 SAMPLING = TypeAdapter(SamplingParams)
 
@@ -59,51 +58,47 @@ def decode_report(raw: dict[str, Any], requests: Mapping[Key, Request]) -> Repor
 
 
 def _encode_request(request: Request) -> dict[str, Any]:
-    begun = request.begun
     return {
         "custom_id": request.custom_id,
         "choice": request.choice,
         "prompt": encode_words(request.prompt),
         "sampling": SAMPLING.dump_python(request.sampling),
-        "begun": [encode_words(begun.tokens), encode_words(begun.beside), begun.cached_tokens],
+        "begun": _encode_begun(request.begun),
     }
 
 
 def _decode_request(raw: dict[str, Any]) -> Request:
-    tokens, beside, cached = raw["begun"]
     return Request(
         raw["custom_id"],
         decode_words(raw["prompt"]),
         SAMPLING.validate_python(raw["sampling"]),
         choice=raw["choice"],
-        begun=Begun(decode_words(tokens), decode_words(beside), cached),
+        begun=_decode_begun(raw["begun"]),
     )
 
 
 def _encode_outcome(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, list):
-        return {"so_far": [_encode_so_far(each) for each in outcome]}
+        return {"begun": [[request.key, _encode_begun(request.begun)] for request in outcome]}
     arrays = {name: encode_words(getattr(outcome, name)) for name in ("tokens", "beside", "prompt_beside")}
     plain = {entry.name: getattr(outcome, entry.name) for entry in fields(outcome) if entry.name not in arrays}
     return plain | arrays | {"request": outcome.request.key}
 
 
 def _decode_outcome(raw: dict[str, Any], requests: Mapping[Key, Request]) -> Outcome:
-    if "so_far" in raw:
-        return [_decode_so_far(each, requests) for each in raw["so_far"]]
+    if "begun" in raw:
+        return [replace(requests[_key(key)], begun=_decode_begun(begun)) for key, begun in raw["begun"]]
     arrays = {name: decode_words(raw[name]) for name in ("tokens", "beside", "prompt_beside")}
     return Completion(**{**raw, **arrays, "request": requests[_key(raw["request"])]})
 
 
-def _encode_so_far(so_far: SoFar) -> list[Any]:
-    request, tokens, beside, cached = so_far
-    return [request.key, encode_words(tokens), encode_words(np.concatenate(beside) if beside else None), cached]
+def _encode_begun(begun: Begun) -> list[Any]:
+    return [encode_words(begun.tokens), encode_words(begun.beside), begun.cached_tokens]
 
 
-def _decode_so_far(raw: list[Any], requests: Mapping[Key, Request]) -> SoFar:
-    key, tokens, beside, cached = raw
-    blocks = [] if beside is None else [decode_words(beside)]
-    return SoFar(requests[_key(key)], decode_words(tokens), blocks, cached)
+def _decode_begun(raw: list[Any]) -> Begun:
+    tokens, beside, cached = raw
+    return Begun(decode_words(tokens), decode_words(beside), cached)
 
 
 def _key(raw: list[Any]) -> Key:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from deserve.batch import Completion, IntArray, SoFar
+from deserve.batch import Completion, IntArray, Request
 from deserve.errors import UserError
 from deserve.model.tools import Answer
 from deserve.report.progress import Progress
@@ -38,12 +38,12 @@ class Recorder:
         self.non_finite = 0
         self._finite = False  # whether any request ended otherwise
         self._answers: dict[str, list[Completion]] = {}  # by custom_id, of requests that want several
-        self._queue: queue.Queue[Completion | Rejected | list[SoFar] | threading.Event | None] = queue.Queue()
+        self._queue: queue.Queue[Completion | Rejected | list[Request] | threading.Event | None] = queue.Queue()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
-    def put(self, outcome: Completion | Rejected | list[SoFar]) -> None:
+    def put(self, outcome: Completion | Rejected | list[Request]) -> None:
         """Have `outcome` written, or how far the answers in flight have come after all that was put before.
 
         Raises the thread's error, if it met one (a full disk, say).

@@ -14,9 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from deserve.batch import Begun, Completion, Key, Request, SoFar, decode_words, encode_words
+from deserve.batch import Begun, Completion, Key, Request, decode_words, encode_words
 from deserve.report.files import replace_file
 
 FORMAT = 2
@@ -71,20 +69,18 @@ class Unfinished:
         """Seconds from one copy to the next: at most `checkpoint_s`, unless they are so large that they take long."""
         return max(min(checkpoint_s, max(SOONEST_S, self._took_s / CHEAP)), self._took_s / MOST)
 
-    def save(self, answers: Iterable[SoFar]) -> None:
+    def save(self, answers: Iterable[Request]) -> None:
         """How far the answers in flight have come, to the file at once."""
         begin = time.monotonic()
         self.note(answers)
         self.write()
         self._took_s = time.monotonic() - begin
 
-    def note(self, answers: Iterable[SoFar]) -> None:
+    def note(self, answers: Iterable[Request]) -> None:
         """How far the answers in flight have come."""
-        for request, tokens, beside, cached in answers:
-            if request.sampling.prompt_logprobs is not None:
-                continue
-            begun = Begun(tokens, np.concatenate(beside)[: len(tokens)] if beside else None, cached)
-            self._left[request.key] = _Saved(_digest_of(request), begun)
+        for request in answers:
+            if request.sampling.prompt_logprobs is None:
+                self._left[request.key] = _Saved(_digest_of(request), request.begun)
 
     def whole(self, completion: Completion) -> None:
         """One of several answers to a request is whole, and waits for the others."""

@@ -1,15 +1,16 @@
 """Rank 0's decisions: which sequences run in a visit, on which pages, and which wait."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from deserve.batch import (
     ADMISSION_ROOM,
+    Begun,
     Completion,
     IntArray,
     Ints,
-    SoFar,
+    Request,
     VisitPlan,
     VisitResult,
     beside_width,
@@ -152,14 +153,16 @@ class Scheduler:
         self._prompt_beside.clear()
         self._abandoned = True
 
-    def unfinished(self) -> list[SoFar]:
-        """The sequences in flight that have an answer, as far as it has come in."""
-        sequences = self.sequences
-        return [
-            SoFar(sequences.request(slot), output.copy(), list(self._beside.get(slot, ())), int(sequences.cached[slot]))
-            for slot in sequences.slots
-            if len(output := sequences.output(slot))
-        ]
+    def unfinished(self) -> list[Request]:
+        """The requests in flight that have an answer, begun as far as it has come in."""
+        sequences, found = self.sequences, []
+        for slot in sequences.slots:
+            output, blocks = sequences.output(slot), self._beside.get(slot)
+            if len(output):
+                beside = np.concatenate(blocks)[: len(output)] if blocks else None
+                begun = Begun(output.copy(), beside, int(sequences.cached[slot]))
+                found.append(replace(sequences.request(slot), begun=begun))
+        return found
 
     def fill_by(self, policy: str, tokens: int, rows: int) -> None:
         """Fill visits by `policy` from now on, of at most `tokens` tokens, from micro-batches of `rows` sequences.
