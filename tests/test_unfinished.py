@@ -188,8 +188,8 @@ def test_copies_come_often_where_they_are_cheap(tmp_path: Path, monkeypatch: pyt
     kept = Unfinished(tmp_path / "unfinished.jsonl", "model")
     now = [0.0]
     monkeypatch.setattr("deserve.report.unfinished.time.monotonic", lambda: now[0])
-    for took, due in ((0.0, 1.0), (0.01, 1.0), (0.1, 5.0), (0.3, 10.0), (2.0, 40.0)):
+    for took, due in ((0.0, 0.25), (0.01, 0.5), (0.1, 5.0), (0.3, 10.0), (2.0, 40.0)):
         monkeypatch.setattr(kept, "write", lambda took=took: now.__setitem__(0, now[0] + took))
         kept.save([so_far(request("a"), 4)])
         assert kept.due_s(10) == pytest.approx(due)
-    assert Unfinished(tmp_path / "unfinished.jsonl", "model").due_s(0.5) == 0.5
+    assert Unfinished(tmp_path / "unfinished.jsonl", "model").due_s(0.1) == 0.1

@@ -18,7 +18,7 @@ from deserve.batch import Begun, Completion, Key, Request, decode_words, encode_
 from deserve.report.files import replace_file
 
 FORMAT = 2
-SOONEST_S = 1.0  # between two copies
+SOONEST_S = 0.25  # between two copies
 CHEAP, MOST = 0.02, 0.05  # of the time, that copies may take: to come sooner than they must, and at all
 
 
