@@ -348,6 +348,19 @@ def test_a_coarse_simulation_takes_as_long_as_a_fine_one(policy: str, pages: int
     assert 4 * coarse.now == pytest.approx(fine.now, rel=0.06)
 
 
+@pytest.mark.parametrize("policy", ["prefill_first", "decode_first"])
+@pytest.mark.parametrize("pages", [10_000, 2_400])
+def test_a_sequence_that_stands_for_four_takes_as_long(policy: str, pages: int) -> None:
+    made = plan(2, 2, 256, policy, main_pages=pages, swap_pages=80, host_height=12, max_batch_tokens=512)
+    on = machine(2, 10, per_token_ms=0.1, byte_s=1e-6)
+    runs = [Simulation(made, [(64, 33)] * (1280 // bundle), on, LAYERS, bundle=bundle) for bundle in (1, 4)]
+    for run in runs:
+        run.run(10**9)
+    each, bundled = runs
+    assert bundled.done[-1][0] == each.done[-1][0] == 1280 and bundled.sampled == each.sampled
+    assert bundled.now == pytest.approx(each.now, rel=0.05)
+
+
 def test_the_load_of_a_visit_is_what_the_scheduler_put_into_it() -> None:
     loads: list[VisitLoad] = []
 

@@ -17,6 +17,7 @@ from deserve.workload import Lengths
 WAVES = 5  # of a long job's sequences that are simulated; all but the first and the last are usual ones: at least 3
 MOST_VISITS = 1_500  # of a simulation, which then takes about half a second
 FEWEST_STEPS = 16  # that an answer takes in a simulation, however coarse
+ENOUGH_ROWS, MOST_ALIKE = 128, 4  # in a visit of more rows one stands for several: at most for so many
 NOTHING_SHARED = Lengths(None, 0.0, 0.0, 0)
 
 
@@ -43,17 +44,19 @@ def simulate(
     `layout.concurrency` sequences are simulated, and its last; those between take as long as the usual ones of these.
     The first and the last are not: waves overlap where prompts and answers mix (`decode_first`), and where sequences
     are suspended a long wave follows a short one. A job of more than `most_visits` visits is simulated coarsely, and
-    one that has not ended even so after twice as many is taken to go on as it began.
+    one that has not ended even so after twice as many is taken to go on as it began. Of large micro-batches of requests
+    alike, a sequence is simulated for several.
     """
     wave = layout.concurrency
     count = lengths.sequences or 10 * wave
     simulated = count if count <= (waves + 1) * wave or lengths.sizes else waves * wave + count % wave
     usual = max(1, round(lengths.mean_prompt)), max(1, round(lengths.mean_output))
-    sizes = lengths.sizes or [usual] * simulated
+    bundle = 1 if lengths.sizes else _bundle(layout, sum(usual), lengths.shared)
+    sizes = lengths.sizes or [usual] * -(-simulated // bundle)
     output = sum(answer for _, answer in lengths.sizes) or count * usual[1]
     visits = layout.rounds * simulated / wave * usual[1]
     grain = _grain(layout, min((answer for _, answer in sizes), default=1), visits / most_visits)
-    run = Simulation(layout, sizes, machine, layers, grain, lengths)
+    run = Simulation(layout, sizes, machine, layers, grain, lengths, bundle=bundle)
     run.run(2 * most_visits)
     between = 0.0
     if not run.scheduler.finished:
@@ -72,6 +75,15 @@ def read_once(machine: Machine, lengths: Lengths, page_size: int, rows: float) -
     return again if again >= SHARED_PAGES * page_size and not machine.stages[0].ahead else 0.0
 
 
+def _bundle(layout: Layout, tokens: int, shared: float) -> int:
+    """For how many sequences of `tokens` tokens, the first `shared` of them a common prefix, one is simulated."""
+    pages = layout.main_pages / layout.rounds + layout.swap_pages
+    rows = min(layout.micro_batch_size, int(pages // -(-tokens // layout.page_size)))
+    # The prefix has its pages once, however many sequences there are: they must not count.
+    most = layout.main_pages * layout.page_size // (50 * shared) if shared else MOST_ALIKE
+    return max(1, int(min(MOST_ALIKE, rows // ENOUGH_ROWS, most)))
+
+
 def _grain(layout: Layout, answer: int, wanted: float) -> int:
     """How many visits alike a simulated one stands for: `wanted` as far as the shortest answer and a page divide."""
     most = min(answer // FEWEST_STEPS, math.gcd(layout.page_size, 2**10) // 2)
@@ -86,7 +98,8 @@ class Simulation:
 
     A simulated visit stands for `grain` visits alike. Tokens are counted, and pages hold them, in units of `grain`: in
     `grain` visits a decode row gets one unit, and the token budget is as many units as it is tokens in one visit.
-    Clocks run `grain` times as fast.
+    Clocks run `grain` times as fast. A simulated sequence stands for `bundle` sequences alike: there are as many times
+    fewer of them, of pages and of tokens in a visit, whose load counts as often.
     """
 
     def __init__(
@@ -98,9 +111,11 @@ class Simulation:
         grain: int = 1,
         sharing: Lengths = NOTHING_SHARED,
         mixed: bool = False,
+        bundle: int = 1,
     ) -> None:
         """`sharing` says what the prompts have in common. `mixed`: see Scheduler."""
-        self.layout, self.machine, self.sharing, self.grain = layout, machine, sharing, grain
+        self.layout, self.machine, self.sharing = layout, machine, sharing
+        self.grain, self.bundle = grain, bundle
         reach = (layout.main_pages + layout.swap_pages) * layout.page_size
         fitting = [size for size in sizes if sum(size) - 1 <= reach]  # a run refuses the others
         pages = round(sharing.shared / layout.page_size)
@@ -114,6 +129,19 @@ class Simulation:
         if layout.sliding_pages:  # beside those of sequences, as many as the tokens of `grain` visits may need
             more = layout.max_batch_tokens // coarse.page_size - layout.max_batch_tokens // layout.page_size
             coarse = replace(coarse, sliding_pages=layout.sliding_pages + more, window=-(-layout.window // grain))
+        self.swap_pages = layout.swap_pages // bundle
+        if bundle > 1:
+            coarse = replace(
+                coarse,
+                micro_batch_size=-(-layout.micro_batch_size // bundle),
+                concurrency=-(-layout.concurrency // bundle),
+                max_batch_tokens=layout.max_batch_tokens // bundle,
+                visit_tokens=layout.visit_tokens // bundle,
+                main_pages=layout.main_pages // bundle,
+                swap_pages=self.swap_pages,
+                sliding_pages=coarse.sliding_pages // bundle,
+                host_height=max(0, layout.host_height - round(math.log2(bundle))),
+            )
         cycle_s = cycle_times(layout, machine, layers, context)
         self.scheduler = Scheduler(coarse, self.requests, cycle_s=cycle_s, share_prefixes=pages > 0, mixed=mixed)
         self.visits = self.sampled = 0
@@ -146,15 +174,16 @@ class Simulation:
         result = VisitResult(np.zeros(self.scheduler.awaited(m), np.int32))
         completions = self.scheduler.commit(m, result)
         if completions:
-            self.done.append((self.done[-1][0] + len(completions), self.now))
+            self.done.append((self.done[-1][0] + self.bundle * len(completions), self.now))
         plan, _ = self.scheduler.plan(m)
         self.most_in_flight = max(self.most_in_flight, self.scheduler.in_flight)
         if plan.retires:
             return False
         self.visits += 1
-        self.sampled += plan.sampled * self.grain
-        swapped = self.layout.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
-        load = VisitLoad.of(plan, self.machine.window, swapped, self.grain)
+        self.sampled += plan.sampled * self.grain * self.bundle
+        swapped = self.swap_pages - self.scheduler.pages.free_swap(m) if self.layout.rounds > 1 else 0
+        each = VisitLoad.of(plan, self.machine.window, swapped, self.grain)
+        load = VisitLoad(*(self.bundle * count for count in each))
         again = read_once(self.machine, self.sharing, self.layout.page_size, load.decodes)
         self.travel(m, load._replace(decode_kv=load.decode_kv - again, pairs=load.pairs + again))
         return True
