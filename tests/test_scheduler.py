@@ -542,7 +542,7 @@ def test_what_is_abandoned_is_not_planned_ahead() -> None:
     plan, _ = scheduler.plan(0)
     assert scheduler.plan_ahead(0) is not None
     scheduler.commit(0, VisitResult(np.full(plan.sampled, 500, np.int32)))
-    assert [so_far.tokens.tolist() for so_far in scheduler.unfinished()] == [[500]]  # no PENDING
+    assert [request.begun.tokens.tolist() for request in scheduler.unfinished()] == [[500]]  # no PENDING
     scheduler.abandon()
     assert scheduler.plan_ahead(0) is None and scheduler.plan(0)[0].retires
 
