@@ -11,7 +11,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from deserve.batch import Rules
+from deserve.batch import DEAD_END, NO_TOKEN, UNDECIDED, Rules
 from deserve.model.processors import Processors, likeliest, log_probabilities
 
 VOCAB, CPU = 24, torch.device("cpu")
@@ -108,6 +108,18 @@ def test_a_row_gets_the_same_whatever_its_company(data: st.DataObject) -> None:
         alone = entered({slot: rules[slot]}, prompt, output)
         one = alone.apply(logits[row : row + 1].clone(), slots[row : row + 1], position[:1])
         torch.testing.assert_close(together[nth], one[0])
+
+
+@pytest.mark.parametrize("none", [NO_TOKEN, DEAD_END, UNDECIDED])
+def test_visits_go_on_behind_what_is_no_token(none: int) -> None:
+    """As where they are planned ahead. Whoever asks again finds all as it was."""
+    rules, logits = {0: Rules(presence_penalty=1.0, repetition_penalty=1.3, banned=((3, 4),))}, logits_of(1)
+    processors, slot, nothing = entered(rules, [1, 2], [3]), np.array([0], np.int32), torch.tensor([none])
+    before = processors.apply(logits.clone(), slot, np.array([3], np.int32))
+    for at in (3, 4):
+        processors.record(nothing, slot, np.array([at], np.int32))
+        assert processors.apply(logits.clone(), slot, np.array([at + 1], np.int32)).isfinite().any()
+    assert torch.equal(processors.apply(logits.clone(), slot, np.array([3], np.int32)), before)
 
 
 def test_a_slot_keeps_nothing_of_its_last_sequence() -> None:

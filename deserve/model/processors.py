@@ -69,12 +69,15 @@ class Processors:
         return logits
 
     def record(self, tokens: torch.Tensor, slots: IntArray, positions: IntArray) -> None:
-        """The `tokens` [n] on the device now stand at `positions` [n] of the sequences in `slots` [n]."""
+        """The `tokens` [n] on the device now stand at `positions` [n] of the sequences in `slots` [n].
+
+        For what is no token any will do: what a visit planned ahead samples behind it is dropped.
+        """
         kept = np.flatnonzero([slot in self._rules and self._rules[slot].looks_back for slot in slots.tolist()])
         if len(kept):
             self._widen(int(positions[kept].max()) + 1)
             at = self._index(slots[kept]), self._index(positions[kept])
-            self._history.index_put_(at, tokens.index_select(0, self._index(kept)).long())
+            self._history.index_put_(at, tokens.index_select(0, self._index(kept)).long().clamp(min=0))
 
     def _allow(self, logits: torch.Tensor, rules: list[Rules]) -> None:
         rows = [row for row, of in enumerate(rules) if of.allowed]
