@@ -45,6 +45,8 @@ def test_what_followed_in_the_own_text() -> None:
     report = drafts.report()
     # Of the last proposal the first draft was right, the second was not.
     assert report["by_source"] == {"own_text": {"drafted": 2, "right": 1}} and report["tokens_per_trip"] == 4 / 3
+    drafts.passed(3)
+    assert drafts.report()["tokens_per_trip"] == 7 / 6
 
 
 def test_what_followed_in_other_answers_and_not_in_other_prompts() -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -145,10 +145,12 @@ class Guesses:
     """Drafts of which every third is wrong."""
 
     most: int
+    rows: int = 0  # that have decoded
 
     def propose(
         self, sequences: Sequences, slots: Ints, most: Ints, room: int, rounds: int, prompts: int, tail: bool = False
     ) -> Ints:
+        self.passed(len(slots))
         counts = np.minimum(most, self.most)
         counts = np.clip(room - np.cumsum(counts) + counts, 0, counts)
         drafts = []
@@ -159,6 +161,9 @@ class Guesses:
                 content.append(drafts[-1])
         sequences.propose(slots, counts, np.array(drafts, np.int32))
         return counts
+
+    def passed(self, rows: int) -> None:
+        self.rows += rows
 
     def ends(self, sequences: Sequences, slot: int) -> None:
         assert sequences.length[slot] <= sequences.end[slot]
@@ -533,6 +538,8 @@ def test_the_only_round_is_planned_ahead(undecided: int, drafts: int) -> None:
     ran, before = run_counted(case), run_counted(replace(case, ahead=False))
     answered = ran.scheduler.output_tokens
     assert ran.ahead > (answered / 2 if drafts else answered - 12)
+    if drafts:  # told of every row, for the tokens of a trip
+        assert cast(Guesses, ran.scheduler._drafter).rows >= answered - len(prompts)
     assert undecided or ran.visits <= before.visits + 2
 
 

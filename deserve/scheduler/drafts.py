@@ -159,6 +159,10 @@ class Drafts:
         self._found[slots], self._bucket[slots] = found, bucket
         return counts
 
+    def passed(self, rows: int) -> None:
+        """A visit has so many rows and was planned ahead: it is not known what their drafts would follow."""
+        self._counts["rows"] += rows
+
     def ends(self, sequences: Sequences, slot: int) -> None:
         """The sequence in `slot` is complete: its answer is kept for others."""
         self._settle(sequences, np.array([slot]))

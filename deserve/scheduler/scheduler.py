@@ -289,8 +289,11 @@ class Scheduler:
         visit.decodes = taken
         visit.budget -= len(taken)
         self._quiet += 1
-        if self._drafter is not None and len(taken) and not self.sequences.assumed[taken].any():
-            self._add_drafts(micro_batch, visit, self._drafter)
+        if self._drafter is not None and len(taken):
+            if self.sequences.assumed[taken].any():
+                self._drafter.passed(len(taken))
+            else:
+                self._add_drafts(micro_batch, visit, self._drafter)
 
     def _add_drafts(self, micro_batch: int, visit: _Filling, drafter: Drafts) -> None:
         """Let sequences that decode verify draft tokens, as far as budget and free pages allow."""
