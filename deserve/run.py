@@ -296,7 +296,7 @@ def main() -> int:
         world.end_with(error)
     for number in SIGNALS:  # those that torchrun sends when another rank has ended with 75
         signal.signal(number, signal.SIG_IGN)
-    world.leave()
+    world.say_farewell()  # no more: a rank that is killed from here on keeps its host waiting, see `end`
     return status
 
 

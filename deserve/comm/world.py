@@ -394,10 +394,14 @@ class World:
         thread.join(LAST_WORD_S)
         return found[0] if found else None
 
-    def leave(self) -> None:
-        """Close the connections."""
+    def say_farewell(self) -> None:
+        """Wait until the neighbours have done their part too. The process may end now, and its connections with it."""
         if self._pulse is not None:
             self._pulse.leave()
+
+    def leave(self) -> None:
+        """Say farewell and close the connections."""
+        self.say_farewell()
         if self.size > 1:
             dist.destroy_process_group()
 
