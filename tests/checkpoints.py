@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from deserve.layout import Shard
 from deserve.model.config import parse_config
+from deserve.model.packed import Form
 from deserve.model.weights import fill_dummy, tensor_shapes
 
 FAMILIES = {
@@ -138,3 +139,18 @@ def save_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> P
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def forms(group: int) -> dict[str, Form]:
+    """Layouts of packed weights by name; `group` inputs share a scale in int4 and in the blocks of fp8."""
+    return {
+        "int4": Form("int4", columns=group),
+        "int4-zeros": Form("int4", columns=32, zeros=True),
+        "int4-channel": Form("int4"),
+        "int8": Form("int8"),
+        "int8-zeros": Form("int8", columns=64, zeros=True),
+        "fp8-tensor": Form("fp8", rows=None),
+        "fp8-channel": Form("fp8"),
+        "fp8-blocks": Form("fp8", group, group),
+        "fp4": Form("fp4", columns=32),
+    }

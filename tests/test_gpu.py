@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import forms, make_checkpoint
 from launch import run_jobs
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,7 @@ from deserve.model.checkpoint import Checkpoint
 from deserve.model.config import ModelConfig, parse_config
 from deserve.model.decoder import Decoder
 from deserve.model.graphs import GraphedVisits, GraphPool
-from deserve.model.packed import Form, PackedLinear
+from deserve.model.packed import PackedLinear
 from deserve.model.safetensors_folder import INDEX
 from deserve.model.sampler import Sampler
 from deserve.model.weights import ShardWeights, dummy_shard, load_shard, tensor_shapes
@@ -670,28 +670,15 @@ def test_two_gpus_answer_as_one_does(tmp_path: Path) -> None:
             assert same == 60 if dtype == "float32" else alike >= 55
 
 
-FUSED = {
-    "int4": Form("int4", columns=128),
-    "int4-zeros": Form("int4", columns=32, zeros=True),
-    "int4-channel": Form("int4"),
-    "int8": Form("int8"),
-    "int8-zeros": Form("int8", columns=64, zeros=True),
-    "fp8-tensor": Form("fp8", rows=None),
-    "fp8-channel": Form("fp8"),
-    "fp8-blocks": Form("fp8", 128, 128),
-    "fp4": Form("fp4", columns=32),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("case", forms(128))
 @torch.inference_mode()
 def test_fused_products_agree_with_float32(case: str, dtype: torch.dtype) -> None:
     """Of stacked weights, of whole tiles and not, by every kernel that token counts choose among; captured too."""
     pytest.importorskip("humming")
     from deserve.model.humming import TOKENS, HummingLinear, unfit
 
-    form, generator = FUSED[case], torch.Generator(DEVICE).manual_seed(0)
+    form, generator = forms(128)[case], torch.Generator(DEVICE).manual_seed(0)
     for sizes, inputs in (((768, 128, 128), 512), ((200, 24, 40), 4 * (form.columns or 24))):
         parts = [form.quantise(torch.randn(size, inputs, device=DEVICE, generator=generator)) for size in sizes]
         for part in parts:
